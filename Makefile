@@ -1,0 +1,82 @@
+# One verb for each thing; every verb makes what it needs. `make help` lists them.
+# Variables: PYTHON (the interpreter of new environments), PYTEST_ARGS, FAST=1 (a smaller demo), JOBS (test processes).
+
+PYTHON ?= python3
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PROTO_VENV := .venv-proto
+
+# An old generator on purpose: its version is the floor of every user's protobuf and grpcio.
+# grpcio-tools imports pkg_resources, which setuptools dropped.
+PROTO_TOOLS := grpcio-tools==1.66.2 mypy-protobuf==3.7.0 "setuptools<81"
+export BUF_VERSION := 1.75.0
+
+# The suites: what is not slow runs on every change. A Ray test is always slow.
+QUICK := -m "not slow and not ray" -n $(JOBS)
+SLOW := -m "slow or ray"
+
+.DEFAULT_GOAL := help
+.PHONY: help setup fmt lint type test test-slow test-all proto proto-check wheel demo study clean ci
+
+help: ## list the verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.stamp ## make .venv with the service, the trainer and the development tools
+
+$(VENV)/.stamp: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "membank needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[service,trainer,dev]'
+	@touch $@
+
+$(PROTO_VENV)/.stamp: Makefile
+	$(PYTHON) -m venv --clear $(PROTO_VENV)
+	$(PROTO_VENV)/bin/python -m pip install --quiet $(PROTO_TOOLS)
+	@touch $@
+
+fmt: setup ## format the code and apply the safe fixes
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+lint: setup ## formatting, rules, docstrings, import direction
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/numpydoc lint $$(git ls-files 'client/*.py' 'bank_service/*.py' 'trainer/*.py' 'proto/membank/wire/*.py')
+	$(BIN)/lint-imports
+
+type: setup ## mypy, strict
+	$(BIN)/mypy
+
+test: setup ## the quick suite
+	$(BIN)/pytest $(QUICK) $(PYTEST_ARGS)
+
+test-slow: setup ## the slow and the Ray tests
+	$(BIN)/pytest $(SLOW) $(PYTEST_ARGS)
+
+test-all: test test-slow ## both suites
+
+proto: $(PROTO_VENV)/.stamp ## regenerate the code of proto/membank/v1
+	scripts/generate_proto.sh $(PROTO_VENV)
+
+proto-check: $(PROTO_VENV)/.stamp ## fail if the generated code is stale or the schema has faults
+	scripts/check_proto.sh $(PROTO_VENV)
+
+wheel: setup ## build the wheel into dist/
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+demo: setup ## the whole story on this machine, report in runs/demo (FAST=1: smaller, no claims)
+	$(BIN)/membank demo --out runs/demo $(if $(FAST),--fast)
+
+study: setup ## the demo's questions at length, with the longer-trained controls; report in runs/study
+	$(BIN)/membank demo --study --out runs/study
+
+ci: ## what continuous integration runs
+	.ci/run
+
+clean: ## remove environments, caches and builds; runs/ is kept
+	rm -rf $(VENV) $(PROTO_VENV) dist build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
