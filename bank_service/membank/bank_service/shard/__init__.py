@@ -1,0 +1,1 @@
+"""The shard engine: plain classes that run without Ray, gRPC or a network."""

@@ -1,0 +1,212 @@
+"""What a shard offers, and the operations that a transaction may ask of it.
+
+A shard owns some partitions of a bank. The data path (`fetch`, `push`, `subscribe`) is called by
+the gRPC servicer; the transaction path (`prepare`, `commit`, `abort`) by the controller, through
+whatever carries calls between processes. A transaction over several shards works so:
+
+1. every shard *prepares*: it checks the operations, folds its journal and the operations into a
+   new manifest per touched partition, marked with the next revision, and holds back updates of
+   those partitions. Readers still see the old state;
+2. the coordinator creates the record of that revision (create-only). That is the commit: whoever
+   creates it first, as a commit or as an abort, decides;
+3. every shard *commits* (installs the prepared manifests, destroys what was erased) or *aborts*.
+
+A shard that dies in between reads the record when it starts again: a prepared manifest counts
+exactly if the record of its revision exists, is a commit, and names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from membank.wire.format import RevisionRecord
+from membank.wire.records import (
+    Block,
+    BlockChange,
+    BlockEvent,
+    ShardStats,
+    Update,
+    UpdateResult,
+)
+from membank.wire.spec import Array, BankSpec, BlockRef, BlockState, Role
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SetContent:
+    """Replace the content of a block and make it active; this also creates a deleted one anew."""
+
+    ref: BlockRef
+    """The block."""
+    weight: Array
+    """(L, P, R, D) in the bank's dtype."""
+    optimizer_state: Mapping[Role, Array] = field(default_factory=dict)
+    """(L, P, R, D) float32 per role; empty = start afresh from zero."""
+    step: int = 0
+    """Gradient steps that the optimizer state stands for."""
+    expected_version: int | None = None
+    """Version that the block must have; None = any."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SetState:
+    """Withhold an active block, or make a withheld one active; deleted ones are left alone."""
+
+    ref: BlockRef
+    """The block."""
+    state: BlockState
+    """ACTIVE or WITHHELD."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Erase:
+    """Delete a block: no slot, journal frame or copy in memory of any version of it remains."""
+
+    ref: BlockRef
+    """The block."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RestoreEntry:
+    """Give a block the content and state that a retained manifest names; deleted stays deleted."""
+
+    ref: BlockRef
+    """The block."""
+    manifest: int
+    """Number of the manifest of the block's partition; 0 = as initialised."""
+
+
+BlockOperation = SetContent | SetState | Erase | RestoreEntry
+"""One step of a transaction."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FetchResult:
+    """Blocks of one revision."""
+
+    revision: int
+    """The revision."""
+    blocks: tuple[Block, ...]
+    """In the order of the request. Weights are read-only views that stay valid and unchanged
+    however the block is updated afterwards."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PushResult:
+    """What became of an update."""
+
+    results: tuple[UpdateResult, ...]
+    """In the order of the gradients."""
+    duplicate: bool
+    """True where the request had been applied before."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """What a shard would do at commit."""
+
+    manifests: Mapping[int, int]
+    """Number of the prepared manifest of each touched partition."""
+    changes: tuple[BlockChange, ...]
+    """The blocks that change."""
+    num_slots_destroyed: int = 0
+    """Slots that the commit destroys, every retained version counted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockStatus:
+    """What a shard knows of a block without reading its content."""
+
+    ref: BlockRef
+    """The block."""
+    version: int
+    """Its version."""
+    state: BlockState
+    """Its state."""
+    step: int
+    """Gradient steps it has taken."""
+    crc32c: int
+    """CRC-32C of its weight; 0 for a deleted block."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockContent:
+    """A block with its optimizer state, as exported."""
+
+    ref: BlockRef
+    """The block."""
+    version: int
+    """Its version."""
+    step: int
+    """Gradient steps it has taken."""
+    weight: Array
+    """(L, P, R, D) in the bank's dtype; read-only."""
+    optimizer_state: Mapping[Role, Array]
+    """(L, P, R, D) float32 per role; read-only."""
+
+
+class Subscription(Protocol):
+    """Changes as they take effect; holds at most a bounded number of them."""
+
+    def next_events(self, timeout_s: float) -> tuple[tuple[BlockEvent, ...], int]:
+        """Return the next events and the number that was dropped since the last call.
+
+        Waits at most `timeout_s` for the first event; then the tuple is empty.
+        """
+
+    def close(self) -> None:
+        """End the subscription; `next_events` returns at once from then on."""
+
+
+@runtime_checkable
+class ShardApi(Protocol):
+    """A shard as servicers and the controller see it. Every method is safe to call from threads.
+
+    Errors are those of `membank.wire.errors`; a block of a partition that the shard does not own
+    is `UnavailableError` with reason NOT_OWNER, so that a client refreshes its placement.
+    """
+
+    @property
+    def spec(self) -> BankSpec:
+        """Spec of the bank."""
+
+    @property
+    def revision(self) -> int:
+        """Newest revision that this shard has installed."""
+
+    def fetch(
+        self,
+        refs: Sequence[BlockRef],
+        *,
+        held_versions: Sequence[int | None] | None = None,
+        dtype: str | None = None,
+        min_revision: int = 0,
+    ) -> FetchResult:
+        """Return blocks of one revision; a held version is answered without content."""
+
+    def push(self, update: Update) -> PushResult:
+        """Apply gradients, each block's atomically; return once the journal holds them."""
+
+    def subscribe(self, refs: Sequence[BlockRef] = (), *, admin_only: bool = False) -> Subscription:
+        """Subscribe to changes of `refs` (empty = all of this shard)."""
+
+    def prepare(
+        self, revision: int, operations: Sequence[BlockOperation], *, dry_run: bool = False
+    ) -> Prepared:
+        """Prepare a transaction (module docstring); a dry run changes and holds back nothing."""
+
+    def commit(self, record: RevisionRecord) -> None:
+        """Install what was prepared for this revision; a shard without a part notes the number."""
+
+    def abort(self, revision: int) -> None:
+        """Give up what was prepared for `revision`; no effect where nothing was."""
+
+    def describe(self, refs: Sequence[BlockRef]) -> tuple[BlockStatus, ...]:
+        """Return version, state, step and CRC of blocks."""
+
+    def read(self, refs: Sequence[BlockRef]) -> Iterator[BlockContent]:
+        """Yield blocks with their optimizer state; withheld ones too, deleted ones not."""
+
+    def stats(self) -> ShardStats:
+        """Return counters and sizes."""

@@ -1,0 +1,47 @@
+"""CRC-32C (Castagnoli) of buffers without copying them."""
+
+from __future__ import annotations
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from membank.wire.errors import CorruptionError, Reason
+from membank.wire.spec import Array
+
+Buffer = bytes | bytearray | memoryview | Array
+"""Anything with C-contiguous bytes."""
+
+
+def as_uint8(buffer: Buffer) -> npt.NDArray[np.uint8]:
+    """View `buffer` as flat uint8; no copy.
+
+    The common currency of bytes here: ml_dtypes arrays offer no usable buffer format, and
+    google_crc32c takes numpy arrays but neither bytearray nor memoryview.
+    """
+    if isinstance(buffer, np.ndarray):
+        return buffer.reshape(-1).view(np.uint8)
+    return np.frombuffer(buffer, dtype=np.uint8)
+
+
+def crc32c(buffer: Buffer, *, start: int = 0) -> int:
+    """Return the CRC-32C of `buffer`, continuing from `start` (0 = afresh)."""
+    view = as_uint8(buffer)
+    return int(google_crc32c.extend(start, view)) if view.size else start
+
+
+def check_crc32c(buffer: Buffer, expected: int, *, what: str) -> None:
+    """Raise unless `buffer` has the CRC-32C `expected`.
+
+    Raises
+    ------
+    CorruptionError
+        If it has another; `what` names the damaged thing.
+    """
+    actual = crc32c(buffer)
+    if actual != expected:
+        raise CorruptionError(
+            f"{what}: CRC-32C is {actual:08x}, expected {expected:08x}; the bytes were damaged",
+            reason=Reason.CHECKSUM_MISMATCH,
+            metadata={"what": what},
+        )

@@ -1,0 +1,79 @@
+"""Names of the objects of a bank, relative to the bank's URL.
+
+::
+
+    bank.json                                   the spec, written once
+    revisions/0000000007.json                   what each committed revision consists of
+    trees/0000000003.safetensors                tree documents: retriever and topic labels
+    snapshots/NAME.json                         pinned revisions
+    audit/0000000007.json                       who made each revision
+    partitions/0002/manifests/0000000031        block -> (slot, version, CRCs, ...)
+    partitions/0002/level-1/weight/zarr.json    a zarr v3 array; one chunk = one slot
+    partitions/0002/level-1/weight/c.17.0.0.0.0
+
+Numbers are zero-padded so that listings sort. The journal of a partition lies outside (on the
+owner's disk) or, for a bank in a directory, under ``partitions/0002/journal``.
+"""
+
+from __future__ import annotations
+
+from membank.wire.spec import Role
+
+FORMAT_VERSION = 1
+"""Version of the layout; a reader refuses a bank with a greater one."""
+
+SPEC_KEY = "bank.json"
+REVISIONS = "revisions"
+TREES = "trees"
+SNAPSHOTS = "snapshots"
+AUDIT = "audit"
+
+
+def revision_key(revision: int) -> str:
+    """Key of the record that commits `revision`."""
+    return f"{REVISIONS}/{revision:010d}.json"
+
+
+def tree_key(revision: int) -> str:
+    """Key of the tree document written at `revision`."""
+    return f"{TREES}/{revision:010d}.safetensors"
+
+
+def snapshot_key(name: str) -> str:
+    """Key of the snapshot called `name`."""
+    return f"{SNAPSHOTS}/{name}.json"
+
+
+def audit_key(revision: int) -> str:
+    """Key of the audit record of `revision`."""
+    return f"{AUDIT}/{revision:010d}.json"
+
+
+def partition_prefix(partition: int) -> str:
+    """Prefix of everything that belongs to `partition`."""
+    return f"partitions/{partition:04d}"
+
+
+def manifest_prefix(partition: int) -> str:
+    """Prefix of the manifests of `partition`."""
+    return f"{partition_prefix(partition)}/manifests"
+
+
+def manifest_key(partition: int, number: int) -> str:
+    """Key of manifest `number` of `partition`."""
+    return f"{manifest_prefix(partition)}/{number:010d}"
+
+
+def array_prefix(partition: int, level: int, role: Role) -> str:
+    """Prefix of the zarr array that holds `role` of the blocks of `level`."""
+    return f"{partition_prefix(partition)}/level-{level}/{role.value}"
+
+
+def slot_key(partition: int, level: int, role: Role, slot: int) -> str:
+    """Key of the zarr chunk that is `slot`; blocks are 4-dimensional, so arrays have 5."""
+    return f"{array_prefix(partition, level, role)}/c.{slot}.0.0.0.0"
+
+
+def number_of(key: str) -> int:
+    """Return the number in the last part of a numbered key."""
+    return int(key.rsplit("/", 1)[-1].split(".", 1)[0])

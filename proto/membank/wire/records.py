@@ -1,0 +1,294 @@
+"""Records that both ends of the wire share.
+
+Shapes: L layers, P parts (gate, up, down), R block width, D model width. A block is one array of
+shape (L, P, R, D); the down part is kept transposed so that all three parts have the same shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from membank.wire.errors import Reason
+from membank.wire.spec import Array, BankSpec, BlockRef, BlockState
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockHeader:
+    """What travels with, or instead of, the content of one block."""
+
+    ref: BlockRef
+    """The block."""
+    version: int
+    """Version of the content; 0 = as initialised, +1 at every change."""
+    state: BlockState = BlockState.ACTIVE
+    """Anything but ACTIVE has no content and ends the path there."""
+    dtype: str = "float32"
+    """Element type of the content."""
+    shape: tuple[int, ...] = ()
+    """(L, P, R, D); empty where there is no content."""
+    num_bytes: int = 0
+    """Bytes of the content; 0 where nothing travels."""
+    crc32c: int = 0
+    """CRC-32C of the content's bytes."""
+    unchanged: bool = False
+    """True where the caller already holds this version."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """A block as fetched."""
+
+    header: BlockHeader
+    """Version, state and shape."""
+    weight: Array | None
+    """(L, P, R, D) in ``header.dtype``; None where nothing travelled."""
+
+    @property
+    def ref(self) -> BlockRef:
+        """The block's name."""
+        return self.header.ref
+
+    @property
+    def version(self) -> int:
+        """The block's version."""
+        return self.header.version
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gradient:
+    """The gradient of one block, to be pushed."""
+
+    ref: BlockRef
+    """The block."""
+    base_version: int
+    """Version that the gradient was computed on."""
+    values: Array
+    """(L, P, R, D), C-contiguous, float32, bfloat16 or float16; not retained."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Update:
+    """One push: gradients of some blocks, applied once however often it is sent."""
+
+    request_id: str
+    """Unique id; a retry carries the same."""
+    step: int
+    """Training step of the sender; recorded."""
+    gradients: tuple[Gradient, ...]
+    """One gradient per block, no block twice."""
+    learning_rate_scale: float = 1.0
+    """Multiplies the bank's learning rates (schedule); finite, >= 0."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateResult:
+    """What became of one gradient."""
+
+    ref: BlockRef
+    """The block."""
+    accepted: bool
+    """True where it was applied."""
+    version: int
+    """Version after it, or the current one where it was refused."""
+    reason: Reason | None = None
+    """Why it was refused."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockEvent:
+    """One change of one block, as told to watchers."""
+
+    ref: BlockRef
+    """The block."""
+    version: int
+    """Version after the change."""
+    state: BlockState
+    """State after the change."""
+    revision: int
+    """Revision in force after the change."""
+    is_update: bool = False
+    """True for a gradient update, False for an admin transaction."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockChange:
+    """What a transaction did, or would do, to one block."""
+
+    ref: BlockRef
+    """The block."""
+    version_before: int
+    """Version before."""
+    version_after: int
+    """Version after."""
+    state_before: BlockState
+    """State before."""
+    state_after: BlockState
+    """State after."""
+    num_bytes: int
+    """Bytes of weight and optimizer state that the block occupies or occupied."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransactionReport:
+    """What a transaction did, or would do."""
+
+    revision: int
+    """Revision of the bank after it; the present one for a dry run."""
+    changes: tuple[BlockChange, ...]
+    """The blocks it changed."""
+    dry_run: bool = False
+    """True where nothing was changed."""
+    num_slots_destroyed: int = 0
+    """Slots destroyed (delete), every retained version counted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartitionOwner:
+    """Which shard serves a partition."""
+
+    partition: int
+    """The partition."""
+    shard_id: str
+    """Identity of the shard."""
+    endpoint: str
+    """Its gRPC address, host:port."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """Which shard serves which partition."""
+
+    generation: int
+    """Grows whenever an owner changes."""
+    owners: tuple[PartitionOwner, ...]
+    """One entry per partition."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BankInfo:
+    """What a client must know before its first fetch."""
+
+    spec: BankSpec
+    """What was fixed at creation."""
+    revision: int
+    """Newest committed revision."""
+    placement: Placement
+    """Which shard serves which partition."""
+    tree_revision: int = 0
+    """Revision at which the tree document last changed."""
+    removal_revision: int = 0
+    """Newest revision at which something was withheld or deleted."""
+    server_version: str = ""
+    """Version of the server software."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Topic:
+    """A cluster with its label and the state of its own block."""
+
+    ref: BlockRef
+    """Its block."""
+    label: str
+    """Label for people; empty once deleted."""
+    state: BlockState
+    """State of its own block."""
+    version: int
+    """Version of its own block."""
+    step: int
+    """Gradient steps its own block has taken."""
+    num_bytes: int
+    """Bytes of its own block's weight."""
+    num_documents: int
+    """Documents of the training corpus in it; 0 where unknown."""
+    partition: int
+    """Partition of its own block."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockDescription:
+    """One block in full."""
+
+    topic: Topic
+    """The topic it belongs to."""
+    crc32c: int
+    """CRC-32C of the weight as kept."""
+    shape: tuple[int, ...]
+    """(L, P, R, D)."""
+    optimizer_bytes: int
+    """Bytes of optimizer state."""
+    shard_id: str
+    """Shard that serves it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """A pinned state of a bank."""
+
+    name: str
+    """Its name."""
+    revision: int
+    """Revision it pins."""
+    create_time_s: float
+    """Seconds since 1970-01-01 UTC."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardStats:
+    """Counters of one shard since it started, and its present sizes."""
+
+    shard_id: str
+    """Identity of the shard."""
+    endpoint: str
+    """gRPC address, host:port."""
+    pid: int
+    """Process id on its host."""
+    partitions: tuple[int, ...]
+    """Partitions it owns."""
+    num_blocks_fetched: int = 0
+    """Blocks served."""
+    num_bytes_fetched: int = 0
+    """Payload bytes sent."""
+    num_updates_applied: int = 0
+    """Gradients applied."""
+    num_updates_refused: int = 0
+    """Gradients refused."""
+    num_bytes_pushed: int = 0
+    """Payload bytes received."""
+    resident_bytes: int = 0
+    """Bytes of blocks and optimizer state in memory."""
+    journal_bytes: int = 0
+    """Bytes of journal that are not folded into slots yet."""
+    num_restarts: int = 0
+    """Times the shard was started again by its supervisor."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BankStats:
+    """Statistics of a served bank."""
+
+    shards: tuple[ShardStats, ...]
+    """One entry per shard."""
+    revision: int
+    """Newest committed revision."""
+    num_blocks: int
+    """Number of blocks of the bank."""
+    num_blocks_written: int
+    """Number of blocks that have been changed since creation."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AuditRecord:
+    """Who did what to a bank."""
+
+    revision: int
+    """Revision that the operation created."""
+    time_s: float
+    """Seconds since 1970-01-01 UTC."""
+    principal: str
+    """Name of the caller."""
+    operation: str
+    """Operation, such as "delete"."""
+    request_id: str
+    """Request id."""
+    detail: dict[str, object]
+    """What it was applied to."""
