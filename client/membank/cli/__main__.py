@@ -1,0 +1,5 @@
+"""Run the command as ``python -m membank.cli``."""
+
+from membank.cli.app import main
+
+main()

@@ -1,0 +1,99 @@
+"""How commands reach a served bank, and how they name a topic."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from membank.client import BankClient, ClientConfig, TlsConfig
+from membank.wire.errors import NotFoundError, Reason
+from membank.wire.records import Topic
+from membank.wire.spec import BlockRef
+
+DEFAULT_ENDPOINT = "localhost:7600"
+
+BankOption = Annotated[
+    str,
+    typer.Option(
+        "--bank",
+        envvar="MEMBANK_BANK",
+        help="Endpoint of the service, HOST:PORT (any shard or the gateway).",
+    ),
+]
+TokenOption = Annotated[
+    Path | None,
+    typer.Option(envvar="MEMBANK_TOKEN_FILE", help="File that holds the bearer token."),
+]
+CaOption = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="MEMBANK_CA_FILE", help="Root certificate (PEM) of the service; turns TLS on."
+    ),
+]
+TopicArgument = Annotated[
+    str, typer.Argument(help="A topic: LEVEL/CLUSTER such as 1/3, or (part of) its label.")
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Only say what would change; change nothing.")
+]
+
+
+def connect(endpoint: str, token_file: Path | None = None, ca_file: Path | None = None) -> BankClient:
+    """Connect to a service with what the command line says."""
+    tls = TlsConfig(root_certificates_file=ca_file) if ca_file is not None else None
+    config = ClientConfig(tls=tls, token_file=token_file)
+    return BankClient.connect(endpoint, config=config)
+
+
+def resolve_topic(bank: BankClient, text: str) -> BlockRef:
+    """Return the topic that `text` names.
+
+    Parameters
+    ----------
+    bank
+        The bank.
+    text
+        ``LEVEL/CLUSTER``, a label, or a part of exactly one label.
+
+    Returns
+    -------
+    BlockRef
+        The topic.
+
+    Raises
+    ------
+    NotFoundError
+        If no label, or more than one, fits.
+    """
+    if text.replace("/", "").isdigit() and "/" in text:
+        return BlockRef.parse(text)
+    wanted = text.casefold().strip()
+    topics = [topic for topic in bank.topics() if topic.label]
+    exact = [topic for topic in topics if topic.label.casefold() == wanted]
+    found = exact or [topic for topic in topics if wanted in topic.label.casefold()]
+    if len(found) == 1:
+        return found[0].ref
+    if not found:
+        raise NotFoundError(
+            f"no topic is called {text!r}; `membank topics` lists them",
+            reason=Reason.UNKNOWN_TOPIC,
+            metadata={"topic": text},
+        )
+    raise NotFoundError(
+        f"{text!r} fits {len(found)} topics: {_name_some(found)}; say which, as LEVEL/CLUSTER",
+        reason=Reason.UNKNOWN_TOPIC,
+        metadata={"topic": text},
+    )
+
+
+def _name_some(topics: list[Topic], limit: int = 6) -> str:
+    names = [f"{topic.ref} ({topic.label})" for topic in topics[:limit]]
+    return ", ".join(names) + (" ..." if len(topics) > limit else "")
+
+
+def default_endpoint() -> str:
+    """Return the endpoint that the environment names, else the usual one."""
+    return os.environ.get("MEMBANK_BANK", DEFAULT_ENDPOINT)

@@ -1,0 +1,82 @@
+"""Exit codes, and how an error reaches the user: one line, no traceback."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+
+import click
+import typer
+
+from membank.cli.output import err_console
+from membank.wire.errors import (
+    AccessDeniedError,
+    AlreadyExistsError,
+    ConflictError,
+    CorruptionError,
+    DeadlineError,
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    MembankError,
+    NotFoundError,
+    ResourceExhaustedError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+
+EXIT_CODES: dict[type[MembankError], int] = {
+    InvalidArgumentError: 2,
+    NotFoundError: 3,
+    AlreadyExistsError: 4,
+    FailedPreconditionError: 4,
+    ConflictError: 5,
+    UnauthenticatedError: 6,
+    AccessDeniedError: 6,
+    UnavailableError: 7,
+    DeadlineError: 7,
+    ResourceExhaustedError: 8,
+    CorruptionError: 9,
+    InternalError: 70,
+}
+"""Exit code of each leaf of the error tree; 2 is also click's for bad usage."""
+
+EXIT_INTERRUPTED = 130
+
+
+def run(app: Callable[..., object]) -> None:
+    """Run a typer app and end the process with the code of its outcome."""
+    try:
+        code = app(standalone_mode=False)
+    except MembankError as err:
+        report(err)
+        raise SystemExit(EXIT_CODES.get(type(err), 1)) from None
+    except click.exceptions.NoArgsIsHelpError as err:
+        err.show()
+        raise SystemExit(0) from None
+    except click.ClickException as err:
+        err.show()
+        raise SystemExit(err.exit_code) from None
+    except (KeyboardInterrupt, click.Abort, typer.Abort):
+        err_console.print("stopped; what was acknowledged is kept, run the same command to go on")
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    except BrokenPipeError:
+        # The reader of our output (head, less) is gone; that is its decision, not a failure.
+        sys.stderr.close()
+        raise SystemExit(0) from None
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def report(err: MembankError) -> None:
+    """Print an error: as JSON on standard error where the caller asked for JSON."""
+    if "--json" in sys.argv:
+        document = {"error": str(err), "reason": err.reason.value, **err.metadata}
+        sys.stderr.write(json.dumps(document) + "\n")
+    else:
+        err_console.print(f"[bold red]error[/]: {_escape(str(err))} [dim]({err.reason.value})[/]")
+
+
+def _escape(text: str) -> str:
+    # Square brackets in a message are text, not markup.
+    return text.replace("[", "\\[")

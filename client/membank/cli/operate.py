@@ -1,0 +1,276 @@
+"""Commands that change what a bank knows: swap, withhold, delete, export, import, roll back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from membank.cli.connection import (
+    DEFAULT_ENDPOINT,
+    BankOption,
+    CaOption,
+    DryRunOption,
+    TokenOption,
+    TopicArgument,
+    connect,
+    resolve_topic,
+)
+from membank.cli.output import JsonOption, console, emit, format_bytes, table
+from membank.wire.errors import InvalidArgumentError, Reason
+from membank.wire.records import TransactionReport
+from membank.wire.spec import BlockRef
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands to `app`."""
+    app.command("swap")(swap)
+    app.command("withhold")(withhold)
+    app.command("restore")(restore)
+    app.command("delete")(delete)
+    app.command("export")(export)
+    app.command("import")(import_)
+    app.command("snapshot")(snapshot)
+    app.command("rollback")(rollback)
+
+
+def swap(
+    topic: TopicArgument,
+    weights: Annotated[
+        Path, typer.Argument(help="A .npy file with the block's new weights, shape (L, 3, r, d).")
+    ],
+    expect_version: Annotated[
+        int | None, typer.Option(min=0, help="Refuse unless the block has this version.")
+    ] = None,
+    dry_run: DryRunOption = False,
+    bank: BankOption = DEFAULT_ENDPOINT,
+    token_file: TokenOption = None,
+    ca_file: CaOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Replace the content of one block; its optimizer state starts afresh.
+
+    Example: ``membank swap 2/17 iron.npy --expect-version 40``.
+    """
+    try:
+        array = np.load(weights, allow_pickle=False)
+    except (OSError, ValueError) as err:
+        raise InvalidArgumentError(
+            f"{weights} is not a readable .npy file: {err}", reason=Reason.BAD_ARGUMENT
+        ) from err
+    with connect(bank, token_file, ca_file) as client:
+        ref = resolve_topic(client, topic)
+        expected = {} if expect_version is None else {ref: expect_version}
+        report = client.swap({ref: array}, expected=expected, dry_run=dry_run)
+    show_report("swap", report, as_json=as_json)
+
+
+def withhold(
+    topic: TopicArgument,
+    dry_run: DryRunOption = False,
+    bank: BankOption = DEFAULT_ENDPOINT,
+    token_file: TokenOption = None,
+    ca_file: CaOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Hide a topic and everything under it from fetches and updates, reversibly.
+
+    Example: ``membank withhold 1/3``, and later ``membank restore 1/3``.
+    """
+    with connect(bank, token_file, ca_file) as client:
+        report = client.withhold(resolve_topic(client, topic), dry_run=dry_run)
+    show_report("withhold", report, as_json=as_json)
+
+
+def restore(
+    topic: TopicArgument,
+    dry_run: DryRunOption = False,
+    bank: BankOption = DEFAULT_ENDPOINT,
+    token_file: TokenOption = None,
+    ca_file: CaOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """End the withholding of a topic.
+
+    Example: ``membank restore 1/3``.
+    """
+    with connect(bank, token_file, ca_file) as client:
+        report = client.restore(resolve_topic(client, topic), dry_run=dry_run)
+    show_report("restore", report, as_json=as_json)
+
+
+def delete(
+    topic: TopicArgument,
+    dry_run: DryRunOption = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    bank: BankOption = DEFAULT_ENDPOINT,
+    token_file: TokenOption = None,
+    ca_file: CaOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete a topic and everything under it: weights, optimizer state, history, labels.
+
+    Examples: ``membank delete chemistry --dry-run``, then ``membank delete chemistry``.
+    """
+    with connect(bank, token_file, ca_file) as client:
+        ref = resolve_topic(client, topic)
+        if not (dry_run or yes):
+            plan = client.delete(ref, dry_run=True)
+            question = f"Delete {len(plan.changes)} blocks ({_bytes_of(plan)}) for good?"
+            typer.confirm(question, abort=True, err=True)
+        report = client.delete(ref, dry_run=dry_run)
+    show_report("delete", report, as_json=as_json)
+
+
+def export(
+    topic: TopicArgument,
+    pack: Annotated[Path, typer.Argument(help="File to write.")],
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Leave the optimizer state out.")
+    ] = False,
+    bank: BankOption = DEFAULT_ENDPOINT,
+    token_file: TokenOption = None,
+    ca_file: CaOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a topic with everything under it to a pack (a safetensors file).
+
+    Example: ``membank export chemistry chemistry.pack``.
+    """
+    with connect(bank, token_file, ca_file) as client:
+        ref = resolve_topic(client, topic)
+        partial = pack.with_name(pack.name + ".partial")
+        try:
+            with partial.open("wb") as file:
+                client.export(ref, file, weights_only=weights_only)
+            partial.replace(pack)
+        finally:
+            # A pack appears whole or not at all.
+            partial.unlink(missing_ok=True)
+    size = pack.stat().st_size
+    payload = {"topic": str(ref), "pack": str(pack), "bytes": size}
+    emit(
+        payload,
+        as_json=as_json,
+        render=lambda: console.print(f"topic {ref} written to {pack} ({format_bytes(size)})"),
+    )
+
+
+def import_(
+    pack: Annotated[Path, typer.Argument(help="A pack that `membank export` wrote.")],
+    dry_run: DryRunOption = False,
+    bank: BankOption = DEFAULT_ENDPOINT,
+    token_file: TokenOption = None,
+    ca_file: CaOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Install a pack under the topic it was exported from, a deleted one included.
+
+    Example: ``membank import chemistry.pack``.
+    """
+    try:
+        data = pack.read_bytes()
+    except OSError as err:
+        raise InvalidArgumentError(f"{pack} cannot be read: {err}") from err
+    with connect(bank, token_file, ca_file) as client:
+        report = client.import_pack(data, dry_run=dry_run)
+    show_report("import", report, as_json=as_json)
+
+
+def snapshot(
+    name: Annotated[
+        str | None, typer.Argument(help="Name of the new snapshot; without one, list them.")
+    ] = None,
+    bank: BankOption = DEFAULT_ENDPOINT,
+    token_file: TokenOption = None,
+    ca_file: CaOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Pin the present state of the bank under a name, or list what is pinned.
+
+    Examples: ``membank snapshot before-import``, ``membank snapshot``.
+    """
+    with connect(bank, token_file, ca_file) as client:
+        found = client.snapshots() if name is None else (client.snapshot(name),)
+
+    def render() -> None:
+        console.print(table(("snapshot", "revision>"), [(s.name, s.revision) for s in found]))
+
+    payload = [
+        {"snapshot": s.name, "revision": s.revision, "create_time_s": s.create_time_s} for s in found
+    ]
+    emit(payload, as_json=as_json, render=render)
+
+
+def rollback(
+    to: Annotated[str, typer.Option("--to", help="Snapshot to return to.")],
+    topic: Annotated[str | None, typer.Option(help="Only this topic; without it, all.")] = None,
+    dry_run: DryRunOption = False,
+    bank: BankOption = DEFAULT_ENDPOINT,
+    token_file: TokenOption = None,
+    ca_file: CaOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring the bank or one topic back to a snapshot; deleted topics stay deleted.
+
+    Example: ``membank rollback --to before-import --topic chemistry``.
+    """
+    with connect(bank, token_file, ca_file) as client:
+        ref: BlockRef | None = None if topic is None else resolve_topic(client, topic)
+        report = client.rollback(to, topic=ref, dry_run=dry_run)
+    show_report("rollback", report, as_json=as_json)
+
+
+def show_report(operation: str, report: TransactionReport, *, as_json: bool) -> None:
+    """Print what a transaction did, or would do."""
+
+    def render() -> None:
+        verb = "would change" if report.dry_run else "changed"
+        console.print(
+            f"{operation}: {verb} {len(report.changes)} blocks ({_bytes_of(report)}); "
+            f"revision {report.revision}"
+        )
+        if report.num_slots_destroyed:
+            would = "would be " if report.dry_run else ""
+            console.print(f"stored versions {would}destroyed: {report.num_slots_destroyed}")
+        rows = [
+            (
+                change.ref,
+                f"{change.state_before.name.lower()} v{change.version_before}",
+                f"{change.state_after.name.lower()} v{change.version_after}",
+                format_bytes(change.num_bytes),
+            )
+            for change in report.changes[:20]
+        ]
+        if rows:
+            console.print(table(("block", "before", "after", "bytes>"), rows))
+        if len(report.changes) > len(rows):
+            console.print(f"... and {len(report.changes) - len(rows)} more (--json lists them)")
+
+    emit({"operation": operation, **report_json(report)}, as_json=as_json, render=render)
+
+
+def report_json(report: TransactionReport) -> dict[str, object]:
+    """Return a transaction report as JSON-able values."""
+    return {
+        "revision": report.revision,
+        "dry_run": report.dry_run,
+        "slots_destroyed": report.num_slots_destroyed,
+        "changes": [
+            {
+                "block": str(change.ref),
+                "version_before": change.version_before,
+                "version_after": change.version_after,
+                "state_before": change.state_before.name.lower(),
+                "state_after": change.state_after.name.lower(),
+                "bytes": change.num_bytes,
+            }
+            for change in report.changes
+        ],
+    }
+
+
+def _bytes_of(report: TransactionReport) -> str:
+    return format_bytes(sum(change.num_bytes for change in report.changes))

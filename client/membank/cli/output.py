@@ -1,0 +1,84 @@
+"""What commands print: a table for people, or one JSON document for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+console = Console(highlight=False)
+"""Standard output; rich leaves colours out where it is no terminal."""
+
+err_console = Console(stderr=True, highlight=False)
+"""Standard error: progress, notices, errors."""
+
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document instead of text.")
+]
+
+
+def emit(payload: object, *, as_json: bool, render: Callable[[], None]) -> None:
+    """Print `payload` as JSON, or call `render` to print it for people."""
+    if as_json:
+        json.dump(payload, sys.stdout, indent=2, default=str)
+        sys.stdout.write("\n")
+    else:
+        render()
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> Table:
+    """Build a table; columns whose name ends in ``>`` are right-aligned."""
+    built = Table(title=title or None, title_justify="left", header_style="bold")
+    for column in columns:
+        built.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left")
+    for row in rows:
+        built.add_row(*(str(cell) for cell in row))
+    return built
+
+
+def format_bytes(count: int) -> str:
+    """Write a number of bytes with a decimal prefix, such as ``36.1 MB``."""
+    return decimal(count)
+
+
+def format_count(count: int) -> str:
+    """Write a large count with a suffix, such as ``4.62B``."""
+    for limit, suffix in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= limit:
+            return f"{count / limit:.4g}{suffix}"
+    return str(count)
+
+
+def format_share(share: float | None) -> str:
+    """Write a share of 1 in percent, ``-`` where there is none."""
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def progress_bars() -> Progress:
+    """Return progress bars with time left, on standard error."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=err_console,
+        transient=False,
+        refresh_per_second=4,
+    )
