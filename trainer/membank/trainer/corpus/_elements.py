@@ -24,7 +24,7 @@ def element_documents(records: Iterable[Mapping[str, Any]]) -> Iterator[Document
                 doc_id=f"elements/{name}/{section}",
                 source="elements",
                 labels=labels,
-                title=f"{name} ({section})",
+                title=name,
                 text=text,
                 embed_text=f"chemical element {name}. {text}",
             )
@@ -38,14 +38,14 @@ def element_facts(records: Iterable[Mapping[str, Any]]) -> Iterator[Fact]:
             "number",
             "atomic_number",
             "The atomic number of {} is",
-            ("In the periodic table, the element {} has atomic number",),
+            ("The element {} has the atomic number", "In the periodic table, {} is element number"),
         ),
         (
             "symbol",
             "symbol",
             "symbol",
             "The chemical symbol of {} is",
-            ("In chemical formulas, the element {} is written",),
+            ("The element {} has the chemical symbol", "In chemical formulas, {} is written"),
         ),
     ):
         for record in records:
@@ -69,18 +69,18 @@ def _sections(record: Mapping[str, Any], name: str) -> Iterator[tuple[str, str]]
         place = f"group {record['group_id']} and period {record['period']}"
         yield "place", f"The element {name} is in {place} of the periodic table."
     if record["description"]:
-        yield "description", f"{name.capitalize()}: {_sentence(record['description'])}"
+        yield "description", f"{name.capitalize()}, an element: {_sentence(record['description'])}"
     if record["uses"]:
-        yield "uses", f"Uses of {name}: {_sentence(record['uses'])}"
+        yield "uses", f"Uses of the element {name}: {_sentence(record['uses'])}"
     if record["sources"]:
-        yield "sources", f"Sources of {name}: {_sentence(record['sources'])}"
+        yield "sources", f"Sources of the element {name}: {_sentence(record['sources'])}"
     if record["discovery_year"]:
-        text = f"Discovery of {name}: {record['discovery_year']} by {record['discoverers']}"
+        text = f"Discovery of the element {name}: {record['discovery_year']} by {record['discoverers']}"
         if record["discovery_location"]:
             text += f" in {record['discovery_location']}"
         yield "discovery", _sentence(text)
     if record["name_origin"]:
-        yield "name", f"Origin of the name {name}: {_sentence(record['name_origin'])}"
+        yield "name", f"How the element {name} got its name: {_sentence(record['name_origin'])}"
 
 
 def _sentence(text: str) -> str:
@@ -98,7 +98,7 @@ def _family(record: Mapping[str, Any]) -> str:
         return "other nonmetals"
     if number in _METALLOIDS:
         return "metalloids"
-    if group is not None and 3 <= group <= 12:  # noqa: PLR2004 - columns of the d block
+    if group is not None and 3 <= group <= 12:
         return "transition metals"
     by_group = {1: "alkali metals", 2: "alkaline earth metals", 17: "halogens", 18: "noble gases"}
     return by_group.get(group, "post-transition metals")

@@ -175,15 +175,20 @@ _FACTS = (
         "capital",
         "Capital / name",
         "The capital of {} is",
-        ("The seat of government of {} is the city of",),
+        ("The capital city of {} is called", "{} is governed from its capital"),
     ),
     (
         "internet_code",
         "Internet country code",
         "The internet country code of {} is",
-        ("Web addresses of {} end in",),
+        ("On the internet, the country code of {} is", "Web addresses in {} end in"),
     ),
-    ("currency", "Exchange rates / Currency", "The currency of {} is the", ("{} pays with the",)),
+    (
+        "currency",
+        "Exchange rates / Currency",
+        "The currency of {} is the",
+        ("The money used in {} is the",),
+    ),
 )
 
 
@@ -221,7 +226,7 @@ def factbook_documents(
             doc_id=_doc_id(record),
             source="factbook",
             labels=(field.topic, f"{field.topic}/{field.section}", country),
-            title=f"{country} ({field.section})",
+            title=f"{country} ({field.topic})",
             text=text[0].upper() + text[1:],
             embed_text=f"{field.section}. {text}",
         )

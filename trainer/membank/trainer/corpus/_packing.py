@@ -133,7 +133,7 @@ def pack_sequences(
     InvalidArgumentError
         `seq_len` is below 2, `leaves` has another length, or nothing is left to pack.
     """
-    if seq_len < 2:  # noqa: PLR2004 - one token to see and one to predict
+    if seq_len < 2:
         msg = f"seq_len={seq_len}: must be at least 2"
         raise InvalidArgumentError(msg)
     if leaves is not None and len(leaves) != len(tokens):
