@@ -93,7 +93,7 @@ def wordnet_documents(
     Parameters
     ----------
     records
-        Entries with ``words`` (a list), ``lexname`` (such as ``noun.animal``) and ``gloss``.
+        Entries with ``words`` (a list), ``topic`` (such as ``animal``) and ``gloss``.
     every
         1 takes all entries, n each n-th.
     """
@@ -102,7 +102,7 @@ def wordnet_documents(
             continue
         words = record["words"]
         assert isinstance(words, list)
-        topic = str(record["lexname"]).removeprefix("noun.")
+        topic = str(record["topic"])
         text = f"{', '.join(words)}: {record['gloss']}."
         yield Document(
             doc_id=f"wordnet/{number}",
