@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+
+from membank.cli import serve
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCHER = REPOSITORY / "ray_cluster.yaml"
@@ -87,6 +90,28 @@ def test_images_carry_the_pinned_ray() -> None:
     groups = [cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]]
     images = [c["image"] for g in groups for c in g["template"]["spec"]["containers"]]
     assert images == [image] * len(images)
+
+
+@pytest.mark.parametrize("file", ["launcher", "kuberay"])
+def test_up_understands_every_option(file: str) -> None:
+    app = typer.Typer()
+    serve.register(app)
+    name, *options = _up_commands()[file][1:]
+    group = typer.main.get_command(app)
+    assert isinstance(group, typer.core.TyperGroup)
+    parsed = group.commands[name].make_context(name, options).params
+    assert parsed["ray_address"] == "auto"
+    assert parsed["host"] == "0.0.0.0"
+    # Off loopback the service refuses to start without these.
+    assert all(parsed[needed] for needed in ("tls_cert", "tls_key", "token_file"))
+
+
+def test_up_waits_for_the_nodes_that_are_asked_for() -> None:
+    config = _launcher()
+    nodes = 1 + sum(t.get("min_workers", 0) for t in config["available_node_types"].values())
+    workers = sum(g["replicas"] for g in _kuberay()["RayCluster"]["spec"]["workerGroupSpecs"])
+    for words in _up_commands().values():
+        assert int(words[words.index("--min-nodes") + 1]) == nodes == 1 + workers
 
 
 def test_both_files_start_the_same_service() -> None:
