@@ -154,6 +154,36 @@ def test_exported_names_exist(leaf: str) -> None:
     assert [name for name in exported if not hasattr(module, name)] == []
 
 
+def _public_methods(path: Path) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, str]]:
+    """The methods of public classes in `path`, each with its source."""
+    text = path.read_text()
+    for owner in ast.parse(text).body:
+        if not isinstance(owner, ast.ClassDef) or owner.name.startswith("_"):
+            continue
+        # What an RPC does is said in the schema, once.
+        if any(ast.unparse(base).endswith("Servicer") for base in owner.bases):
+            continue
+        for node in owner.body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                decorators = {ast.unparse(decorator) for decorator in node.decorator_list}
+                if not node.name.startswith("_") and not decorators & {
+                    "overload",
+                    "typing.overload",
+                }:
+                    yield node, ast.get_source_segment(text, node) or ""
+
+
+@pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if leaf != "v1"])
+def test_public_methods_say_what_they_do(leaf: str) -> None:
+    offenders = [
+        f"{path.relative_to(REPOSITORY)}:{node.lineno} {node.name}"
+        for path in _sources(LEAVES[leaf])
+        for node, source in _public_methods(path)
+        if not ast.get_docstring(node) and "# docstring inherited" not in source
+    ]
+    assert offenders == []
+
+
 def test_no_bare_folder_name_is_imported() -> None:
     # `proto` is proto-plus (Ray installs it) and `trainer` another published package: always membank.x.
     offenders = [
