@@ -1,0 +1,61 @@
+"""Training: stage 1 (the anchor) and stage 2 (the memories, fetched from and pushed to a bank).
+
+`membank.trainer.training.ray_train` runs stage 2 on Ray workers; it is imported by itself, so that
+everything here works without Ray.
+"""
+
+from membank.trainer.training.anchor_stage import AnchorStageConfig, train_anchor
+from membank.trainer.training.checkpoint import (
+    AnchorCheckpoint,
+    InProcessCheckpoint,
+    PositionCheckpoint,
+    StageCheckpoint,
+    anchor_fingerprint,
+    load_anchor,
+    save_anchor,
+)
+from membank.trainer.training.in_process import InProcessMemory, generic_spec
+from membank.trainer.training.memory_stage import MemoryStageConfig, train_memories
+from membank.trainer.training.order import SequenceOrder
+from membank.trainer.training.paths import BatchMemory, distinct_blocks, join, leaf_path
+from membank.trainer.training.prefetch import PrefetchingMemory
+from membank.trainer.training.progress import (
+    LossLog,
+    LossRecord,
+    Progress,
+    ProgressCallback,
+    StageResult,
+    read_losses,
+)
+from membank.trainer.training.source import Acknowledged, Fetched, MemorySource
+
+__all__ = [
+    "Acknowledged",
+    "AnchorCheckpoint",
+    "AnchorStageConfig",
+    "BatchMemory",
+    "Fetched",
+    "InProcessCheckpoint",
+    "InProcessMemory",
+    "LossLog",
+    "LossRecord",
+    "MemorySource",
+    "MemoryStageConfig",
+    "PositionCheckpoint",
+    "PrefetchingMemory",
+    "Progress",
+    "ProgressCallback",
+    "SequenceOrder",
+    "StageCheckpoint",
+    "StageResult",
+    "anchor_fingerprint",
+    "distinct_blocks",
+    "generic_spec",
+    "join",
+    "leaf_path",
+    "load_anchor",
+    "read_losses",
+    "save_anchor",
+    "train_anchor",
+    "train_memories",
+]
