@@ -1,3 +1,55 @@
-"""The client of a bank: connect, route, fetch, push, operate. No torch, Ray or zarr."""
+"""The client of a bank: connect, route, fetch, push, operate. No torch, Ray or zarr.
 
-__all__: list[str] = []
+`BankClient` is the synchronous client, `AsyncBankClient` the same on an event loop.
+"""
+
+from membank.client.blocks import BlockSource
+from membank.client.config import ClientConfig, RetryConfig, Secret, TlsConfig
+from membank.client.core import AsyncBankClient
+from membank.client.grpc_transport import GrpcTransport, grpc_connector
+from membank.client.memory import FetchedBlocks, Memory
+from membank.client.retriever import (
+    Embedder,
+    LsaEmbedder,
+    Retriever,
+    ScoredPath,
+)
+from membank.client.sync import BankClient
+from membank.client.transaction import Transaction
+from membank.client.transport import (
+    Connector,
+    FetchAnswer,
+    ImportAnswer,
+    PackInfo,
+    PushAnswer,
+    Transport,
+    WatchAnswer,
+)
+from membank.client.watching import Changes
+
+__all__ = [
+    "AsyncBankClient",
+    "BankClient",
+    "BlockSource",
+    "Changes",
+    "ClientConfig",
+    "Connector",
+    "Embedder",
+    "FetchAnswer",
+    "FetchedBlocks",
+    "GrpcTransport",
+    "ImportAnswer",
+    "LsaEmbedder",
+    "Memory",
+    "PackInfo",
+    "PushAnswer",
+    "Retriever",
+    "RetryConfig",
+    "ScoredPath",
+    "Secret",
+    "TlsConfig",
+    "Transaction",
+    "Transport",
+    "WatchAnswer",
+    "grpc_connector",
+]

@@ -1,0 +1,185 @@
+"""Configuration of the client: deadlines, retries, bounds, TLS and credentials."""
+
+from __future__ import annotations
+
+import hmac
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from membank.wire.errors import FailedPreconditionError, InvalidArgumentError, Reason
+
+
+class Secret:
+    """A credential that shows itself to nobody: not to `repr`, logs or pickle.
+
+    Parameters
+    ----------
+    value
+        The credential; surrounding white space is dropped.
+    """
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value.strip()
+
+    def reveal(self) -> str:
+        """Return the credential."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return "Secret(***)"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Secret):
+            return NotImplemented
+        return hmac.compare_digest(self._value.encode(), other._value.encode())
+
+    def __hash__(self) -> int:
+        return hash((Secret, self._value))
+
+    def __copy__(self) -> Secret:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Secret:
+        # `dataclasses.asdict` copies deeply; the copy would otherwise go through pickle.
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a credential does not pickle; give token_file instead of token, and have the file on "
+            "every machine that the configuration is sent to"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetryConfig:
+    """When and how often a call that found no service is made again.
+
+    Only UNAVAILABLE is retried: everything else is an answer. A mutation is retried with the same
+    request id, so that a service that did apply it does not apply it twice.
+    """
+
+    max_attempts: int = 60
+    """Most attempts of one call, the first included; 1 = never retry. The deadline of the call
+    usually ends the retries first."""
+    initial_backoff_s: float = 0.05
+    """Upper bound of the first wait, in seconds, > 0; waits are drawn from 0 to the bound."""
+    max_backoff_s: float = 2.0
+    """Bound that the doubled waits stop at, in seconds, >= `initial_backoff_s`."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_attempts >= 1, "max_attempts", self.max_attempts, ">= 1")
+        ok = 0 < self.initial_backoff_s < math.inf
+        _require(ok, "initial_backoff_s", self.initial_backoff_s, "finite, > 0")
+        ok = self.initial_backoff_s <= self.max_backoff_s < math.inf
+        _require(ok, "max_backoff_s", self.max_backoff_s, "finite, >= initial_backoff_s")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TlsConfig:
+    """How the client knows that it talks to the right service."""
+
+    root_certificates: Path | None = None
+    """PEM file with the certificates to trust; None = those of the operating system."""
+    server_name: str | None = None
+    """Name that the certificate must bear; None = the host that is called. For shards that are
+    called by address and share one certificate."""
+
+    def __post_init__(self) -> None:
+        if self.root_certificates is not None:
+            object.__setattr__(self, "root_certificates", Path(self.root_certificates))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClientConfig:
+    """Configuration of a client. It pickles unless it holds a `token`."""
+
+    bank: str = ""
+    """Name of the bank; empty = the one that the service serves."""
+    timeout_s: float = 60.0
+    """Deadline of a fetch, push or question, retries included, in seconds."""
+    admin_timeout_s: float = 300.0
+    """Deadline of a change of the bank, an export or an import, retries included, in seconds."""
+    connect_timeout_s: float = 10.0
+    """Deadline of the first answer at `connect`, retries included, in seconds."""
+    retry: RetryConfig = field(default_factory=RetryConfig)
+    """Retries."""
+    tls: TlsConfig | None = None
+    """None = no TLS; a credential is then sent to this machine alone."""
+    token: Secret | str | None = None
+    """Bearer token; a `str` is wrapped. Not together with `token_file`."""
+    token_file: Path | None = None
+    """File whose first word is the bearer token, comments (#) aside; the service's own token file
+    will do. Read when a connection is made, so that it may be renewed."""
+    max_answer_bytes: int = 4 << 30
+    """Most bytes that the answer to one call may have: a fetch, the tree document, a pack."""
+    max_push_bytes: int = 4 << 30
+    """Most bytes that the gradients of one push, or the blocks of one swap, may have."""
+    max_request_bytes: int = 256 << 20
+    """Bytes at which a fetch from one shard is cut into several requests."""
+    max_revision_rounds: int = 8
+    """Most times that the shards behind are asked again so that a fetch is of one revision."""
+    keepalive_s: float = 30.0
+    """Silence after which a connection in use is probed, in seconds; the service must permit it."""
+    keepalive_timeout_s: float = 10.0
+    """Time for the answer to a probe, in seconds; then the connection counts as broken."""
+
+    def __post_init__(self) -> None:
+        for name in ("timeout_s", "admin_timeout_s", "connect_timeout_s"):
+            _require_positive(name, getattr(self, name))
+        for name in ("keepalive_s", "keepalive_timeout_s"):
+            _require_positive(name, getattr(self, name))
+        for name in (
+            "max_answer_bytes",
+            "max_push_bytes",
+            "max_request_bytes",
+            "max_revision_rounds",
+        ):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+        if isinstance(self.token, str):
+            object.__setattr__(self, "token", Secret(self.token))
+        if self.token_file is not None:
+            object.__setattr__(self, "token_file", Path(self.token_file))
+        both = self.token is not None and self.token_file is not None
+        _require(not both, "token", "***", "either token or token_file")
+
+    def read_token(self) -> Secret | None:
+        """Return the bearer token, read anew where it comes from a file; None = no credentials.
+
+        Raises
+        ------
+        FailedPreconditionError
+            If the file cannot be read or is empty.
+        """
+        if self.token_file is None:
+            return Secret(self.token) if isinstance(self.token, str) else self.token
+        try:
+            lines = self.token_file.read_text().splitlines()
+        except OSError as err:
+            raise FailedPreconditionError(
+                f"token file {self.token_file}: {err.strerror}; write the token there",
+                reason=Reason.NO_CREDENTIALS,
+            ) from err
+        words = [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
+        if not words:
+            raise FailedPreconditionError(
+                f"token file {self.token_file} holds no token; write one there",
+                reason=Reason.NO_CREDENTIALS,
+            )
+        return Secret(words[0])
+
+
+def _require_positive(name: str, value: float) -> None:
+    _require(0 < value < math.inf, name, value, "finite, > 0")
+
+
+def _require(ok: bool, name: str, value: object, accepted: str) -> None:
+    if not ok:
+        raise InvalidArgumentError(
+            f"{name} is {value!r}; accepted: {accepted}",
+            reason=Reason.BAD_CONFIG,
+            metadata={"field": name, "value": str(value)},
+        )

@@ -1,0 +1,482 @@
+"""The client's one implementation, asynchronous; `BankClient` is this behind a thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Self
+
+from membank.client.admin import AdminCalls
+from membank.client.blocks import BlockSource, ShardedBlocks
+from membank.client.checks import check_arrays, check_bases, check_scale
+from membank.client.config import ClientConfig
+from membank.client.grpc_transport import grpc_connector
+from membank.client.memory import FetchedBlocks, Memory
+from membank.client.retriever import Embedder, Retriever, ScoredPath
+from membank.client.retrying import call_with_retries
+from membank.client.session import Session, new_request_id
+from membank.client.transaction import Transaction
+from membank.client.transport import Connector, PushAnswer
+from membank.client.watching import Changes, watch_shards
+from membank.wire.errors import InvalidArgumentError, NotFoundError, Reason
+from membank.wire.format import TreeDocument, decode_tree
+from membank.wire.records import BankInfo, Block, Gradient, Update
+from membank.wire.spec import Array, BankSpec, BlockRef, Path, dtype_of
+
+
+class AsyncBankClient(AdminCalls):
+    """A bank as seen over the network; belongs to the event loop that it was made in.
+
+    Made by `connect`. Calls may run concurrently. Every call takes a `timeout_s` in seconds
+    (None = the configured deadline), retries included; only where no service answered, or where it
+    was overloaded, is a call made again. Beside what its docstring names, every call raises
+    `UnavailableError` where shards do not answer within the budget, `DeadlineError` where time ran
+    out, `UnauthenticatedError` and `AccessDeniedError`.
+
+    Parameters
+    ----------
+    session
+        What the calls share.
+    embedder
+        Embeds texts for `route`; None = the one that the bank's tree holds (``lsa`` only).
+    """
+
+    def __init__(self, session: Session, *, embedder: Embedder | None = None) -> None:
+        super().__init__(session)
+        self._embedder = embedder
+        self._blocks: BlockSource | None = None
+        self._tree: tuple[int, TreeDocument] | None = None
+        self._retriever: tuple[TreeDocument, Retriever] | None = None
+        self._tree_lock = asyncio.Lock()
+
+    @classmethod
+    async def connect(
+        cls,
+        endpoint: str,
+        *,
+        config: ClientConfig | None = None,
+        embedder: Embedder | None = None,
+        connector: Connector | None = None,
+    ) -> Self:
+        """Connect to a service and learn its bank.
+
+        A service without a bank is accepted where the configuration names none: `create_bank` is
+        what is left to do.
+
+        Parameters
+        ----------
+        endpoint
+            Address, ``host:port``, of the gateway, or of any shard (admin calls need the gateway).
+        config
+            Configuration; None = the defaults.
+        embedder
+            Embeds texts for `route`; None = the one that the bank's tree holds (``lsa`` only).
+        connector
+            Connects to endpoints; None = over gRPC.
+
+        Raises
+        ------
+        UnavailableError
+            If nothing answers there within ``config.connect_timeout_s``.
+        NotFoundError
+            If the service does not serve the bank that the configuration names.
+        InvalidArgumentError
+            If the endpoint is no ``host:port``.
+        """
+        config = config or ClientConfig()
+        session = Session(endpoint, config, connector or grpc_connector(config))
+        client = cls(session, embedder=embedder)
+        try:
+            await client._greet()
+        except BaseException:
+            await client.close()
+            raise
+        return client
+
+    async def _greet(self) -> None:
+        try:
+            await self.info(timeout_s=self._session.config.connect_timeout_s)
+        except NotFoundError:
+            if self._session.config.bank:
+                raise
+
+    async def close(self) -> None:
+        """Close the connections; calls that still run end with `UnavailableError`."""
+        await self._session.shards.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    @property
+    def endpoint(self) -> str:
+        """Address that the client was given."""
+        return self._session.endpoint
+
+    @property
+    def config(self) -> ClientConfig:
+        """Configuration of the client."""
+        return self._session.config
+
+    @property
+    def spec(self) -> BankSpec:
+        """Spec of the bank, as learnt.
+
+        Raises
+        ------
+        NotFoundError
+            If the service has no bank yet.
+        """
+        known = self._session.shards.known_info
+        if known is None:
+            raise NotFoundError(
+                f"{self.endpoint} has no bank yet; create one", reason=Reason.UNKNOWN_BANK
+            )
+        return known.spec
+
+    async def info(self, *, timeout_s: float | None = None) -> BankInfo:
+        """Ask for spec, revision and placement, and adopt the placement.
+
+        Parameters
+        ----------
+        timeout_s
+            Deadline.
+
+        Raises
+        ------
+        NotFoundError
+            If the service has no bank, or not the configured one.
+        FailedPreconditionError
+            If another bank is served there now.
+        """
+        shards = self._session.shards
+
+        async def attempt(timeout_s: float) -> BankInfo:
+            return await shards.refresh(timeout_s=timeout_s)
+
+        info = await call_with_retries(
+            attempt,
+            what="info",
+            deadline=self._session.deadline(timeout_s),
+            config=self._session.config.retry,
+        )
+        self._session.note_revision(info.revision)
+        return info
+
+    async def tree(self, *, timeout_s: float | None = None) -> TreeDocument:
+        """Return topic labels and retriever; kept until the bank says that they changed.
+
+        Parameters
+        ----------
+        timeout_s
+            Deadline.
+
+        Raises
+        ------
+        NotFoundError
+            If the bank has no tree.
+        CorruptionError
+            If the document was damaged.
+        """
+        deadline = self._session.deadline(timeout_s)
+        async with self._tree_lock:
+            known = self._session.shards.known_info
+            # Something was changed since we asked; perhaps the tree.
+            is_stale = known is None or known.revision < self._session.revision
+            if self._tree is None or is_stale or known is None:
+                known = await self.info(timeout_s=deadline.remaining_s("tree"))
+            if self._tree is None or self._tree[0] != known.tree_revision:
+                data = await self._session.ask_gateway(
+                    lambda gateway, timeout_s: gateway.get_tree(timeout_s=timeout_s),
+                    what="tree",
+                    deadline=deadline,
+                )
+                document = await asyncio.to_thread(decode_tree, data, key=self.endpoint)
+                self._tree = (known.tree_revision, document)
+            return self._tree[1]
+
+    async def retriever(self, *, timeout_s: float | None = None) -> Retriever:
+        """Return what routes texts: the tree's retriever, or the tree with the given embedder.
+
+        Parameters
+        ----------
+        timeout_s
+            Deadline.
+
+        Raises
+        ------
+        FailedPreconditionError
+            If the bank has no retriever, or its embedder is not the client's to build.
+        """
+        tree = await self.tree(timeout_s=timeout_s)
+        if self._retriever is None or self._retriever[0] is not tree:
+            self._retriever = (tree, Retriever.from_tree(tree, embedder=self._embedder))
+        return self._retriever[1]
+
+    async def route(self, text: str, *, beams: int = 1, timeout_s: float | None = None) -> Path:
+        """Return the path of a text: one cluster per level, shorter where the tree ends.
+
+        Parameters
+        ----------
+        text
+            The text.
+        beams
+            Paths to follow at the same time, >= 1; more find a nearer leaf at a higher cost.
+        timeout_s
+            Deadline.
+
+        Raises
+        ------
+        FailedPreconditionError
+            If the bank has no retriever, or its embedder is not the client's to build.
+        """
+        if beams == 1:
+            return (await self.retriever(timeout_s=timeout_s)).route(text)
+        return (await self.route_beam(text, beams, timeout_s=timeout_s))[0].path
+
+    async def route_beam(
+        self, text: str, beams: int, *, timeout_s: float | None = None
+    ) -> tuple[ScoredPath, ...]:
+        """Return up to `beams` paths of a text, nearest first; otherwise as `route`.
+
+        Parameters
+        ----------
+        text
+            The text.
+        beams
+            Paths to keep at each level, >= 1.
+        timeout_s
+            Deadline.
+        """
+        if beams < 1:
+            raise InvalidArgumentError(f"beams is {beams}; accepted: >= 1")
+        return tuple((await self.retriever(timeout_s=timeout_s)).route_beam(text, beams))
+
+    async def fetch(
+        self,
+        path: Sequence[BlockRef],
+        *,
+        dtype: str | None = None,
+        held: Mapping[BlockRef, Block] | None = None,
+        timeout_s: float | None = None,
+    ) -> Memory:
+        """Fetch the blocks of a path that may be used.
+
+        Parameters
+        ----------
+        path
+            Blocks, usually from `route`; several paths at a time may share blocks.
+        dtype
+            Element type to get: float32, bfloat16 or float16; None = as kept in the bank.
+        held
+            An earlier answer; a block whose version is still right is taken from there and does not
+            travel.
+        timeout_s
+            Deadline.
+
+        Returns
+        -------
+        Memory
+            The blocks, all of one revision. A withheld or deleted block ends its path: it and those
+            under it are left out, and `Memory.ended_at` names it.
+
+        Raises
+        ------
+        NotFoundError
+            If one is no block of the bank.
+        InvalidArgumentError
+            If the dtype is unknown or the answer would exceed ``config.max_answer_bytes``.
+        CorruptionError
+            If bytes were damaged on the way.
+
+        Notes
+        -----
+        No answer is of an older revision than one this client has seen before.
+        """
+        fetched = await self.fetch_blocks(path, dtype=dtype, held=held, timeout_s=timeout_s)
+        return Memory.of_path(self.spec, fetched)
+
+    async def fetch_blocks(
+        self,
+        refs: Iterable[BlockRef],
+        *,
+        dtype: str | None = None,
+        held: Mapping[BlockRef, Block] | None = None,
+        timeout_s: float | None = None,
+    ) -> FetchedBlocks:
+        """Fetch blocks for themselves, such as those of a batch; none ends a path.
+
+        As `fetch`, but a withheld or deleted block is in the answer, without weight and with its
+        state. A block that is named twice is fetched once.
+
+        Parameters
+        ----------
+        refs
+            The blocks.
+        dtype
+            Element type to get: float32, bfloat16 or float16; None = as kept in the bank.
+        held
+            An earlier answer.
+        timeout_s
+            Deadline.
+        """
+        deadline = self._session.deadline(timeout_s)
+        spec = await self._session.spec(deadline)
+        wanted = list(dict.fromkeys(BlockRef(*ref) for ref in refs))
+        for ref in wanted:
+            spec.check_ref(ref)
+        dtype = dtype or spec.dtype
+        self._check_answer_bytes(spec, wanted, dtype)
+        fetched = await self._source(spec).fetch(
+            wanted,
+            held=held or {},
+            dtype=dtype,
+            min_revision=self._session.revision,
+            deadline=deadline,
+        )
+        self._session.note_revision(fetched.revision)
+        return fetched
+
+    async def push(
+        self,
+        gradients: Mapping[BlockRef, Array],
+        *,
+        base: Mapping[BlockRef, int],
+        step: int = 0,
+        learning_rate_scale: float = 1.0,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> PushAnswer:
+        """Apply gradients to blocks, each once, and return when the shards' journals hold them.
+
+        Parameters
+        ----------
+        gradients
+            Gradient of each block, (L, P, R, D) float32, bfloat16 or float16, CPU; must not change
+            before the answer; not retained.
+        base
+            Version that each gradient was computed on, such as ``memory.versions``; may have more.
+        step
+            Training step of the sender; recorded.
+        learning_rate_scale
+            Multiplies the bank's learning rates for this push; finite, >= 0.
+        request_id
+            Id of the request; None = a new one. A push that was applied under the same id is not
+            applied again.
+        timeout_s
+            Deadline.
+
+        Returns
+        -------
+        PushAnswer
+            One result per gradient; one that was refused (too old a base, a withheld block) says why
+            and does not touch the others.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If a shape, dtype or value is wrong, or a base version is missing.
+        NotFoundError
+            If one is no block of the bank.
+        UnavailableError, DeadlineError
+            If a shard does not answer. Its part may or may not have been applied; the same push with
+            the same request id brings it to an end.
+        """
+        deadline = self._session.deadline(timeout_s)
+        spec = await self._session.spec(deadline)
+        max_bytes = self._session.config.max_push_bytes
+        check_arrays(spec, gradients, what="gradients", max_bytes=max_bytes)
+        check_bases(gradients, base)
+        check_scale(learning_rate_scale)
+        if not gradients:
+            return PushAnswer(results=(), duplicate=False)
+        update = Update(
+            request_id=request_id or new_request_id(),
+            step=step,
+            gradients=tuple(
+                Gradient(ref=BlockRef(*ref), base_version=base[ref], values=values)
+                for ref, values in gradients.items()
+            ),
+            learning_rate_scale=learning_rate_scale,
+        )
+        return await self._source(spec).push(update, deadline=deadline)
+
+    async def watch(
+        self, refs: Iterable[BlockRef] = (), *, admin_only: bool = False
+    ) -> AsyncGenerator[Changes]:
+        """Yield changes of blocks from now on, from all shards, until closed.
+
+        The first item has no changes and says that from here on none is missed. Streams that break
+        are opened again; the item after that says that there was a gap.
+
+        Parameters
+        ----------
+        refs
+            Blocks of interest; empty = all.
+        admin_only
+            True leaves out changes by gradient updates.
+
+        Yields
+        ------
+        Changes
+            Changes of one shard in the order in which they took effect.
+
+        Raises
+        ------
+        UnavailableError
+            If a shard stays away for longer than the retry budget.
+        """
+        spec = await self._session.spec(self._session.deadline(None))
+        wanted = tuple(dict.fromkeys(BlockRef(*ref) for ref in refs))
+        changes = watch_shards(
+            self._session.shards, spec, wanted, admin_only=admin_only, config=self.config
+        )
+        try:
+            async for change in changes:
+                yield change
+        finally:
+            await changes.aclose()
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Transaction]:
+        """Collect swaps and send them as one when the context ends without an error.
+
+        Yields
+        ------
+        Transaction
+            Takes the swaps; its `report` says afterwards what was done.
+
+        Raises
+        ------
+        ConflictError
+            At the end, if a block has another version than expected; nothing was changed then.
+        """
+        transaction = Transaction()
+        yield transaction
+        if transaction.weights:
+            transaction.report = await self.swap(transaction.weights, expected=transaction.expected)
+
+    def _source(self, spec: BankSpec) -> BlockSource:
+        if self._blocks is None:
+            self._blocks = ShardedBlocks(self._session.shards, spec, self._session.config)
+        return self._blocks
+
+    def _check_answer_bytes(self, spec: BankSpec, refs: Sequence[BlockRef], dtype: str) -> None:
+        total = sum(map(spec.block_params, (ref.level for ref in refs))) * dtype_of(dtype).itemsize
+        limit = self._session.config.max_answer_bytes
+        if total > limit:
+            raise InvalidArgumentError(
+                f"{len(refs)} blocks have {total} bytes, more than max_answer_bytes, {limit}; "
+                "fetch fewer at a time",
+                reason=Reason.MESSAGE_TOO_LARGE,
+                metadata={"num_bytes": str(total), "max_bytes": str(limit)},
+            )

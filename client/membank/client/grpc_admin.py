@@ -1,0 +1,235 @@
+"""The admin half of the gRPC transport."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, BinaryIO
+
+from membank.client.config import ClientConfig
+from membank.client.grpc_channel import GrpcChannel
+from membank.client.payloads import import_requests, swap_requests, write_pack
+from membank.client.transport import ImportAnswer, PackInfo
+from membank.v1 import admin_service_pb2 as admin_pb
+from membank.v1.admin_service_pb2_grpc import AdminServiceStub
+from membank.wire.convert import (
+    audit_from_pb,
+    description_from_pb,
+    ref_from_pb,
+    ref_to_pb,
+    report_from_pb,
+    snapshot_from_pb,
+    spec_from_pb,
+    spec_to_pb,
+    stats_from_pb,
+    topic_from_pb,
+)
+from membank.wire.errors import InvalidArgumentError, Reason
+from membank.wire.framing import MAX_MESSAGE_BYTES
+from membank.wire.records import (
+    AuditRecord,
+    BankStats,
+    BlockDescription,
+    Snapshot,
+    Topic,
+    TransactionReport,
+)
+from membank.wire.spec import Array, BankSpec, BlockRef
+
+if TYPE_CHECKING:
+    # The stubs alone know it.
+    from membank.v1.admin_service_pb2_grpc import AdminServiceAsyncStub
+
+
+class GrpcAdminTransport:
+    """Operations on what a bank knows, over a channel to the gateway.
+
+    Parameters
+    ----------
+    channel
+        The channel; closed together with this.
+    config
+        Bank and limits.
+    """
+
+    def __init__(self, channel: GrpcChannel, config: ClientConfig) -> None:
+        self._channel = channel
+        self._bank = config.bank
+        self._max_answer_bytes = config.max_answer_bytes
+        self._admin: AdminServiceAsyncStub = AdminServiceStub(channel.channel)
+
+    async def close(self, *, grace_s: float = 0.0) -> None:
+        """Close the connection; calls that still run have `grace_s` seconds to end."""
+        await self._channel.close(grace_s=grace_s)
+
+    async def create_bank(
+        self, spec: BankSpec, tree: bytes, *, request_id: str, timeout_s: float
+    ) -> BankSpec:
+        """Create the bank and return its spec with the bank_id."""
+        request = admin_pb.CreateBankRequest(
+            request_id=request_id, spec=spec_to_pb(spec), tree=tree
+        )
+        if request.ByteSize() > MAX_MESSAGE_BYTES:
+            raise InvalidArgumentError(
+                f"the tree document has {len(tree)} bytes; a bank is created over the network with "
+                f"at most {MAX_MESSAGE_BYTES}: keep fewer terms, or create it at its location",
+                reason=Reason.MESSAGE_TOO_LARGE,
+                metadata={"max_bytes": str(MAX_MESSAGE_BYTES)},
+            )
+        call = self._admin.CreateBank(request, timeout=timeout_s, metadata=self._channel.metadata)
+        return spec_from_pb((await self._channel.unary("CreateBank", call)).spec)
+
+    async def list_topics(
+        self, parent: BlockRef | None, *, depth: int, timeout_s: float
+    ) -> tuple[Topic, ...]:
+        """Return topics by level and cluster."""
+        request = admin_pb.ListTopicsRequest(
+            bank=self._bank, parent=None if parent is None else ref_to_pb(parent), depth=depth
+        )
+        call = self._admin.ListTopics(request, timeout=timeout_s, metadata=self._channel.metadata)
+        answer = await self._channel.unary("ListTopics", call)
+        return tuple(map(topic_from_pb, answer.topics))
+
+    async def describe(
+        self, refs: Sequence[BlockRef], *, timeout_s: float
+    ) -> tuple[BlockDescription, ...]:
+        """Return blocks in full, in the order of the request."""
+        request = admin_pb.DescribeBlocksRequest(bank=self._bank, refs=map(ref_to_pb, refs))
+        call = self._admin.DescribeBlocks(
+            request, timeout=timeout_s, metadata=self._channel.metadata
+        )
+        answer = await self._channel.unary("DescribeBlocks", call)
+        return tuple(map(description_from_pb, answer.blocks))
+
+    async def swap(
+        self,
+        weights: Mapping[BlockRef, Array],
+        *,
+        expected: Mapping[BlockRef, int],
+        request_id: str,
+        dry_run: bool,
+        timeout_s: float,
+    ) -> TransactionReport:
+        """Replace the content of blocks; `expected` has the versions that must hold."""
+        requests = swap_requests(
+            weights, bank=self._bank, expected=expected, request_id=request_id, dry_run=dry_run
+        )
+        call = self._admin.SwapBlocks(requests, timeout=timeout_s, metadata=self._channel.metadata)
+        return report_from_pb((await self._channel.unary("SwapBlocks", call)).report)
+
+    async def withhold(
+        self, topic: BlockRef, *, request_id: str, dry_run: bool, timeout_s: float
+    ) -> TransactionReport:
+        """Hide a topic."""
+        request = admin_pb.WithholdTopicRequest(
+            bank=self._bank, request_id=request_id, topic=ref_to_pb(topic), dry_run=dry_run
+        )
+        call = self._admin.WithholdTopic(
+            request, timeout=timeout_s, metadata=self._channel.metadata
+        )
+        return report_from_pb((await self._channel.unary("WithholdTopic", call)).report)
+
+    async def restore(
+        self, topic: BlockRef, *, request_id: str, dry_run: bool, timeout_s: float
+    ) -> TransactionReport:
+        """End the withholding of a topic."""
+        request = admin_pb.RestoreTopicRequest(
+            bank=self._bank, request_id=request_id, topic=ref_to_pb(topic), dry_run=dry_run
+        )
+        call = self._admin.RestoreTopic(request, timeout=timeout_s, metadata=self._channel.metadata)
+        return report_from_pb((await self._channel.unary("RestoreTopic", call)).report)
+
+    async def delete(
+        self, topic: BlockRef, *, request_id: str, dry_run: bool, timeout_s: float
+    ) -> TransactionReport:
+        """Delete a topic."""
+        request = admin_pb.DeleteTopicRequest(
+            bank=self._bank, request_id=request_id, topic=ref_to_pb(topic), dry_run=dry_run
+        )
+        call = self._admin.DeleteTopic(request, timeout=timeout_s, metadata=self._channel.metadata)
+        return report_from_pb((await self._channel.unary("DeleteTopic", call)).report)
+
+    async def export(
+        self, topic: BlockRef, target: BinaryIO, *, weights_only: bool, timeout_s: float
+    ) -> PackInfo:
+        """Write a topic's pack to `target`; on an error it holds a part of it."""
+        request = admin_pb.ExportTopicRequest(
+            bank=self._bank, topic=ref_to_pb(topic), weights_only=weights_only
+        )
+        call = self._admin.ExportTopic(request, timeout=timeout_s, metadata=self._channel.metadata)
+        return await write_pack(
+            self._channel.stream("ExportTopic", call),
+            target,
+            max_bytes=self._max_answer_bytes,
+            where=self._channel.endpoint,
+        )
+
+    async def import_pack(
+        self, pack: BinaryIO, *, request_id: str, dry_run: bool, timeout_s: float
+    ) -> ImportAnswer:
+        """Install the pack that stands in `pack` from its present position (seekable)."""
+        failures: list[OSError] = []
+        requests = import_requests(
+            pack, bank=self._bank, request_id=request_id, dry_run=dry_run, failures=failures
+        )
+        call = self._admin.ImportTopic(requests, timeout=timeout_s, metadata=self._channel.metadata)
+        try:
+            answer = await self._channel.unary("ImportTopic", call)
+        except BaseException:
+            if failures:
+                raise failures[0] from None
+            raise
+        return ImportAnswer(report=report_from_pb(answer.report), topic=ref_from_pb(answer.topic))
+
+    async def create_snapshot(self, name: str, *, request_id: str, timeout_s: float) -> Snapshot:
+        """Pin the present state."""
+        request = admin_pb.CreateSnapshotRequest(
+            bank=self._bank, request_id=request_id, snapshot=name
+        )
+        call = self._admin.CreateSnapshot(
+            request, timeout=timeout_s, metadata=self._channel.metadata
+        )
+        return snapshot_from_pb((await self._channel.unary("CreateSnapshot", call)).snapshot)
+
+    async def list_snapshots(self, *, timeout_s: float) -> tuple[Snapshot, ...]:
+        """Return the snapshots, oldest first."""
+        request = admin_pb.ListSnapshotsRequest(bank=self._bank)
+        call = self._admin.ListSnapshots(
+            request, timeout=timeout_s, metadata=self._channel.metadata
+        )
+        answer = await self._channel.unary("ListSnapshots", call)
+        return tuple(map(snapshot_from_pb, answer.snapshots))
+
+    async def rollback(
+        self,
+        snapshot: str,
+        topic: BlockRef | None,
+        *,
+        request_id: str,
+        dry_run: bool,
+        timeout_s: float,
+    ) -> TransactionReport:
+        """Bring the bank, or one topic, back to a snapshot."""
+        request = admin_pb.RollbackRequest(
+            bank=self._bank,
+            request_id=request_id,
+            snapshot=snapshot,
+            topic=None if topic is None else ref_to_pb(topic),
+            dry_run=dry_run,
+        )
+        call = self._admin.Rollback(request, timeout=timeout_s, metadata=self._channel.metadata)
+        return report_from_pb((await self._channel.unary("Rollback", call)).report)
+
+    async def get_stats(self, *, timeout_s: float) -> BankStats:
+        """Return counters and sizes."""
+        request = admin_pb.GetStatsRequest(bank=self._bank)
+        call = self._admin.GetStats(request, timeout=timeout_s, metadata=self._channel.metadata)
+        return stats_from_pb(await self._channel.unary("GetStats", call))
+
+    async def list_audit_records(self, *, limit: int, timeout_s: float) -> tuple[AuditRecord, ...]:
+        """Return who did what, newest first."""
+        request = admin_pb.ListAuditRecordsRequest(bank=self._bank, limit=limit)
+        call = self._admin.ListAuditRecords(
+            request, timeout=timeout_s, metadata=self._channel.metadata
+        )
+        answer = await self._channel.unary("ListAuditRecords", call)
+        return tuple(map(audit_from_pb, answer.records))

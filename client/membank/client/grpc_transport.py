@@ -1,0 +1,135 @@
+"""The transport that speaks gRPC."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import TYPE_CHECKING
+
+from membank.client.config import ClientConfig
+from membank.client.grpc_admin import GrpcAdminTransport
+from membank.client.grpc_channel import GrpcChannel
+from membank.client.payloads import push_requests, read_blocks, read_document
+from membank.client.transport import Connector, FetchAnswer, PushAnswer, WatchAnswer
+from membank.v1 import block_service_pb2 as block_pb
+from membank.v1.block_service_pb2_grpc import BlockServiceStub
+from membank.wire.convert import dtype_to_pb, event_from_pb, info_from_pb, ref_to_pb, result_from_pb
+from membank.wire.records import BankInfo, Update
+from membank.wire.spec import BlockRef
+
+if TYPE_CHECKING:
+    # The stubs alone know it.
+    from membank.v1.block_service_pb2_grpc import BlockServiceAsyncStub
+
+
+class GrpcTransport(GrpcAdminTransport):
+    """A connection to one endpoint over gRPC; belongs to the event loop that it was made in.
+
+    Parameters
+    ----------
+    endpoint
+        Address, ``host:port``.
+    config
+        Bank, limits, TLS and credentials.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the endpoint is no ``host:port``.
+    FailedPreconditionError
+        If a credential would be sent over the network without TLS, or a file cannot be read.
+    """
+
+    def __init__(self, endpoint: str, config: ClientConfig) -> None:
+        channel = GrpcChannel(endpoint, config)
+        super().__init__(channel, config)
+        self._blocks: BlockServiceAsyncStub = BlockServiceStub(channel.channel)
+
+    async def get_bank(self, *, timeout_s: float) -> BankInfo:
+        """Return spec, revision and placement."""
+        call = self._blocks.GetBank(
+            block_pb.GetBankRequest(bank=self._bank),
+            timeout=timeout_s,
+            metadata=self._channel.metadata,
+        )
+        return info_from_pb(await self._channel.unary("GetBank", call))
+
+    async def get_tree(self, *, timeout_s: float) -> bytes:
+        """Return the tree document."""
+        call = self._blocks.GetTree(
+            block_pb.GetTreeRequest(bank=self._bank),
+            timeout=timeout_s,
+            metadata=self._channel.metadata,
+        )
+        return await read_document(
+            self._channel.stream("GetTree", call),
+            max_bytes=self._max_answer_bytes,
+            where=self._channel.endpoint,
+        )
+
+    async def fetch(
+        self,
+        refs: Sequence[BlockRef],
+        *,
+        held_versions: Sequence[int | None] | None = None,
+        dtype: str | None = None,
+        min_revision: int = 0,
+        timeout_s: float,
+    ) -> FetchAnswer:
+        """Return blocks of one revision, at least `min_revision`; a held one without content."""
+        held = [0 if version is None else version + 1 for version in held_versions or ()]
+        request = block_pb.FetchBlocksRequest(
+            bank=self._bank,
+            refs=map(ref_to_pb, refs),
+            held_version_plus_one=held,
+            dtype=dtype_to_pb(dtype),
+            min_revision=min_revision,
+        )
+        call = self._blocks.FetchBlocks(request, timeout=timeout_s, metadata=self._channel.metadata)
+        return await read_blocks(
+            self._channel.stream("FetchBlocks", call),
+            refs,
+            max_bytes=self._max_answer_bytes,
+            where=self._channel.endpoint,
+        )
+
+    async def push(self, update: Update, *, timeout_s: float) -> PushAnswer:
+        """Apply gradients."""
+        call = self._blocks.PushUpdates(
+            push_requests(update, bank=self._bank),
+            timeout=timeout_s,
+            metadata=self._channel.metadata,
+        )
+        answer = await self._channel.unary("PushUpdates", call)
+        return PushAnswer(
+            results=tuple(map(result_from_pb, answer.results)), duplicate=answer.duplicate
+        )
+
+    async def watch(
+        self, refs: Sequence[BlockRef], *, admin_only: bool
+    ) -> AsyncGenerator[WatchAnswer]:
+        """Yield changes until it is closed; the first answer says that the watch is on."""
+        request = block_pb.WatchBlocksRequest(
+            bank=self._bank, refs=map(ref_to_pb, refs), admin_only=admin_only
+        )
+        # No deadline: the keepalive ends a watch whose other end is gone.
+        call = self._blocks.WatchBlocks(request, metadata=self._channel.metadata)
+        try:
+            # A shard sends its initial metadata as soon as the subscription is on.
+            await self._channel.unary("WatchBlocks", call.initial_metadata())
+            yield WatchAnswer(events=())
+            async for message in self._channel.stream("WatchBlocks", call):
+                yield WatchAnswer(
+                    events=tuple(map(event_from_pb, message.events)),
+                    num_dropped=message.num_dropped,
+                )
+        finally:
+            call.cancel()
+
+
+def grpc_connector(config: ClientConfig) -> Connector:
+    """Return what connects to endpoints over gRPC with `config`."""
+
+    def connect(endpoint: str) -> GrpcTransport:
+        return GrpcTransport(endpoint, config)
+
+    return connect

@@ -1,0 +1,246 @@
+"""Payload streams from the client's side: requests cut into chunks, answers put together."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from membank.client.transport import FetchAnswer, PackInfo
+from membank.v1 import admin_service_pb2 as admin_pb
+from membank.v1 import block_service_pb2 as block_pb
+from membank.wire.convert import dtype_to_pb, header_from_pb, ref_to_pb
+from membank.wire.crc import crc32c
+from membank.wire.errors import CorruptionError, InvalidArgumentError, Reason
+from membank.wire.framing import CHUNK_BYTES, Payload, PayloadAssembler, iter_chunks
+from membank.wire.records import Block, BlockHeader, Update
+from membank.wire.spec import DTYPES, Array, BlockRef, BlockState, dtype_of
+
+
+def dtype_name(array: Array) -> str:
+    """Return membank's name of the element type of `array`.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If membank has no such element type.
+    """
+    for name, dtype in DTYPES.items():
+        if array.dtype == dtype:
+            return name
+    raise InvalidArgumentError(
+        f"dtype {array.dtype} does not travel; use one of {', '.join(DTYPES)}",
+        reason=Reason.BAD_DTYPE,
+        metadata={"dtype": str(array.dtype)},
+    )
+
+
+def push_requests(update: Update, *, bank: str) -> Iterator[block_pb.PushUpdatesRequest]:
+    """Return the messages of a push: headers, then data.
+
+    The first one is made at once: gRPC turns an error of a request iterator into a cancellation.
+    """
+    arrays = [np.ascontiguousarray(gradient.values) for gradient in update.gradients]
+    headers = [
+        block_pb.UpdateHeader(
+            ref=ref_to_pb(gradient.ref),
+            base_version=gradient.base_version,
+            dtype=dtype_to_pb(dtype_name(array)),
+            num_bytes=array.nbytes,
+            crc32c=crc32c(array),
+        )
+        for gradient, array in zip(update.gradients, arrays, strict=True)
+    ]
+    first = block_pb.PushUpdatesRequest(
+        bank=bank,
+        request_id=update.request_id,
+        step=update.step,
+        learning_rate_scale=update.learning_rate_scale,
+        mode=block_pb.UPDATE_MODE_ASYNC,
+        headers=headers,
+    )
+    data = (block_pb.PushUpdatesRequest(data=chunk) for chunk in iter_chunks(arrays))
+    return chain([first], data)
+
+
+def swap_requests(
+    weights: Mapping[BlockRef, Array],
+    *,
+    bank: str,
+    expected: Mapping[BlockRef, int],
+    request_id: str,
+    dry_run: bool,
+) -> Iterator[admin_pb.SwapBlocksRequest]:
+    """Return the messages of a swap, as `push_requests` does."""
+    arrays = {ref: np.ascontiguousarray(weight) for ref, weight in weights.items()}
+    headers = [
+        admin_pb.SwapHeader(
+            ref=ref_to_pb(ref),
+            expected_version_plus_one=expected[ref] + 1 if ref in expected else 0,
+            dtype=dtype_to_pb(dtype_name(array)),
+            num_bytes=array.nbytes,
+            crc32c=crc32c(array),
+        )
+        for ref, array in arrays.items()
+    ]
+    first = admin_pb.SwapBlocksRequest(
+        bank=bank, request_id=request_id, headers=headers, dry_run=dry_run
+    )
+    data = (admin_pb.SwapBlocksRequest(data=chunk) for chunk in iter_chunks(arrays.values()))
+    return chain([first], data)
+
+
+async def import_requests(
+    pack: BinaryIO, *, bank: str, request_id: str, dry_run: bool, failures: list[OSError]
+) -> AsyncIterator[admin_pb.ImportTopicRequest]:
+    """Yield the messages of an import; reads `pack` twice from its present position.
+
+    gRPC turns an error of a request iterator into a cancellation, so one of reading is left in
+    `failures` for the caller to raise.
+    """
+    try:
+        start, num_bytes, crc = pack.tell(), 0, 0
+        while chunk := await asyncio.to_thread(pack.read, CHUNK_BYTES):
+            num_bytes, crc = num_bytes + len(chunk), crc32c(chunk, start=crc)
+        yield admin_pb.ImportTopicRequest(
+            bank=bank, request_id=request_id, num_bytes=num_bytes, crc32c=crc, dry_run=dry_run
+        )
+        pack.seek(start)
+        while chunk := await asyncio.to_thread(pack.read, CHUNK_BYTES):
+            yield admin_pb.ImportTopicRequest(data=chunk)
+    except OSError as err:
+        failures.append(err)
+        raise
+
+
+async def read_blocks(
+    messages: AsyncIterator[block_pb.FetchBlocksResponse],
+    refs: Sequence[BlockRef],
+    *,
+    max_bytes: int,
+    where: str,
+) -> FetchAnswer:
+    """Put the answer to a fetch together, each block in a buffer of its own.
+
+    Raises
+    ------
+    CorruptionError
+        If bytes are damaged or missing, or the answer is not one to these refs.
+    InvalidArgumentError
+        If the answer would have more than `max_bytes`.
+    """
+    assembler = PayloadAssembler(max_bytes=max_bytes)
+    headers: list[BlockHeader] = []
+    revision: int | None = None
+    async for message in messages:
+        revision = message.revision if revision is None else revision
+        for header in map(header_from_pb, message.headers):
+            _check_header(header, where=where)
+            headers.append(header)
+            if header.num_bytes:
+                what = f"{where}: block {header.ref}"
+                assembler.expect(Payload(header.num_bytes, header.crc32c, what))
+        if message.data:
+            _feed(assembler, message.data, where=where)
+    if [header.ref for header in headers] != list(refs):
+        raise _malformed(where, f"{len(headers)} blocks for {len(refs)} that were asked for")
+    payloads = iter(_finish(assembler, where=where))
+    blocks = tuple(
+        Block(
+            header=header,
+            weight=_as_weight(next(payloads), header) if header.num_bytes else None,
+        )
+        for header in headers
+    )
+    return FetchAnswer(revision=revision or 0, blocks=blocks)
+
+
+async def read_document(
+    messages: AsyncIterator[block_pb.GetTreeResponse], *, max_bytes: int, where: str
+) -> bytes:
+    """Put the tree document together; errors as for `read_blocks`."""
+    assembler = PayloadAssembler(max_bytes=max_bytes)
+    is_first = True
+    async for message in messages:
+        if is_first:
+            what = f"{where}: tree document"
+            assembler.expect(Payload(message.num_bytes, message.crc32c, what))
+            is_first = False
+        if message.data:
+            _feed(assembler, message.data, where=where)
+    if is_first:
+        raise _malformed(where, "it is empty")
+    return _finish(assembler, where=where)[0].tobytes()
+
+
+async def write_pack(
+    messages: AsyncIterator[admin_pb.ExportTopicResponse],
+    target: BinaryIO,
+    *,
+    max_bytes: int,
+    where: str,
+) -> PackInfo:
+    """Write an exported pack to `target` as it comes; errors as for `read_blocks`."""
+    head: admin_pb.ExportTopicResponse | None = None
+    written = crc = 0
+    async for message in messages:
+        if head is None:
+            head = message
+            if head.num_bytes > max_bytes:
+                raise InvalidArgumentError(
+                    f"the pack has {head.num_bytes} bytes, more than max_answer_bytes, {max_bytes}",
+                    reason=Reason.MESSAGE_TOO_LARGE,
+                )
+        if message.data:
+            written, crc = written + len(message.data), crc32c(message.data, start=crc)
+            await asyncio.to_thread(target.write, message.data)
+    if head is None or written != head.num_bytes:
+        raise _malformed(where, f"the pack ended after {written} bytes")
+    if crc != head.crc32c:
+        raise CorruptionError(
+            f"{where}: the pack has CRC-32C {crc:08x}, announced was {head.crc32c:08x}; "
+            "discard it and export again"
+        )
+    return PackInfo(num_bytes=written, crc32c=crc, revision=head.revision)
+
+
+def _feed(assembler: PayloadAssembler, data: bytes, *, where: str) -> None:
+    try:
+        assembler.feed(data)
+    except InvalidArgumentError as err:
+        raise _malformed(where, err.message) from err
+
+
+def _finish(assembler: PayloadAssembler, *, where: str) -> list[npt.NDArray[np.uint8]]:
+    try:
+        return assembler.finish()
+    except InvalidArgumentError as err:
+        raise _malformed(where, err.message) from err
+
+
+def _check_header(header: BlockHeader, *, where: str) -> None:
+    announced = math.prod(header.shape) * dtype_of(header.dtype).itemsize
+    travels = header.state is BlockState.ACTIVE and not header.unchanged
+    if header.num_bytes != (announced if travels else 0):
+        raise _malformed(
+            where, f"block {header.ref} of shape {header.shape} has {header.num_bytes} bytes"
+        )
+
+
+def _as_weight(buffer: Array, header: BlockHeader) -> Array:
+    weight = buffer.view(dtype_of(header.dtype)).reshape(header.shape)
+    # Fetches share unchanged blocks, and so will a cache: nobody may write into one.
+    weight.flags.writeable = False
+    return weight
+
+
+def _malformed(where: str, problem: str) -> CorruptionError:
+    # The service's fault, not an argument of the caller's.
+    return CorruptionError(
+        f"{where}: the answer is malformed: {problem}", metadata={"endpoint": where}
+    )

@@ -1,0 +1,130 @@
+"""Retries within a deadline: only where no service answered, with jittered exponential waits."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception,
+    stop_after_attempt,
+    wait_random_exponential,
+)
+from tenacity.stop import stop_base
+
+from membank.client.config import RetryConfig
+from membank.client.deadline import Deadline
+from membank.wire.errors import MembankError, ResourceExhaustedError, UnavailableError
+
+T = TypeVar("T")
+
+_LOGGER = logging.getLogger(__name__)
+_RETRY_AFTER = "retry_after_ms"
+
+
+class _StopAtDeadline(stop_base):
+    def __init__(self, deadline: Deadline) -> None:
+        self._deadline = deadline
+
+    def __call__(self, retry_state: RetryCallState) -> bool:
+        return retry_state.upcoming_sleep >= self._deadline.left_s()
+
+
+def is_retryable(error: BaseException) -> bool:
+    """Return whether the same call may be made again: it found no service, or an overloaded one.
+
+    A service that is overloaded has done nothing, and says when to come again.
+    """
+    if isinstance(error, ResourceExhaustedError):
+        return _RETRY_AFTER in error.metadata
+    return isinstance(error, UnavailableError)
+
+
+def hinted_wait_s(error: BaseException | None) -> float:
+    """Return the seconds that the service asked to wait; 0 where it did not."""
+    hint = error.metadata.get(_RETRY_AFTER, "") if isinstance(error, MembankError) else ""
+    return int(hint) / 1000 if hint.isdecimal() else 0.0
+
+
+def backoff_s(config: RetryConfig, num_failures: int) -> float:
+    """Return a random wait in seconds after `num_failures` (>= 1) failures in a row."""
+    bound = config.initial_backoff_s * 2.0 ** min(num_failures - 1, 60)
+    return random.uniform(0, min(config.max_backoff_s, bound))
+
+
+async def call_with_retries(
+    attempt: Callable[[float], Awaitable[T]],
+    *,
+    what: str,
+    deadline: Deadline,
+    config: RetryConfig,
+    recover: Callable[[MembankError], Awaitable[None]] | None = None,
+) -> T:
+    """Call `attempt` until it answers, fails for good, or the budget is spent.
+
+    Parameters
+    ----------
+    attempt
+        Gets the seconds that are left. Only what `is_retryable` says makes it run again.
+    what
+        The call, for errors and logs.
+    deadline
+        Bounds attempts and waits together.
+    config
+        Budget and waits.
+    recover
+        Runs after the wait and before the next attempt, such as to learn where shards are now.
+
+    Returns
+    -------
+    T
+        What `attempt` returned.
+
+    Raises
+    ------
+    UnavailableError, ResourceExhaustedError
+        The last one, if the attempts are spent or the next wait would pass the deadline.
+    DeadlineError
+        If the deadline passed during an attempt.
+    """
+    jittered = wait_random_exponential(
+        multiplier=config.initial_backoff_s, max=config.max_backoff_s
+    )
+
+    def wait_s(state: RetryCallState) -> float:
+        return max(jittered(state), hinted_wait_s(_failure(state)))
+
+    retrying = AsyncRetrying(
+        retry=retry_if_exception(is_retryable),
+        wait=wait_s,
+        stop=stop_after_attempt(config.max_attempts) | _StopAtDeadline(deadline),
+        before_sleep=lambda state: _LOGGER.debug(
+            "%s: attempt %d found no service; again in %.3f s: %s",
+            what,
+            state.attempt_number,
+            state.upcoming_sleep,
+            _failure(state),
+        ),
+        reraise=True,
+    )
+    failure: MembankError | None = None
+
+    async def once() -> T:
+        nonlocal failure
+        if failure is not None and recover is not None:
+            await recover(failure)
+        try:
+            return await attempt(deadline.remaining_s(what))
+        except MembankError as err:
+            failure = err
+            raise
+
+    return await retrying(once)
+
+
+def _failure(state: RetryCallState) -> BaseException | None:
+    return None if state.outcome is None else state.outcome.exception()

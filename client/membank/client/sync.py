@@ -1,0 +1,187 @@
+"""The synchronous client: `AsyncBankClient` behind one background thread, with no logic of its own."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+
+from membank.client.config import ClientConfig
+from membank.client.core import AsyncBankClient
+from membank.client.loop_thread import loop_thread
+from membank.client.retriever import Embedder
+from membank.client.transaction import Transaction
+from membank.client.transport import Connector
+from membank.client.watching import Changes
+from membank.wire.errors import FailedPreconditionError
+from membank.wire.spec import BankSpec, BlockRef
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _sync(
+    method: Callable[Concatenate[AsyncBankClient, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[BankClient, P], T]:
+    """Return the sync twin of a method: same parameters, docstring, result and errors."""
+
+    @functools.wraps(method)
+    def call(self: BankClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._run(method(self._core, *args, **kwargs))
+
+    return call
+
+
+class BankClient:
+    """A bank as seen over the network.
+
+    Made by `connect`, and a context manager. Every call blocks, may be made from any thread, and is
+    that of `AsyncBankClient` with the same name, parameters and errors.
+
+    Parameters
+    ----------
+    core
+        The asynchronous client, made on the loop thread of this process.
+
+    Notes
+    -----
+    All clients of a process share one background event loop. A client does not survive a fork: in
+    the child every call raises `FailedPreconditionError`. It does not pickle; send the endpoint and
+    the configuration, and connect there.
+    """
+
+    def __init__(self, core: AsyncBankClient) -> None:
+        self._core = core
+        self._pid = os.getpid()
+
+    @classmethod
+    def connect(
+        cls,
+        endpoint: str,
+        *,
+        config: ClientConfig | None = None,
+        embedder: Embedder | None = None,
+        connector: Connector | None = None,
+    ) -> Self:
+        """Connect to a service and learn its bank; see `AsyncBankClient.connect`.
+
+        Parameters
+        ----------
+        endpoint
+            Address, ``host:port``, of the gateway, or of any shard (admin calls need the gateway).
+        config
+            Configuration; None = the defaults.
+        embedder
+            Embeds texts for `route`; None = the one that the bank's tree holds (``lsa`` only).
+        connector
+            Connects to endpoints; None = over gRPC.
+        """
+        return cls(
+            loop_thread().run(
+                AsyncBankClient.connect(
+                    endpoint, config=config, embedder=embedder, connector=connector
+                )
+            )
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections; without effect in a process that was forked off."""
+        if self._pid == os.getpid():
+            self._run(self._core.close())
+
+    @property
+    def endpoint(self) -> str:
+        """Address that the client was given."""
+        return self._core.endpoint
+
+    @property
+    def config(self) -> ClientConfig:
+        """Configuration of the client."""
+        return self._core.config
+
+    @property
+    def spec(self) -> BankSpec:
+        """Spec of the bank, as learnt; `NotFoundError` where the service has no bank yet."""
+        return self._core.spec
+
+    info = _sync(AsyncBankClient.info)
+    tree = _sync(AsyncBankClient.tree)
+    retriever = _sync(AsyncBankClient.retriever)
+    route = _sync(AsyncBankClient.route)
+    route_beam = _sync(AsyncBankClient.route_beam)
+    fetch = _sync(AsyncBankClient.fetch)
+    fetch_blocks = _sync(AsyncBankClient.fetch_blocks)
+    push = _sync(AsyncBankClient.push)
+
+    create_bank = _sync(AsyncBankClient.create_bank)
+    topics = _sync(AsyncBankClient.topics)
+    describe = _sync(AsyncBankClient.describe)
+    swap = _sync(AsyncBankClient.swap)
+    withhold = _sync(AsyncBankClient.withhold)
+    restore = _sync(AsyncBankClient.restore)
+    delete = _sync(AsyncBankClient.delete)
+    export = _sync(AsyncBankClient.export)
+    export_to = _sync(AsyncBankClient.export_to)
+    import_pack = _sync(AsyncBankClient.import_pack)
+    snapshot = _sync(AsyncBankClient.snapshot)
+    snapshots = _sync(AsyncBankClient.snapshots)
+    rollback = _sync(AsyncBankClient.rollback)
+    stats = _sync(AsyncBankClient.stats)
+    audit = _sync(AsyncBankClient.audit)
+
+    def watch(
+        self, refs: Iterable[BlockRef] = (), *, admin_only: bool = False
+    ) -> Iterator[Changes]:
+        """Yield changes of blocks from now on; see `AsyncBankClient.watch`.
+
+        Parameters
+        ----------
+        refs
+            Blocks of interest; empty = all.
+        admin_only
+            True leaves out changes by gradient updates.
+        """
+        changes = self._core.watch(refs, admin_only=admin_only)
+
+        async def next_or_none() -> Changes | None:
+            return await anext(changes, None)
+
+        try:
+            while (item := self._run(next_or_none())) is not None:
+                yield item
+        finally:
+            self._run(changes.aclose())
+
+    @contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """Collect swaps and send them as one; see `AsyncBankClient.transaction`."""
+        transaction = Transaction()
+        yield transaction
+        if transaction.weights:
+            transaction.report = self.swap(transaction.weights, expected=transaction.expected)
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        try:
+            return loop_thread().run(coroutine)
+        except FailedPreconditionError:
+            coroutine.close()
+            raise
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(
+            "a BankClient does not pickle; send its endpoint and config, and connect there"
+        )

@@ -1,0 +1,211 @@
+"""The seam to a service: one endpoint's RPCs in domain types.
+
+A `Transport` is a connection to one endpoint. The gateway answers all of it, a shard the data path.
+Every method but `watch` takes the seconds it may last, makes one attempt, and raises the leaves of
+`membank.wire.errors`: `UnavailableError` where another attempt may help, `DeadlineError` where the
+time ran out. Retries, placement and revisions are the caller's; a faster path to the same endpoint,
+or a faulty one for a test, is a transport around a transport.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO, Protocol, runtime_checkable
+
+from membank.wire.records import (
+    AuditRecord,
+    BankInfo,
+    BankStats,
+    Block,
+    BlockDescription,
+    BlockEvent,
+    Snapshot,
+    Topic,
+    TransactionReport,
+    Update,
+    UpdateResult,
+)
+from membank.wire.spec import Array, BankSpec, BlockRef
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FetchAnswer:
+    """Blocks of one revision."""
+
+    revision: int
+    """The revision."""
+    blocks: tuple[Block, ...]
+    """In the order of the request; a weight of None where no content travelled."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PushAnswer:
+    """What became of an update."""
+
+    results: tuple[UpdateResult, ...]
+    """In the order of the gradients."""
+    duplicate: bool
+    """True where a shard had applied this request before: an earlier attempt did arrive."""
+
+    @property
+    def versions(self) -> dict[BlockRef, int]:
+        """Version of each block after the update, or the present one where it was refused."""
+        return {result.ref: result.version for result in self.results}
+
+    @property
+    def refused(self) -> tuple[UpdateResult, ...]:
+        """The gradients that were not applied, with the reason of each."""
+        return tuple(result for result in self.results if not result.accepted)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WatchAnswer:
+    """Changes in the order in which they took effect."""
+
+    events: tuple[BlockEvent, ...]
+    """The changes; empty in the first answer, which says that the watch is on."""
+    num_dropped: int = 0
+    """Changes that were left out because the watcher was too slow."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackInfo:
+    """What is known of an exported pack."""
+
+    num_bytes: int
+    """Its size in bytes."""
+    crc32c: int
+    """CRC-32C of the whole pack, verified."""
+    revision: int
+    """Revision it was read at."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportAnswer:
+    """What an import did, or would do."""
+
+    report: TransactionReport
+    """The transaction."""
+    topic: BlockRef
+    """The topic that the pack was installed under."""
+
+
+class BlockTransport(Protocol):
+    """The data path of one endpoint."""
+
+    async def get_bank(self, *, timeout_s: float) -> BankInfo:
+        """Return spec, revision and placement."""
+
+    async def get_tree(self, *, timeout_s: float) -> bytes:
+        """Return the tree document."""
+
+    async def fetch(
+        self,
+        refs: Sequence[BlockRef],
+        *,
+        held_versions: Sequence[int | None] | None = None,
+        dtype: str | None = None,
+        min_revision: int = 0,
+        timeout_s: float,
+    ) -> FetchAnswer:
+        """Return blocks of one revision, at least `min_revision`; a held one without content."""
+
+    async def push(self, update: Update, *, timeout_s: float) -> PushAnswer:
+        """Apply gradients."""
+
+    def watch(self, refs: Sequence[BlockRef], *, admin_only: bool) -> AsyncGenerator[WatchAnswer]:
+        """Yield changes of `refs` (empty = all of this endpoint) until it is closed.
+
+        The first answer has no events and comes as soon as no later change can be missed.
+        """
+
+
+class AdminTransport(Protocol):
+    """The operations on what a bank knows, at the gateway."""
+
+    async def create_bank(
+        self, spec: BankSpec, tree: bytes, *, request_id: str, timeout_s: float
+    ) -> BankSpec:
+        """Create the bank and return its spec with the bank_id."""
+
+    async def list_topics(
+        self, parent: BlockRef | None, *, depth: int, timeout_s: float
+    ) -> tuple[Topic, ...]:
+        """Return topics by level and cluster."""
+
+    async def describe(
+        self, refs: Sequence[BlockRef], *, timeout_s: float
+    ) -> tuple[BlockDescription, ...]:
+        """Return blocks in full, in the order of the request."""
+
+    async def swap(
+        self,
+        weights: Mapping[BlockRef, Array],
+        *,
+        expected: Mapping[BlockRef, int],
+        request_id: str,
+        dry_run: bool,
+        timeout_s: float,
+    ) -> TransactionReport:
+        """Replace the content of blocks; `expected` has the versions that must hold."""
+
+    async def withhold(
+        self, topic: BlockRef, *, request_id: str, dry_run: bool, timeout_s: float
+    ) -> TransactionReport:
+        """Hide a topic."""
+
+    async def restore(
+        self, topic: BlockRef, *, request_id: str, dry_run: bool, timeout_s: float
+    ) -> TransactionReport:
+        """End the withholding of a topic."""
+
+    async def delete(
+        self, topic: BlockRef, *, request_id: str, dry_run: bool, timeout_s: float
+    ) -> TransactionReport:
+        """Delete a topic."""
+
+    async def export(
+        self, topic: BlockRef, target: BinaryIO, *, weights_only: bool, timeout_s: float
+    ) -> PackInfo:
+        """Write a topic's pack to `target`; on an error it holds a part of it."""
+
+    async def import_pack(
+        self, pack: BinaryIO, *, request_id: str, dry_run: bool, timeout_s: float
+    ) -> ImportAnswer:
+        """Install the pack that stands in `pack` from its present position (seekable)."""
+
+    async def create_snapshot(self, name: str, *, request_id: str, timeout_s: float) -> Snapshot:
+        """Pin the present state."""
+
+    async def list_snapshots(self, *, timeout_s: float) -> tuple[Snapshot, ...]:
+        """Return the snapshots, oldest first."""
+
+    async def rollback(
+        self,
+        snapshot: str,
+        topic: BlockRef | None,
+        *,
+        request_id: str,
+        dry_run: bool,
+        timeout_s: float,
+    ) -> TransactionReport:
+        """Bring the bank, or one topic, back to a snapshot."""
+
+    async def get_stats(self, *, timeout_s: float) -> BankStats:
+        """Return counters and sizes."""
+
+    async def list_audit_records(self, *, limit: int, timeout_s: float) -> tuple[AuditRecord, ...]:
+        """Return who did what, newest first."""
+
+
+@runtime_checkable
+class Transport(BlockTransport, AdminTransport, Protocol):
+    """A connection to one endpoint."""
+
+    async def close(self, *, grace_s: float = 0.0) -> None:
+        """Close it; calls that still run have `grace_s` seconds to end."""
+
+
+Connector = Callable[[str], Transport]
+"""Connects to an endpoint, host:port; must not block and makes no call."""
