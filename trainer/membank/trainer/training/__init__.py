@@ -27,6 +27,8 @@ from membank.trainer.training.progress import (
     StageResult,
     read_losses,
 )
+from membank.trainer.training.sequences import load_sequences, save_sequences
+from membank.trainer.training.served import ServedMemory
 from membank.trainer.training.source import Acknowledged, Fetched, MemorySource
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "Progress",
     "ProgressCallback",
     "SequenceOrder",
+    "ServedMemory",
     "StageCheckpoint",
     "StageResult",
     "anchor_fingerprint",
@@ -54,8 +57,10 @@ __all__ = [
     "join",
     "leaf_path",
     "load_anchor",
+    "load_sequences",
     "read_losses",
     "save_anchor",
+    "save_sequences",
     "train_anchor",
     "train_memories",
 ]

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from membank.trainer.corpus import PackedSequences
@@ -31,6 +30,7 @@ from membank.trainer.training.progress import (
     StageResult,
 )
 from membank.trainer.training.schedule import check_range, cosine_scale
+from membank.trainer.training.sequences import batch_tensors
 from membank.wire.errors import InternalError
 
 
@@ -153,13 +153,6 @@ def run_fingerprint(config: object, sequences: PackedSequences, *more: str) -> s
     """Return a digest of all that decides the steps of a run: configuration, sequences, others."""
     body = json.dumps([repr(config), sequences.fingerprint, *more])
     return hashlib.sha256(body.encode()).hexdigest()[:16]
-
-
-def batch_tensors(sequences: PackedSequences, rows_B: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-    """Return tokens and segments of some sequences, (B, T) int64 each."""
-    tokens_BT = torch.from_numpy(sequences.tokens_NT[rows_B].astype(np.int64))
-    segments_BT = torch.from_numpy(sequences.doc_ids_NT[rows_B].astype(np.int64))
-    return tokens_BT, segments_BT
 
 
 def check_finite(loss: float, stage: str, step: int) -> None:

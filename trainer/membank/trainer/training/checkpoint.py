@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -143,31 +144,40 @@ class PositionCheckpoint:
     Notes
     -----
     Written at every acknowledged push, and not forced to the disk: after the death of the process
-    at most the pushes under way are made again, and the service applies a push that it has seen
-    once. After a loss of power more steps may be done again.
+    at most the pushes under way are made again, under the request ids that `run_id` gives them, so
+    that the service applies them once. After a loss of power more steps may be done again.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        record = read_json(path) or {}
+        step, run_id = record.get("step", 0), record.get("run_id", "")
+        if not isinstance(step, int) or not isinstance(run_id, str):
+            raise _damaged(path, TypeError("step or run_id has the wrong type"))
+        self._step = step
+        self._run = record.get("run")
+        # Random, not derived from the run: a second run of the same configuration is not a repeat.
+        self.run_id = run_id or uuid.uuid4().hex
+        """Identity of this run of this worker, kept with the position."""
 
     def load(self, run: str) -> int:
         # docstring inherited
-        record = read_json(self._path)
-        if record is None:
-            return 0
-        _check_run(self._path, record.get("run"), run)
-        step = record.get("step")
-        if not isinstance(step, int):
-            raise _damaged(self._path, TypeError("step is not a number"))
-        return step
+        if self._run is None:
+            self._write(0, run)
+        _check_run(self._path, self._run, run)
+        return self._step
 
     def acknowledge(self, step: int, run: str) -> None:
         # docstring inherited
-        write_json(self._path, {"step": step + 1, "run": run}, sync=False)
+        self._write(step + 1, run)
 
     def finish(self, run: str) -> None:
         # docstring inherited
         del run  # the last acknowledgement wrote everything
+
+    def _write(self, step: int, run: str) -> None:
+        write_json(self._path, {"step": step, "run": run, "run_id": self.run_id}, sync=False)
+        self._step, self._run = step, run
 
 
 class InProcessCheckpoint:

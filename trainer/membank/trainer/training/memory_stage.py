@@ -21,7 +21,7 @@ from pathlib import Path
 
 from membank.trainer.corpus import PackedSequences
 from membank.trainer.model import Anchor, next_token_loss
-from membank.trainer.training.anchor_stage import batch_tensors, check_finite, run_fingerprint
+from membank.trainer.training.anchor_stage import check_finite, run_fingerprint
 from membank.trainer.training.checkpoint import StageCheckpoint, anchor_fingerprint
 from membank.trainer.training.order import SequenceOrder
 from membank.trainer.training.paths import distinct_blocks, join, leaf_path
@@ -35,6 +35,7 @@ from membank.trainer.training.progress import (
     StageResult,
 )
 from membank.trainer.training.schedule import check_range, cosine_scale
+from membank.trainer.training.sequences import batch_tensors
 from membank.trainer.training.source import Acknowledged, MemorySource
 from membank.wire.errors import FailedPreconditionError, Reason
 from membank.wire.spec import Path as BlockPath

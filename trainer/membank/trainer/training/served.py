@@ -1,0 +1,79 @@
+"""A bank behind the service, seen through the client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from membank.client import BankClient
+from membank.trainer.training.source import Acknowledged, Fetched
+from membank.wire.spec import BankSpec, BlockRef, BlockState
+
+
+class ServedMemory:
+    """Fetches blocks from shards and pushes gradients to them; the optimizer runs there.
+
+    Parameters
+    ----------
+    client
+        A connected client; it stays the caller's to close.
+    run_id
+        Identity of this worker's run. With it every push has a request id that is the same after a
+        restart, so that a step done again is not applied again. Empty gives each push a new one.
+    patience_s
+        Deadline of a fetch or push, retries included, in seconds, > 0: how long a shard may be away.
+
+    Notes
+    -----
+    Weights travel and gradients are sent as float32, whatever the bank keeps.
+    """
+
+    def __init__(self, client: BankClient, *, run_id: str = "", patience_s: float = 120.0) -> None:
+        self._client = client
+        self._run_id = run_id
+        self._patience_s = patience_s
+        self._spec = client.info().spec
+
+    @property
+    def spec(self) -> BankSpec:
+        # docstring inherited
+        return self._spec
+
+    def fetch(self, refs: Sequence[BlockRef]) -> Fetched:
+        # docstring inherited
+        if not refs:
+            return Fetched(weights={}, versions={}, absent={})
+        answer = self._client.fetch_blocks(refs, dtype="float32", timeout_s=self._patience_s)
+        return Fetched(
+            # Through DLPack, which lets a read-only array be seen without a copy.
+            weights={ref: from_dlpack(weight) for ref, weight in answer.weights.items()},
+            versions=answer.versions,
+            absent={r: s for r, s in answer.states.items() if s is not BlockState.ACTIVE},
+        )
+
+    def push(
+        self,
+        gradients: Mapping[BlockRef, Tensor],
+        versions: Mapping[BlockRef, int],
+        *,
+        step: int,
+        learning_rate_scale: float = 1.0,
+    ) -> tuple[Acknowledged, ...]:
+        # docstring inherited
+        if not gradients:
+            return (Acknowledged(step=step, results=()),)
+        answer = self._client.push(
+            {ref: gradient.detach().contiguous().numpy() for ref, gradient in gradients.items()},
+            base=versions,
+            step=step,
+            learning_rate_scale=learning_rate_scale,
+            request_id=f"{self._run_id}-{step}" if self._run_id else None,
+            timeout_s=self._patience_s,
+        )
+        return (Acknowledged(step=step, results=answer.results),)
+
+    def flush(self) -> tuple[Acknowledged, ...]:
+        # docstring inherited
+        return ()
