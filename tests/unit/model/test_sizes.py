@@ -78,3 +78,12 @@ def test_memory_shapes_are_checked() -> None:
         MemoryConfig(block_widths=(0, 0), fan_outs=(16, 16))
     with pytest.raises(ValueError, match="fan_outs"):
         MemoryConfig(block_widths=(4,), fan_outs=(1,))
+
+
+def test_demo_fetch_is_small_beside_the_anchor_and_the_bank_is_not() -> None:
+    sizes = plan(RECIPES["demo"]())
+    assert sizes.anchor_params == 591_456
+    assert sizes.fetch_params == 36_864
+    assert sizes.bank_params == 16 * 9_216 + 512 * 27_648
+    assert sizes.bank_bytes == 4 * sizes.bank_params
+    assert sizes.resident_bytes == 4 * (591_456 + 36_864)
