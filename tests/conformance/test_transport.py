@@ -1,0 +1,307 @@
+"""What every transport does, checked against the bank behind its back."""
+
+import io
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
+from contextlib import aclosing
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fake_bank import SPEC, FakeBank, FakeShard
+from fake_service import FakeService
+from in_process import InProcessTransport
+from membank.client import ClientConfig, GrpcTransport, Transport
+from membank.wire.crc import crc32c
+from membank.wire.errors import (
+    AlreadyExistsError,
+    ConflictError,
+    InvalidArgumentError,
+    NotFoundError,
+    Reason,
+    UnavailableError,
+)
+from membank.wire.records import Gradient, TransactionReport, Update
+from membank.wire.spec import Array, BlockRef, BlockState, dtype_of
+
+TIMEOUT_S = 10.0
+TOPIC = BlockRef(1, 0)
+LEAF = BlockRef(2, 1)
+OTHER = BlockRef(1, 1)
+
+
+class TransportSuite:
+    """Inherited for each transport; subclasses connect to the gateway or to a shard of `bank`."""
+
+    @pytest.fixture
+    def bank(self) -> FakeBank:
+        return FakeBank(tree=b"tree" * 100)
+
+    @pytest.fixture
+    def shard(self, bank: FakeBank) -> FakeShard:
+        return bank.shard_of(TOPIC)
+
+    @pytest.fixture
+    def gateway(self) -> Transport:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def transport(self) -> Transport:
+        raise NotImplementedError
+
+    async def test_get_bank(self, bank: FakeBank, gateway: Transport, transport: Transport) -> None:
+        for one in (gateway, transport):
+            assert await one.get_bank(timeout_s=TIMEOUT_S) == bank.info()
+
+    async def test_get_tree(self, bank: FakeBank, gateway: Transport) -> None:
+        assert await gateway.get_tree(timeout_s=TIMEOUT_S) == bank.tree_bytes
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    async def test_fetch_returns_what_the_shard_keeps(
+        self, bank: FakeBank, shard: FakeShard, transport: Transport, dtype: str
+    ) -> None:
+        shard.blocks[LEAF].version = 3
+        bank.transact("nothing", (), lambda ref, kept: None)
+        answer = await transport.fetch([LEAF, TOPIC], dtype=dtype, timeout_s=TIMEOUT_S)
+        assert answer.revision == 1
+        assert [(block.ref, block.version) for block in answer.blocks] == [(LEAF, 3), (TOPIC, 0)]
+        for block in answer.blocks:
+            assert block.weight is not None
+            assert block.weight.dtype == dtype_of(dtype)
+            kept = shard.blocks[block.ref].weight.astype(dtype_of(dtype))
+            assert block.weight.tobytes() == kept.tobytes()
+            assert block.weight.shape == SPEC.block_shape(block.ref.level)
+            assert not block.weight.flags.writeable
+
+    async def test_fetch_sends_no_content_that_is_held(self, transport: Transport) -> None:
+        answer = await transport.fetch([TOPIC, LEAF], held_versions=[0, None], timeout_s=TIMEOUT_S)
+        unchanged, sent = answer.blocks
+        assert (unchanged.header.unchanged, unchanged.weight) == (True, None)
+        assert not sent.header.unchanged
+        assert sent.weight is not None
+
+    async def test_fetch_sends_no_content_of_an_older_version(
+        self, shard: FakeShard, transport: Transport
+    ) -> None:
+        shard.blocks[TOPIC].version = 5
+        answer = await transport.fetch([TOPIC], held_versions=[4], timeout_s=TIMEOUT_S)
+        assert answer.blocks[0].weight is not None
+
+    @pytest.mark.parametrize("state", [BlockState.WITHHELD, BlockState.DELETED])
+    async def test_fetch_tells_of_inactive_blocks(
+        self, shard: FakeShard, transport: Transport, state: BlockState
+    ) -> None:
+        shard.blocks[TOPIC].state = state
+        answer = await transport.fetch([TOPIC, LEAF], timeout_s=TIMEOUT_S)
+        assert [block.header.state for block in answer.blocks] == [state, BlockState.ACTIVE]
+        assert [block.weight is None for block in answer.blocks] == [True, False]
+
+    async def test_fetch_below_a_revision_is_refused(self, transport: Transport) -> None:
+        with pytest.raises(UnavailableError) as caught:
+            await transport.fetch([TOPIC], min_revision=7, timeout_s=TIMEOUT_S)
+        assert caught.value.reason is Reason.BEHIND_REVISION
+
+    async def test_fetch_of_what_another_shard_owns_is_refused(self, transport: Transport) -> None:
+        with pytest.raises(UnavailableError) as caught:
+            await transport.fetch([OTHER], timeout_s=TIMEOUT_S)
+        assert caught.value.reason is Reason.NOT_OWNER
+
+    async def test_fetch_of_an_unknown_block(self, transport: Transport) -> None:
+        with pytest.raises(NotFoundError) as caught:
+            await transport.fetch([BlockRef(1, 99)], timeout_s=TIMEOUT_S)
+        assert caught.value.reason is Reason.UNKNOWN_CLUSTER
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    async def test_push_applies_each_gradient(
+        self, shard: FakeShard, transport: Transport, dtype: str
+    ) -> None:
+        before = {ref: shard.blocks[ref].weight.astype(np.float32) for ref in (TOPIC, LEAF)}
+        gradient = np.full(SPEC.block_shape(1), 2.0, dtype_of(dtype))
+        update = _update(Gradient(ref=TOPIC, base_version=0, values=gradient))
+        answer = await transport.push(replace(update, learning_rate_scale=0.5), timeout_s=TIMEOUT_S)
+        assert not answer.duplicate
+        assert [(r.ref, r.accepted, r.version) for r in answer.results] == [(TOPIC, True, 1)]
+        np.testing.assert_array_equal(shard.blocks[TOPIC].weight, before[TOPIC] - 0.5)
+        np.testing.assert_array_equal(shard.blocks[LEAF].weight, before[LEAF])
+
+    async def test_push_is_applied_once_per_request_id(
+        self, shard: FakeShard, transport: Transport
+    ) -> None:
+        update = _update(Gradient(ref=TOPIC, base_version=0, values=_ones(TOPIC)))
+        first = await transport.push(update, timeout_s=TIMEOUT_S)
+        second = await transport.push(update, timeout_s=TIMEOUT_S)
+        assert (first.duplicate, second.duplicate) == (False, True)
+        assert first.results == second.results
+        assert shard.blocks[TOPIC].version == 1
+
+    async def test_push_says_why_a_gradient_was_refused(
+        self, shard: FakeShard, transport: Transport
+    ) -> None:
+        shard.blocks[TOPIC].version = SPEC.max_staleness + 1
+        shard.blocks[BlockRef(2, 0)].state = BlockState.WITHHELD
+        gradients = [
+            Gradient(ref=ref, base_version=0, values=_ones(ref))
+            for ref in (TOPIC, BlockRef(2, 0), LEAF)
+        ]
+        answer = await transport.push(_update(*gradients), timeout_s=TIMEOUT_S)
+        reasons = [result.reason for result in answer.results]
+        assert reasons == [Reason.STALE_VERSION, Reason.BLOCK_WITHHELD, None]
+        assert [refused.ref for refused in answer.refused] == [TOPIC, BlockRef(2, 0)]
+        assert answer.versions == {TOPIC: SPEC.max_staleness + 1, BlockRef(2, 0): 0, LEAF: 1}
+
+    async def test_watch_misses_nothing_once_it_is_on(
+        self, bank: FakeBank, shard: FakeShard, transport: Transport
+    ) -> None:
+        async with aclosing(transport.watch([TOPIC], admin_only=True)) as answers:
+            assert (await anext(answers)).events == ()
+            shard.push(_update(Gradient(ref=TOPIC, base_version=0, values=_ones(TOPIC))))
+            bank.set_state("withhold", TOPIC, BlockState.WITHHELD, request_id="", dry_run=False)
+            (event,) = (await anext(answers)).events
+        assert (event.ref, event.version, event.state) == (TOPIC, 2, BlockState.WITHHELD)
+
+    async def test_topics(self, bank: FakeBank, gateway: Transport) -> None:
+        assert await gateway.list_topics(None, depth=0, timeout_s=TIMEOUT_S) == bank.topics(None, 0)
+        under = await gateway.list_topics(TOPIC, depth=1, timeout_s=TIMEOUT_S)
+        assert [topic.ref for topic in under] == [TOPIC, BlockRef(2, 0), BlockRef(2, 1)]
+
+    async def test_describe(self, bank: FakeBank, gateway: Transport) -> None:
+        blocks = await gateway.describe([LEAF, TOPIC], timeout_s=TIMEOUT_S)
+        assert blocks == bank.describe([LEAF, TOPIC])
+
+    async def test_swap_replaces_content(self, bank: FakeBank, gateway: Transport) -> None:
+        weights = {ref: 3 * _ones(ref) for ref in (TOPIC, OTHER)}
+        report = await _swap(gateway, weights, {TOPIC: 0})
+        assert (report.revision, len(report.changes)) == (1, 2)
+        for ref, weight in weights.items():
+            np.testing.assert_array_equal(bank.held(ref).weight, weight)
+
+    async def test_swap_compares_versions(self, bank: FakeBank, gateway: Transport) -> None:
+        with pytest.raises(ConflictError):
+            await _swap(gateway, {TOPIC: _ones(TOPIC)}, {TOPIC: 1})
+        assert bank.revision == 0
+
+    async def test_dry_runs_change_nothing(self, bank: FakeBank, gateway: Transport) -> None:
+        for call in _state_changes(gateway, dry_run=True):
+            report = await call
+            assert (report.dry_run, report.revision) == (True, 0)
+            assert [change.ref for change in report.changes] == list(SPEC.subtree(TOPIC))
+        assert bank.revision == 0
+
+    async def test_states_change(self, bank: FakeBank, gateway: Transport) -> None:
+        states = []
+        for call in _state_changes(gateway, dry_run=False):
+            await call
+            states.append({bank.held(ref).state for ref in SPEC.subtree(TOPIC)})
+        assert states == [{BlockState.WITHHELD}, {BlockState.ACTIVE}, {BlockState.DELETED}]
+
+    async def test_export_and_import(self, bank: FakeBank, gateway: Transport) -> None:
+        before = bank.held(LEAF).weight.copy()
+        target = io.BytesIO()
+        info = await gateway.export(TOPIC, target, weights_only=True, timeout_s=TIMEOUT_S)
+        assert target.getvalue() == bank.export(TOPIC)
+        assert (info.num_bytes, info.crc32c) == (target.tell(), crc32c(target.getvalue()))
+        await _swap(gateway, {LEAF: _ones(LEAF)}, {})
+        padded = io.BytesIO(b"before" + target.getvalue())
+        padded.seek(6)
+        answer = await gateway.import_pack(
+            padded, request_id="import-1", dry_run=False, timeout_s=TIMEOUT_S
+        )
+        assert (answer.topic, answer.report.revision) == (TOPIC, 2)
+        np.testing.assert_array_equal(bank.held(LEAF).weight, before)
+
+    async def test_import_of_no_pack(self, gateway: Transport) -> None:
+        with pytest.raises(InvalidArgumentError) as caught:
+            await gateway.import_pack(
+                io.BytesIO(b"nonsense"), request_id="i", dry_run=False, timeout_s=TIMEOUT_S
+            )
+        assert caught.value.reason is Reason.BAD_PACK
+
+    async def test_snapshots_and_rollback(self, bank: FakeBank, gateway: Transport) -> None:
+        snapshot = await gateway.create_snapshot("one", request_id="s", timeout_s=TIMEOUT_S)
+        assert await gateway.list_snapshots(timeout_s=TIMEOUT_S) == (snapshot,)
+        before = {ref: bank.held(ref).weight.copy() for ref in (LEAF, OTHER)}
+        await _swap(gateway, {ref: _ones(ref) for ref in before}, {})
+        await gateway.rollback("one", TOPIC, request_id="r", dry_run=False, timeout_s=TIMEOUT_S)
+        np.testing.assert_array_equal(bank.held(LEAF).weight, before[LEAF])
+        np.testing.assert_array_equal(bank.held(OTHER).weight, _ones(OTHER))
+        await gateway.rollback("one", None, request_id="r2", dry_run=False, timeout_s=TIMEOUT_S)
+        np.testing.assert_array_equal(bank.held(OTHER).weight, before[OTHER])
+
+    async def test_snapshot_errors(self, gateway: Transport) -> None:
+        await gateway.create_snapshot("one", request_id="s", timeout_s=TIMEOUT_S)
+        with pytest.raises(AlreadyExistsError):
+            await gateway.create_snapshot("one", request_id="s2", timeout_s=TIMEOUT_S)
+        with pytest.raises(NotFoundError) as caught:
+            await gateway.rollback("two", None, request_id="r", dry_run=False, timeout_s=TIMEOUT_S)
+        assert caught.value.reason is Reason.UNKNOWN_SNAPSHOT
+
+    async def test_stats_and_audit(self, bank: FakeBank, gateway: Transport) -> None:
+        for number in range(3):
+            await _swap(gateway, {TOPIC: number * _ones(TOPIC)}, {}, request_id=f"swap-{number}")
+        assert await gateway.get_stats(timeout_s=TIMEOUT_S) == bank.stats()
+        records = await gateway.list_audit_records(limit=2, timeout_s=TIMEOUT_S)
+        assert [record.request_id for record in records] == ["swap-2", "swap-1"]
+        assert records == tuple(bank.audit[:2])
+
+
+class TestInProcessTransport(TransportSuite):
+    @pytest.fixture
+    def gateway(self, bank: FakeBank) -> Transport:
+        return InProcessTransport(bank)
+
+    @pytest.fixture
+    def transport(self, bank: FakeBank, shard: FakeShard) -> Transport:
+        return InProcessTransport(bank, shard)
+
+
+class TestGrpcTransport(TransportSuite):
+    @pytest.fixture
+    def service(self, bank: FakeBank) -> Iterator[FakeService]:
+        service = FakeService(bank)
+        yield service
+        service.close()
+
+    @pytest.fixture
+    async def gateway(self, service: FakeService) -> AsyncIterator[Transport]:
+        transport = GrpcTransport(service.endpoint, ClientConfig())
+        yield transport
+        await transport.close()
+
+    @pytest.fixture
+    async def transport(
+        self, bank: FakeBank, shard: FakeShard, service: FakeService
+    ) -> AsyncIterator[Transport]:
+        transport = GrpcTransport(bank.endpoints[shard.shard_id], ClientConfig())
+        yield transport
+        await transport.close()
+
+
+@pytest.mark.parametrize("kind", [GrpcTransport, InProcessTransport])
+def test_has_the_whole_surface(kind: type) -> None:
+    surface = {name for name in dir(Transport) if not name.startswith("_")}
+    assert {name for name in surface if callable(getattr(kind, name, None))} == surface
+
+
+def _ones(ref: BlockRef) -> NDArray[np.float32]:
+    return np.ones(SPEC.block_shape(ref.level), np.float32)
+
+
+def _update(*gradients: Gradient) -> Update:
+    return Update(request_id="push-1", step=4, gradients=gradients)
+
+
+async def _swap(
+    gateway: Transport,
+    weights: Mapping[BlockRef, Array],
+    expected: Mapping[BlockRef, int],
+    request_id: str = "swap-1",
+) -> TransactionReport:
+    return await gateway.swap(
+        weights, expected=expected, request_id=request_id, dry_run=False, timeout_s=TIMEOUT_S
+    )
+
+
+def _state_changes(gateway: Transport, *, dry_run: bool) -> Iterator[Awaitable[TransactionReport]]:
+    for change in (gateway.withhold, gateway.restore, gateway.delete):
+        yield change(TOPIC, request_id=str(change), dry_run=dry_run, timeout_s=TIMEOUT_S)

@@ -1,0 +1,466 @@
+"""A real gRPC server with hand-written servicers around `FakeBank`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NoReturn
+
+import grpc
+import numpy as np
+
+from fake_bank import FakeBank, FakeShard
+from faults import Fault, FaultScript
+from membank.v1 import admin_service_pb2 as admin_pb
+from membank.v1 import block_service_pb2 as block_pb
+from membank.v1.admin_service_pb2_grpc import (
+    AdminServiceServicer,
+    add_AdminServiceServicer_to_server,
+)
+from membank.v1.block_service_pb2_grpc import (
+    BlockServiceServicer,
+    add_BlockServiceServicer_to_server,
+)
+from membank.wire import convert
+from membank.wire.crc import crc32c
+from membank.wire.errors import (
+    InternalError,
+    MembankError,
+    NotFoundError,
+    Reason,
+    ResourceExhaustedError,
+    UnauthenticatedError,
+    UnavailableError,
+    to_status,
+)
+from membank.wire.framing import MAX_MESSAGE_BYTES, Payload, PayloadAssembler, iter_chunks
+from membank.wire.records import Gradient, Update
+from membank.wire.spec import Array, BlockRef, BlockState, dtype_of
+
+REFUSALS: dict[Fault, Callable[[], MembankError]] = {
+    Fault.UNAVAILABLE: lambda: UnavailableError("away"),
+    Fault.NOT_OWNER: lambda: UnavailableError("moved", reason=Reason.NOT_OWNER),
+    Fault.OVERLOADED: lambda: ResourceExhaustedError("full", metadata={"retry_after_ms": "5"}),
+    Fault.INTERNAL: lambda: InternalError("defect"),
+}
+"""Faults that come before anything is done."""
+
+
+def _wait_for_deadline(context: grpc.ServicerContext) -> NoReturn:
+    import threading
+
+    ended = threading.Event()
+    if context.add_callback(ended.set):
+        ended.wait(timeout=30)
+    raise UnavailableError("nobody listens any more")
+
+
+def _rpc(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Encode errors, check the caller and inject the planned fault around a unary answer."""
+
+    @functools.wraps(method)
+    def call(self: _Servicer, request: Any, context: grpc.ServicerContext) -> Any:
+        try:
+            fault = self.admit(method.__name__, context)
+            answer = method(self, request, context)
+            if fault is Fault.DROP_RESPONSE:
+                raise UnavailableError("the answer was lost")
+        except MembankError as err:
+            context.abort_with_status(to_status(err))
+        return answer
+
+    return call
+
+
+def _stream_rpc(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Do what `_rpc` does around a streamed answer."""
+
+    @functools.wraps(method)
+    def call(self: _Servicer, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        try:
+            fault = self.admit(method.__name__, context)
+            yield from _spoilt(method(self, request, context), fault)
+        except MembankError as err:
+            context.abort_with_status(to_status(err))
+
+    return call
+
+
+def _spoilt(messages: Iterator[Any], fault: Fault | None) -> Iterator[Any]:
+    for message in messages:
+        if fault in (Fault.CUT, Fault.SHORT, Fault.DROP_RESPONSE) and message.data:
+            message.data = message.data[: len(message.data) // 2]
+            yield message
+            if fault is Fault.SHORT:
+                return
+            raise UnavailableError("the connection broke")
+        if fault is Fault.WRONG_CRC and message.data:
+            message.data = bytes([message.data[0] ^ 1]) + message.data[1:]
+            fault = None
+        yield message
+
+
+class _Servicer:
+    def __init__(self, bank: FakeBank, script: FaultScript, token: str | None) -> None:
+        self._bank = bank
+        self._script = script
+        self._token = token
+
+    def admit(self, method: str, context: grpc.ServicerContext) -> Fault | None:
+        metadata = {key: str(value) for key, value in context.invocation_metadata()}
+        self._script.metadata.append(metadata)
+        if self._token is not None and metadata.get("authorization") != f"Bearer {self._token}":
+            raise UnauthenticatedError("who are you?")
+        fault = self._script.take(method)
+        if fault in REFUSALS:
+            raise REFUSALS[fault]()
+        if fault is Fault.SLOW:
+            _wait_for_deadline(context)
+        return fault
+
+
+class FakeBlockServicer(_Servicer, BlockServiceServicer):
+    """The data path of one shard, or of the gateway where `shard` is None."""
+
+    def __init__(
+        self, bank: FakeBank, shard: FakeShard | None, script: FaultScript, token: str | None
+    ) -> None:
+        super().__init__(bank, script, token)
+        self._shard_or_none = shard
+
+    @property
+    def _shard(self) -> FakeShard:
+        if self._shard_or_none is None:
+            raise UnavailableError("ask a shard", reason=Reason.NOT_OWNER)
+        return self._shard_or_none
+
+    @_rpc
+    def GetBank(
+        self, request: block_pb.GetBankRequest, context: grpc.ServicerContext
+    ) -> block_pb.GetBankResponse:
+        if request.bank not in ("", self._bank.spec.name):
+            raise NotFoundError(f"no bank {request.bank}", reason=Reason.UNKNOWN_BANK)
+        return convert.info_to_pb(self._bank.info())
+
+    @_stream_rpc
+    def GetTree(
+        self, request: block_pb.GetTreeRequest, context: grpc.ServicerContext
+    ) -> Iterator[block_pb.GetTreeResponse]:
+        document = self._bank.tree()
+        yield block_pb.GetTreeResponse(num_bytes=len(document), crc32c=crc32c(document))
+        for chunk in iter_chunks([document], chunk_bytes=100):
+            yield block_pb.GetTreeResponse(data=chunk)
+
+    @_stream_rpc
+    def FetchBlocks(
+        self, request: block_pb.FetchBlocksRequest, context: grpc.ServicerContext
+    ) -> Iterator[block_pb.FetchBlocksResponse]:
+        refs = convert.refs_from_pb(request.refs)
+        self._script.refs.append(refs)
+        held = [version - 1 if version else None for version in request.held_version_plus_one]
+        fetched = self._shard.fetch(
+            refs,
+            held_versions=held or None,
+            dtype=convert.dtype_from_pb(request.dtype),
+            min_revision=request.min_revision,
+        )
+        # One header per message and odd chunks: what a client must cope with.
+        first = True
+        for block in fetched.blocks:
+            message = block_pb.FetchBlocksResponse(headers=[convert.header_to_pb(block.header)])
+            if first:
+                message.revision = fetched.revision
+            first = False
+            yield message
+        weights = [block.weight for block in fetched.blocks if block.weight is not None]
+        for chunk in iter_chunks(weights, chunk_bytes=1_000):
+            yield block_pb.FetchBlocksResponse(data=chunk)
+
+    @_rpc
+    def PushUpdates(
+        self, request: Iterator[block_pb.PushUpdatesRequest], context: grpc.ServicerContext
+    ) -> block_pb.PushUpdatesResponse:
+        head = next(request)
+        self._script.request_ids.append(head.request_id)
+        refs = [convert.ref_from_pb(header.ref) for header in head.headers]
+        self._script.refs.append(tuple(refs))
+        arrays = _receive(self._bank, head.headers, (message.data for message in request))
+        gradients = tuple(
+            Gradient(ref=ref, base_version=header.base_version, values=array)
+            for ref, header, array in zip(refs, head.headers, arrays, strict=True)
+        )
+        answer = self._shard.push(
+            Update(
+                request_id=head.request_id,
+                step=head.step,
+                gradients=gradients,
+                learning_rate_scale=head.learning_rate_scale,
+            )
+        )
+        return block_pb.PushUpdatesResponse(
+            results=[convert.result_to_pb(result) for result in answer.results],
+            duplicate=answer.duplicate,
+        )
+
+    @_stream_rpc
+    def WatchBlocks(
+        self, request: block_pb.WatchBlocksRequest, context: grpc.ServicerContext
+    ) -> Iterator[block_pb.WatchBlocksResponse]:
+        subscription = self._shard.subscribe(
+            convert.refs_from_pb(request.refs), admin_only=request.admin_only
+        )
+        context.add_callback(subscription.close)
+        context.send_initial_metadata(())
+        while not subscription.is_closed:
+            events, num_dropped = subscription.next_events(0.5)
+            if events or num_dropped:
+                yield block_pb.WatchBlocksResponse(
+                    events=map(convert.event_to_pb, events), num_dropped=num_dropped
+                )
+        raise UnavailableError("the shard stops")
+
+
+def _receive(bank: FakeBank, headers: Any, chunks: Iterator[bytes]) -> list[Array]:
+    assembler = PayloadAssembler(max_bytes=1 << 30)
+    for header in headers:
+        assembler.expect(Payload(header.num_bytes, header.crc32c, str(header.ref)))
+    for chunk in chunks:
+        assembler.feed(chunk)
+    return [
+        buffer.view(dtype_of(convert.dtype_from_pb(header.dtype) or "")).reshape(
+            bank.spec.block_shape(header.ref.level)
+        )
+        for header, buffer in zip(headers, assembler.finish(), strict=True)
+    ]
+
+
+class FakeAdminServicer(_Servicer, AdminServiceServicer):
+    """The gateway's operations."""
+
+    @_rpc
+    def CreateBank(
+        self, request: admin_pb.CreateBankRequest, context: grpc.ServicerContext
+    ) -> admin_pb.CreateBankResponse:
+        spec = self._bank.create_bank(
+            convert.spec_from_pb(request.spec), request.tree, request_id=request.request_id
+        )
+        return admin_pb.CreateBankResponse(spec=convert.spec_to_pb(spec))
+
+    @_rpc
+    def ListTopics(
+        self, request: admin_pb.ListTopicsRequest, context: grpc.ServicerContext
+    ) -> admin_pb.ListTopicsResponse:
+        parent = _optional_ref(request, "parent")
+        topics = self._bank.topics(parent, request.depth)
+        return admin_pb.ListTopicsResponse(
+            topics=map(convert.topic_to_pb, topics), revision=self._bank.revision
+        )
+
+    @_rpc
+    def DescribeBlocks(
+        self, request: admin_pb.DescribeBlocksRequest, context: grpc.ServicerContext
+    ) -> admin_pb.DescribeBlocksResponse:
+        blocks = self._bank.describe(convert.refs_from_pb(request.refs))
+        return admin_pb.DescribeBlocksResponse(blocks=map(convert.description_to_pb, blocks))
+
+    @_rpc
+    def SwapBlocks(
+        self, request: Iterator[admin_pb.SwapBlocksRequest], context: grpc.ServicerContext
+    ) -> admin_pb.SwapBlocksResponse:
+        head = next(request)
+        self._script.request_ids.append(head.request_id)
+        refs = [convert.ref_from_pb(header.ref) for header in head.headers]
+        arrays = _receive(self._bank, head.headers, (message.data for message in request))
+        expected = {
+            ref: header.expected_version_plus_one - 1
+            for ref, header in zip(refs, head.headers, strict=True)
+            if header.expected_version_plus_one
+        }
+        report = self._bank.swap(
+            dict(zip(refs, arrays, strict=True)),
+            expected,
+            request_id=head.request_id,
+            dry_run=head.dry_run,
+        )
+        return admin_pb.SwapBlocksResponse(report=convert.report_to_pb(report))
+
+    def _set_state(self, request: Any, operation: str, state: BlockState) -> Any:
+        self._script.request_ids.append(request.request_id)
+        report = self._bank.set_state(
+            operation,
+            convert.ref_from_pb(request.topic),
+            state,
+            request_id=request.request_id,
+            dry_run=request.dry_run,
+        )
+        return convert.report_to_pb(report)
+
+    @_rpc
+    def WithholdTopic(
+        self, request: admin_pb.WithholdTopicRequest, context: grpc.ServicerContext
+    ) -> admin_pb.WithholdTopicResponse:
+        report = self._set_state(request, "withhold", BlockState.WITHHELD)
+        return admin_pb.WithholdTopicResponse(report=report)
+
+    @_rpc
+    def RestoreTopic(
+        self, request: admin_pb.RestoreTopicRequest, context: grpc.ServicerContext
+    ) -> admin_pb.RestoreTopicResponse:
+        report = self._set_state(request, "restore", BlockState.ACTIVE)
+        return admin_pb.RestoreTopicResponse(report=report)
+
+    @_rpc
+    def DeleteTopic(
+        self, request: admin_pb.DeleteTopicRequest, context: grpc.ServicerContext
+    ) -> admin_pb.DeleteTopicResponse:
+        report = self._set_state(request, "delete", BlockState.DELETED)
+        return admin_pb.DeleteTopicResponse(report=report)
+
+    @_stream_rpc
+    def ExportTopic(
+        self, request: admin_pb.ExportTopicRequest, context: grpc.ServicerContext
+    ) -> Iterator[admin_pb.ExportTopicResponse]:
+        pack = self._bank.export(convert.ref_from_pb(request.topic))
+        yield admin_pb.ExportTopicResponse(
+            num_bytes=len(pack), crc32c=crc32c(pack), revision=self._bank.revision
+        )
+        for chunk in iter_chunks([pack], chunk_bytes=500):
+            yield admin_pb.ExportTopicResponse(data=chunk)
+
+    @_rpc
+    def ImportTopic(
+        self, request: Iterator[admin_pb.ImportTopicRequest], context: grpc.ServicerContext
+    ) -> admin_pb.ImportTopicResponse:
+        head = next(request)
+        self._script.request_ids.append(head.request_id)
+        assembler = PayloadAssembler(max_bytes=1 << 30)
+        assembler.expect(Payload(head.num_bytes, head.crc32c, "pack"))
+        for message in request:
+            assembler.feed(message.data)
+        report, topic = self._bank.import_pack(
+            np.concatenate(assembler.finish()).tobytes(),
+            request_id=head.request_id,
+            dry_run=head.dry_run,
+        )
+        return admin_pb.ImportTopicResponse(
+            report=convert.report_to_pb(report), topic=convert.ref_to_pb(topic)
+        )
+
+    @_rpc
+    def CreateSnapshot(
+        self, request: admin_pb.CreateSnapshotRequest, context: grpc.ServicerContext
+    ) -> admin_pb.CreateSnapshotResponse:
+        snapshot = self._bank.create_snapshot(request.snapshot)
+        return admin_pb.CreateSnapshotResponse(snapshot=convert.snapshot_to_pb(snapshot))
+
+    @_rpc
+    def ListSnapshots(
+        self, request: admin_pb.ListSnapshotsRequest, context: grpc.ServicerContext
+    ) -> admin_pb.ListSnapshotsResponse:
+        snapshots = (snapshot for snapshot, _ in self._bank.snapshots.values())
+        return admin_pb.ListSnapshotsResponse(snapshots=map(convert.snapshot_to_pb, snapshots))
+
+    @_rpc
+    def Rollback(
+        self, request: admin_pb.RollbackRequest, context: grpc.ServicerContext
+    ) -> admin_pb.RollbackResponse:
+        report = self._bank.rollback(
+            request.snapshot,
+            _optional_ref(request, "topic"),
+            request_id=request.request_id,
+            dry_run=request.dry_run,
+        )
+        return admin_pb.RollbackResponse(report=convert.report_to_pb(report))
+
+    @_rpc
+    def GetStats(
+        self, request: admin_pb.GetStatsRequest, context: grpc.ServicerContext
+    ) -> admin_pb.GetStatsResponse:
+        return convert.stats_to_pb(self._bank.stats())
+
+    @_rpc
+    def ListAuditRecords(
+        self, request: admin_pb.ListAuditRecordsRequest, context: grpc.ServicerContext
+    ) -> admin_pb.ListAuditRecordsResponse:
+        records = self._bank.audit[: request.limit]
+        return admin_pb.ListAuditRecordsResponse(records=map(convert.audit_to_pb, records))
+
+
+def _optional_ref(request: Any, name: str) -> BlockRef | None:
+    return convert.ref_from_pb(getattr(request, name)) if request.HasField(name) else None
+
+
+class FakeService:
+    """A gateway and shards, each a gRPC server on a loopback port of its own.
+
+    Parameters
+    ----------
+    bank
+        The bank.
+    token
+        Bearer token that every call must carry; None = none.
+    credentials
+        TLS of all servers; None = none.
+    """
+
+    def __init__(
+        self,
+        bank: FakeBank,
+        *,
+        token: str | None = None,
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:
+        self.bank = bank
+        self.script = FaultScript()
+        self.scripts = {shard.shard_id: FaultScript() for shard in bank.shards}
+        self._token = token
+        self._credentials = credentials
+        self._executor = ThreadPoolExecutor(max_workers=24)
+        self._servers: dict[str, grpc.Server] = {}
+        self.endpoint = self._start("gateway", None, self.script)
+        for shard in bank.shards:
+            self.start_shard(shard)
+
+    def start_shard(self, shard: FakeShard) -> str:
+        """Start a shard's server at a new port and say so in the placement."""
+        endpoint = self._start(shard.shard_id, shard, self.scripts[shard.shard_id])
+        self.bank.move(shard, endpoint)
+        return endpoint
+
+    def stop_server(self, name: str) -> None:
+        """Stop the server of a shard, or of the "gateway", at once."""
+        self._servers.pop(name).stop(grace=None).wait()
+
+    def close(self) -> None:
+        """Stop everything."""
+        for shard in self.bank.shards:
+            for subscription in shard.subscriptions:
+                subscription.close()
+        for stopping in [server.stop(grace=None) for server in self._servers.values()]:
+            stopping.wait()
+        self._executor.shutdown()
+
+    def _start(self, name: str, shard: FakeShard | None, script: FaultScript) -> str:
+        server = grpc.server(
+            self._executor,
+            options=[
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        add_BlockServiceServicer_to_server(
+            FakeBlockServicer(self.bank, shard, script, self._token), server
+        )
+        if shard is None:
+            add_AdminServiceServicer_to_server(
+                FakeAdminServicer(self.bank, script, self._token), server
+            )
+        address = "127.0.0.1:0"
+        if self._credentials is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, self._credentials)
+        server.start()
+        self._servers[name] = server
+        return f"127.0.0.1:{port}"

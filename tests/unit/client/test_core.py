@@ -1,0 +1,556 @@
+"""The logic over a whole bank, with shards in this process and scripted faults."""
+
+from collections.abc import AsyncIterator
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fake_bank import SPEC, FakeBank
+from faults import Fault
+from in_process import InProcessNetwork
+from membank.client import AsyncBankClient, ClientConfig, Memory, RetryConfig, Transaction
+from membank.wire.errors import (
+    ConflictError,
+    DeadlineError,
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    Reason,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from membank.wire.spec import BlockRef, BlockState, dtype_of
+
+# Partitions are dealt to two shards in turns: 1/0, 1/2 and what is under them lie on the first.
+PATH = (BlockRef(1, 0), BlockRef(2, 1))
+ACROSS = (BlockRef(1, 0), BlockRef(1, 1), BlockRef(2, 1), BlockRef(2, 3))
+RETRY = RetryConfig(max_attempts=5, initial_backoff_s=0.001, max_backoff_s=0.002)
+CONFIG = ClientConfig(timeout_s=5.0, retry=RETRY)
+
+
+@pytest.fixture
+def bank() -> FakeBank:
+    return FakeBank()
+
+
+@pytest.fixture
+def network(bank: FakeBank) -> InProcessNetwork:
+    return InProcessNetwork(bank)
+
+
+@pytest.fixture
+async def client(network: InProcessNetwork) -> AsyncIterator[AsyncBankClient]:
+    async with await AsyncBankClient.connect(
+        network.GATEWAY, config=CONFIG, connector=network
+    ) as client:
+        yield client
+
+
+def ones(ref: BlockRef) -> NDArray[np.float32]:
+    return np.ones(SPEC.block_shape(ref.level), np.float32)
+
+
+def gradients(*refs: BlockRef) -> dict[BlockRef, NDArray[np.float32]]:
+    return {ref: ones(ref) for ref in refs}
+
+
+def base(*refs: BlockRef) -> dict[BlockRef, int]:
+    return dict.fromkeys(refs, 0)
+
+
+class TestConnect:
+    async def test_learns_the_bank(self, bank: FakeBank, client: AsyncBankClient) -> None:
+        assert client.spec == bank.spec
+        assert await client.info() == bank.info()
+
+    async def test_any_shard_will_do(self, bank: FakeBank, network: InProcessNetwork) -> None:
+        async with await AsyncBankClient.connect("shard:2", connector=network) as client:
+            memory = await client.fetch(PATH)
+        assert list(memory) == list(PATH)
+
+    async def test_a_service_without_a_bank_is_accepted(self) -> None:
+        network = InProcessNetwork(FakeBank(spec=None))
+        async with await AsyncBankClient.connect(network.GATEWAY, connector=network) as client:
+            with pytest.raises(NotFoundError):
+                _ = client.spec
+            with pytest.raises(NotFoundError):
+                await client.fetch(PATH)
+            created = await client.create_bank(SPEC)
+            assert created.bank_id != SPEC.bank_id
+            assert (await client.info()).spec == created
+
+    async def test_a_service_without_the_named_bank_is_not(self) -> None:
+        network = InProcessNetwork(FakeBank(spec=None))
+        with pytest.raises(NotFoundError):
+            await AsyncBankClient.connect(
+                network.GATEWAY, config=ClientConfig(bank="other"), connector=network
+            )
+
+    async def test_nobody_there(self, network: InProcessNetwork) -> None:
+        network.scripts[network.GATEWAY].plan("get_bank", *[Fault.UNAVAILABLE] * 5)
+        with pytest.raises(UnavailableError):
+            await AsyncBankClient.connect(network.GATEWAY, config=CONFIG, connector=network)
+        assert network.scripts[network.GATEWAY].num_calls("get_bank") == 5
+        assert network.transports[network.GATEWAY].is_closed
+
+    async def test_a_closed_client_says_so(self, client: AsyncBankClient) -> None:
+        await client.close()
+        with pytest.raises(FailedPreconditionError, match="closed"):
+            await client.info()
+
+    async def test_another_bank_at_the_same_address_is_noticed(
+        self, bank: FakeBank, client: AsyncBankClient
+    ) -> None:
+        bank.become("fake-2")
+        with pytest.raises(FailedPreconditionError, match="another bank"):
+            await client.info()
+
+
+class TestFetch:
+    async def test_blocks_of_several_shards_in_order(
+        self, bank: FakeBank, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        blocks = await client.fetch_blocks(ACROSS)
+        assert list(blocks) == list(ACROSS)
+        for ref, weight in blocks.weights.items():
+            np.testing.assert_array_equal(weight, bank.held(ref).weight)
+        assert network.scripts["shard:1"].refs == [(ACROSS[0], ACROSS[2])]
+        assert network.scripts["shard:2"].refs == [(ACROSS[1], ACROSS[3])]
+
+    async def test_dtype(self, client: AsyncBankClient) -> None:
+        memory = await client.fetch(PATH, dtype="bfloat16")
+        assert {weight.dtype for weight in memory.weights.values()} == {dtype_of("bfloat16")}
+
+    async def test_a_block_named_twice_travels_once(
+        self, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        blocks = await client.fetch_blocks([PATH[0], PATH[1], PATH[0]])
+        assert list(blocks) == list(PATH)
+        assert network.scripts["shard:1"].refs == [PATH]
+
+    async def test_nothing_costs_nothing(
+        self, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        assert len(await client.fetch_blocks([])) == 0
+        assert network.scripts["shard:1"].calls == []
+
+    async def test_held_blocks_are_reused(self, bank: FakeBank, client: AsyncBankClient) -> None:
+        first = await client.fetch_blocks(ACROSS)
+        await client.push(gradients(ACROSS[1]), base=first.versions)
+        second = await client.fetch_blocks(ACROSS, held=first)
+        assert [second[ref] is first[ref] for ref in ACROSS] == [True, False, True, True]
+        assert second.versions == {**first.versions, ACROSS[1]: 1}
+        np.testing.assert_array_equal(second[ACROSS[1]].weight, bank.held(ACROSS[1]).weight)
+
+    async def test_blocks_held_in_another_dtype_are_not_reused(
+        self, client: AsyncBankClient
+    ) -> None:
+        held = await client.fetch(PATH, dtype="float16")
+        again = await client.fetch(PATH, held=held)
+        assert {weight.dtype for weight in again.weights.values()} == {dtype_of("float32")}
+
+    async def test_a_block_held_as_withheld_is_fetched_after_its_restoration(
+        self, client: AsyncBankClient
+    ) -> None:
+        await client.withhold(PATH[1])
+        held = await client.fetch_blocks(PATH)
+        await client.restore(PATH[1])
+        assert (await client.fetch(PATH, held=held)).ended_at is None
+
+    @pytest.mark.parametrize("ref", [BlockRef(1, 4), BlockRef(3, 0), BlockRef(0, 0)])
+    async def test_unknown_blocks(self, client: AsyncBankClient, ref: BlockRef) -> None:
+        with pytest.raises(NotFoundError):
+            await client.fetch([PATH[0], ref])
+
+    async def test_unknown_dtype(self, client: AsyncBankClient) -> None:
+        with pytest.raises(InvalidArgumentError) as caught:
+            await client.fetch(PATH, dtype="int8")
+        assert caught.value.reason is Reason.BAD_DTYPE
+
+    async def test_answers_are_bounded_before_anything_is_sent(
+        self, network: InProcessNetwork
+    ) -> None:
+        config = ClientConfig(max_answer_bytes=SPEC.weight_bytes(1))
+        async with await AsyncBankClient.connect(
+            network.GATEWAY, config=config, connector=network
+        ) as client:
+            await client.fetch(PATH[:1])
+            with pytest.raises(InvalidArgumentError) as caught:
+                await client.fetch(PATH)
+        assert caught.value.reason is Reason.MESSAGE_TOO_LARGE
+        assert network.scripts["shard:1"].num_calls("fetch") == 1
+
+    async def test_large_fetches_are_cut_into_requests(self, network: InProcessNetwork) -> None:
+        config = ClientConfig(max_request_bytes=SPEC.weight_bytes(1) + SPEC.weight_bytes(2))
+        refs = [BlockRef(1, 0), BlockRef(2, 0), BlockRef(2, 1), BlockRef(2, 4), BlockRef(1, 2)]
+        async with await AsyncBankClient.connect(
+            network.GATEWAY, config=config, connector=network
+        ) as client:
+            assert list(await client.fetch_blocks(refs)) == refs
+        assert network.scripts["shard:1"].refs == [tuple(refs[:2]), tuple(refs[2:4]), (refs[4],)]
+
+
+class TestPathEnds:
+    @pytest.mark.parametrize("state", [BlockState.WITHHELD, BlockState.DELETED])
+    async def test_at_an_inactive_leaf(
+        self, bank: FakeBank, client: AsyncBankClient, state: BlockState
+    ) -> None:
+        bank.held(PATH[1]).state = state
+        memory = await client.fetch(PATH)
+        assert (list(memory), memory.ended_at) == ([PATH[0]], PATH[1])
+
+    async def test_above_everything_under_an_inactive_block(
+        self, bank: FakeBank, client: AsyncBankClient
+    ) -> None:
+        bank.held(PATH[0]).state = BlockState.WITHHELD
+        memory = await client.fetch(PATH)
+        assert (list(memory), memory.ended_at) == ([], PATH[0])
+        assert (memory.versions, memory.weights) == ({}, {})
+
+    async def test_other_paths_of_the_same_fetch_go_on(
+        self, bank: FakeBank, client: AsyncBankClient
+    ) -> None:
+        bank.held(BlockRef(1, 0)).state = BlockState.DELETED
+        memory = await client.fetch(ACROSS)
+        assert list(memory) == [BlockRef(1, 1), BlockRef(2, 3)]
+        assert memory.ended_at == BlockRef(1, 0)
+
+    async def test_a_batch_keeps_them_with_their_state(
+        self, bank: FakeBank, client: AsyncBankClient
+    ) -> None:
+        bank.held(PATH[0]).state = BlockState.WITHHELD
+        blocks = await client.fetch_blocks(PATH)
+        assert not isinstance(blocks, Memory)
+        assert blocks.states == {PATH[0]: BlockState.WITHHELD, PATH[1]: BlockState.ACTIVE}
+        assert list(blocks.weights) == [PATH[1]]
+
+
+class TestRevisions:
+    async def test_a_fetch_never_mixes_two(
+        self, bank: FakeBank, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        bank.shards[1].lags = True
+        bank.swap({ref: 7 * ones(ref) for ref in ACROSS}, {}, request_id="s", dry_run=False)
+        blocks = await client.fetch_blocks(ACROSS)
+        assert blocks.revision == 1
+        assert set(blocks.versions.values()) == {1}
+        for weight in blocks.weights.values():
+            np.testing.assert_array_equal(weight, 7.0)
+        # First at its own revision, then too early, then caught up.
+        assert network.scripts["shard:2"].num_calls("fetch") == 3
+        assert network.scripts["shard:1"].num_calls("fetch") == 1
+
+    async def test_the_second_round_holds_what_the_first_sent(
+        self, bank: FakeBank, client: AsyncBankClient
+    ) -> None:
+        bank.shards[1].lags = True
+        bank.swap({ACROSS[0]: ones(ACROSS[0])}, {}, request_id="s", dry_run=False)
+        sent = bank.shards[1].num_weights_sent
+        await client.fetch_blocks(ACROSS)
+        assert bank.shards[1].num_weights_sent == sent + 2
+
+    async def test_own_changes_are_seen(self, bank: FakeBank, client: AsyncBankClient) -> None:
+        bank.shards[1].lags = True
+        await client.swap({BlockRef(1, 1): ones(BlockRef(1, 1))})
+        memory = await client.fetch([BlockRef(1, 1)])
+        assert memory.versions == {BlockRef(1, 1): 1}
+
+    async def test_reads_do_not_go_back(self, bank: FakeBank, client: AsyncBankClient) -> None:
+        bank.shards[1].lags = True
+        bank.swap(gradients(*ACROSS), {}, request_id="s", dry_run=False)
+        await client.fetch([BlockRef(1, 0)])
+        assert (await client.fetch([BlockRef(1, 1)])).versions == {BlockRef(1, 1): 1}
+
+    async def test_shards_that_never_agree_end_the_fetch(self, network: InProcessNetwork) -> None:
+        bank = network.bank
+        network.after_fetch = lambda: bank.transact("again", (), lambda ref, kept: None)
+        async with await AsyncBankClient.connect(
+            network.GATEWAY, config=CONFIG, connector=network
+        ) as client:
+            with pytest.raises(UnavailableError, match="agree") as caught:
+                await client.fetch_blocks(ACROSS)
+        assert caught.value.reason is Reason.BEHIND_REVISION
+
+
+class TestPush:
+    async def test_is_split_under_one_request_id(
+        self, bank: FakeBank, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        answer = await client.push(
+            gradients(*ACROSS), base=base(*ACROSS), step=3, learning_rate_scale=0.5
+        )
+        assert [result.ref for result in answer.results] == list(ACROSS)
+        assert answer.versions == dict.fromkeys(ACROSS, 1)
+        scripts = [network.scripts["shard:1"], network.scripts["shard:2"]]
+        assert [script.refs for script in scripts] == [
+            [(ACROSS[0], ACROSS[2])],
+            [(ACROSS[1], ACROSS[3])],
+        ]
+        assert scripts[0].request_ids == scripts[1].request_ids
+        assert len(scripts[0].request_ids[0]) == 36
+
+    async def test_touches_only_its_blocks(self, bank: FakeBank, client: AsyncBankClient) -> None:
+        before = {ref: bank.held(ref).weight.tobytes() for ref in SPEC.blocks()}
+        await client.push(gradients(PATH[1]), base=base(PATH[1]))
+        changed = {ref for ref in before if bank.held(ref).weight.tobytes() != before[ref]}
+        assert changed == {PATH[1]}
+
+    async def test_of_nothing(self, network: InProcessNetwork, client: AsyncBankClient) -> None:
+        answer = await client.push({}, base={})
+        assert (answer.results, answer.duplicate) == ((), False)
+        assert network.scripts["shard:1"].calls == []
+
+    async def test_after_an_unknown_outcome_is_applied_once(
+        self, bank: FakeBank, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        network.scripts["shard:1"].plan("push", Fault.DROP_RESPONSE)
+        answer = await client.push(gradients(*ACROSS), base=base(*ACROSS))
+        assert answer.duplicate
+        assert answer.versions == dict.fromkeys(ACROSS, 1)
+        assert len(set(network.scripts["shard:1"].request_ids)) == 1
+        assert network.scripts["shard:1"].num_calls("push") == 2
+        # The part that was answered is not sent again.
+        assert network.scripts["shard:2"].num_calls("push") == 1
+
+    async def test_with_the_same_request_id_is_applied_once(
+        self, bank: FakeBank, client: AsyncBankClient
+    ) -> None:
+        for is_repeated in (False, True):
+            answer = await client.push(gradients(PATH[0]), base=base(PATH[0]), request_id="mine")
+            assert answer.duplicate is is_repeated
+        assert bank.held(PATH[0]).version == 1
+
+    async def test_refusals_are_answers(self, bank: FakeBank, client: AsyncBankClient) -> None:
+        bank.held(PATH[0]).version = SPEC.max_staleness + 1
+        answer = await client.push(gradients(*PATH), base=base(*PATH))
+        assert [result.accepted for result in answer.results] == [False, True]
+        assert answer.refused[0].reason is Reason.STALE_VERSION
+
+    @pytest.mark.parametrize(
+        ("values", "reason"),
+        [
+            (np.ones((1, 3, 2, 8), np.float32), Reason.BAD_SHAPE),
+            (np.ones(SPEC.block_shape(2), np.float64), Reason.BAD_DTYPE),
+            (np.ones(SPEC.block_shape(2), np.int32), Reason.BAD_DTYPE),
+        ],
+    )
+    async def test_of_a_wrong_array_is_refused_as_a_whole(
+        self,
+        bank: FakeBank,
+        client: AsyncBankClient,
+        values: NDArray[np.generic],
+        reason: Reason,
+    ) -> None:
+        with pytest.raises(InvalidArgumentError) as caught:
+            await client.push({ACROSS[0]: ones(ACROSS[0]), PATH[1]: values}, base=base(*ACROSS))
+        assert caught.value.reason is reason
+        assert bank.held(ACROSS[0]).version == 0
+
+    async def test_needs_base_versions(self, client: AsyncBankClient) -> None:
+        with pytest.raises(InvalidArgumentError, match="no base version for block 2/1"):
+            await client.push(gradients(*PATH), base=base(PATH[0]))
+
+    @pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf")])
+    async def test_needs_a_sane_scale(self, client: AsyncBankClient, scale: float) -> None:
+        with pytest.raises(InvalidArgumentError, match="learning_rate_scale"):
+            await client.push(gradients(*PATH), base=base(*PATH), learning_rate_scale=scale)
+
+    async def test_is_bounded(self, network: InProcessNetwork) -> None:
+        config = ClientConfig(max_push_bytes=100)
+        async with await AsyncBankClient.connect(
+            network.GATEWAY, config=config, connector=network
+        ) as client:
+            with pytest.raises(InvalidArgumentError) as caught:
+                await client.push(gradients(PATH[0]), base=base(PATH[0]))
+        assert caught.value.reason is Reason.MESSAGE_TOO_LARGE
+
+
+class TestRetries:
+    @pytest.mark.parametrize("fault", [Fault.UNAVAILABLE, Fault.NOT_OWNER, Fault.OVERLOADED])
+    async def test_go_on_until_the_service_is_back(
+        self, network: InProcessNetwork, client: AsyncBankClient, fault: Fault
+    ) -> None:
+        network.scripts["shard:1"].plan("fetch", fault, fault)
+        assert list(await client.fetch(PATH)) == list(PATH)
+        assert network.scripts["shard:1"].num_calls("fetch") == 3
+
+    @pytest.mark.parametrize(
+        ("fault", "error"),
+        [(Fault.UNAVAILABLE, UnavailableError), (Fault.OVERLOADED, ResourceExhaustedError)],
+    )
+    async def test_end_with_the_budget(
+        self,
+        network: InProcessNetwork,
+        client: AsyncBankClient,
+        fault: Fault,
+        error: type[Exception],
+    ) -> None:
+        network.scripts["shard:1"].plan("fetch", *[fault] * 9)
+        with pytest.raises(error):
+            await client.fetch(PATH)
+        assert network.scripts["shard:1"].num_calls("fetch") == RETRY.max_attempts
+
+    async def test_end_with_the_deadline(self, network: InProcessNetwork) -> None:
+        network.scripts["shard:1"].plan("fetch", *[Fault.UNAVAILABLE] * 99)
+        config = ClientConfig(
+            retry=RetryConfig(max_attempts=99, initial_backoff_s=1e9, max_backoff_s=1e9)
+        )
+        async with await AsyncBankClient.connect(
+            network.GATEWAY, config=config, connector=network
+        ) as client:
+            with pytest.raises(UnavailableError):
+                await client.fetch(PATH, timeout_s=1.0)
+        # The first wait would already pass the deadline.
+        assert network.scripts["shard:1"].num_calls("fetch") == 1
+
+    @pytest.mark.parametrize(
+        ("fault", "error"), [(Fault.SLOW, DeadlineError), (Fault.INTERNAL, InternalError)]
+    )
+    async def test_do_not_repeat_answers(
+        self,
+        network: InProcessNetwork,
+        client: AsyncBankClient,
+        fault: Fault,
+        error: type[Exception],
+    ) -> None:
+        network.scripts["shard:1"].plan("push", fault)
+        with pytest.raises(error):
+            await client.push(gradients(PATH[0]), base=base(PATH[0]))
+        assert network.scripts["shard:1"].num_calls("push") == 1
+
+    async def test_prefer_the_answer_of_one_shard_to_the_silence_of_another(
+        self, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        network.scripts["shard:1"].plan("fetch", Fault.UNAVAILABLE)
+        network.scripts["shard:2"].plan("fetch", Fault.INTERNAL)
+        with pytest.raises(InternalError):
+            await client.fetch_blocks(ACROSS)
+
+    async def test_share_one_request_id_in_admin_calls(
+        self, bank: FakeBank, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        script = network.scripts[network.GATEWAY]
+        script.plan("withhold", Fault.UNAVAILABLE, Fault.DROP_RESPONSE)
+        report = await client.withhold(PATH[1])
+        assert (report.revision, bank.revision) == (1, 1)
+        assert script.num_calls("withhold") == 3
+        assert len(set(script.request_ids)) == 1
+
+    async def test_every_call_has_a_finite_deadline(self, client: AsyncBankClient) -> None:
+        for timeout_s in (0.0, -1.0, float("inf"), float("nan")):
+            with pytest.raises(InvalidArgumentError, match="timeout_s"):
+                await client.fetch(PATH, timeout_s=timeout_s)
+
+
+class TestPlacement:
+    async def test_is_learnt_again_from_a_shard_that_moved(
+        self, bank: FakeBank, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        await client.fetch(PATH)
+        network.remove("shard:1")
+        network.place("shard-0", bank.shards[0], "shard:9")
+        assert list(await client.fetch_blocks(ACROSS)) == list(ACROSS)
+        assert network.scripts["shard:9"].num_calls("fetch") == 1
+        # The part of the other shard was answered at the first attempt.
+        assert network.scripts["shard:2"].num_calls("fetch") == 1
+        assert network.transports["shard:1"].is_closed
+
+    async def test_is_learnt_from_a_shard_where_the_gateway_is_down(
+        self, bank: FakeBank, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        network.scripts[network.GATEWAY].plan("get_bank", *[Fault.UNAVAILABLE] * 99)
+        network.remove("shard:1")
+        network.place("shard-0", bank.shards[0], "shard:9")
+        assert list(await client.fetch(PATH)) == list(PATH)
+
+    async def test_an_older_one_is_ignored(
+        self, bank: FakeBank, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        bank.generation -= 1
+        bank.endpoints["shard-0"] = "nowhere:1"
+        await client.info()
+        assert list(await client.fetch(PATH)) == list(PATH)
+
+    async def test_one_refresh_serves_all_that_need_one(
+        self, bank: FakeBank, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        network.scripts["shard:1"].plan("fetch", Fault.NOT_OWNER)
+        network.scripts["shard:2"].plan("fetch", Fault.NOT_OWNER)
+        before = network.scripts[network.GATEWAY].num_calls("get_bank")
+        await client.fetch_blocks(ACROSS)
+        assert network.scripts[network.GATEWAY].num_calls("get_bank") == before + 1
+
+    async def test_a_partition_without_shard_is_waited_for(
+        self, bank: FakeBank, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        bank.endpoints["shard-0"] = ""
+        bank.generation += 1
+        await client.info()
+        with pytest.raises(UnavailableError, match="no shard serves partition 0"):
+            await client.fetch(PATH)
+        network.place("shard-0", bank.shards[0], "shard:1")
+        assert list(await client.fetch(PATH)) == list(PATH)
+
+
+class TestAdmin:
+    async def test_transaction_is_one_swap(
+        self, bank: FakeBank, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        async with client.transaction() as transaction:
+            transaction.swap(ACROSS[0], ones(ACROSS[0]), expected_version=0)
+            transaction.swap(ACROSS[1], ones(ACROSS[1]))
+            assert bank.revision == 0
+        assert transaction.report is not None
+        assert (transaction.report.revision, len(transaction.report.changes)) == (1, 2)
+        assert network.scripts[network.GATEWAY].num_calls("swap") == 1
+
+    async def test_transaction_that_fails_changes_nothing(
+        self, bank: FakeBank, client: AsyncBankClient
+    ) -> None:
+        async def swap_of_a_stale_version() -> None:
+            async with client.transaction() as transaction:
+                transaction.swap(ACROSS[0], ones(ACROSS[0]))
+                transaction.swap(ACROSS[1], ones(ACROSS[1]), expected_version=7)
+
+        async def swap_that_is_given_up() -> None:
+            async with client.transaction() as transaction:
+                transaction.swap(ACROSS[0], ones(ACROSS[0]))
+                raise RuntimeError("given up")
+
+        with pytest.raises(ConflictError):
+            await swap_of_a_stale_version()
+        with pytest.raises(RuntimeError, match="given up"):
+            await swap_that_is_given_up()
+        assert bank.revision == 0
+
+    def test_transaction_takes_a_block_once(self) -> None:
+        transaction = Transaction()
+        transaction.swap(ACROSS[0], ones(ACROSS[0]))
+        with pytest.raises(InvalidArgumentError, match="already"):
+            transaction.swap(ACROSS[0], ones(ACROSS[0]))
+
+    async def test_export_survives_an_attempt_that_was_cut(
+        self, bank: FakeBank, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        network.scripts[network.GATEWAY].plan("export", Fault.DROP_RESPONSE)
+        assert await client.export(PATH[0]) == bank.export(PATH[0])
+
+    async def test_import_survives_a_lost_answer(
+        self, bank: FakeBank, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        pack = await client.export(PATH[0])
+        network.scripts[network.GATEWAY].plan("import_pack", Fault.DROP_RESPONSE)
+        answer = await client.import_pack(pack)
+        assert (answer.topic, bank.revision) == (PATH[0], 1)
+
+    async def test_swap_is_checked_before_it_is_sent(
+        self, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        with pytest.raises(InvalidArgumentError) as caught:
+            await client.swap({PATH[0]: ones(PATH[1])})
+        assert caught.value.reason is Reason.BAD_SHAPE
+        with pytest.raises(InvalidArgumentError, match="no blocks"):
+            await client.swap({})
+        assert network.scripts[network.GATEWAY].num_calls("swap") == 0
