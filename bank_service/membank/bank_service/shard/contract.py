@@ -107,7 +107,8 @@ class Prepared:
     """What a shard would do at commit."""
 
     manifests: Mapping[int, int]
-    """Number of the prepared manifest of each touched partition."""
+    """Manifest of each partition that takes part, for the record of the revision; empty for a
+    dry run."""
     changes: tuple[BlockChange, ...]
     """The blocks that change."""
     num_slots_destroyed: int = 0
@@ -127,7 +128,7 @@ class BlockStatus:
     step: int
     """Gradient steps it has taken."""
     crc32c: int
-    """CRC-32C of its weight; 0 for a deleted block."""
+    """CRC-32C of its weight; 0 for a deleted block and for one that was never written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,15 +193,70 @@ class ShardApi(Protocol):
         """Subscribe to changes of `refs` (empty = all of this shard)."""
 
     def prepare(
-        self, revision: int, operations: Sequence[BlockOperation], *, dry_run: bool = False
+        self,
+        revision: int,
+        operations: Sequence[BlockOperation],
+        *,
+        all_partitions: bool = False,
+        dry_run: bool = False,
     ) -> Prepared:
-        """Prepare a transaction (module docstring); a dry run changes and holds back nothing."""
+        """Prepare a transaction (module docstring); a dry run changes and holds back nothing.
+
+        Parameters
+        ----------
+        revision
+            The revision that it would create: one more than the newest record.
+        operations
+            What to do, at most one operation per block.
+        all_partitions
+            True to let every partition of the shard take part, so that the record pins the state
+            of all of them (a snapshot, or a revision that can be returned to exactly).
+        dry_run
+            True to find out what would change.
+
+        Raises
+        ------
+        ConflictError
+            If `revision` is not the next one (TRANSACTION_CONFLICT), or a block does not have the
+            expected version (VERSION_MISMATCH).
+        UnavailableError
+            If an earlier transaction still waits for its decision (TRANSACTION_IN_PROGRESS).
+        """
 
     def commit(self, record: RevisionRecord) -> None:
-        """Install what was prepared for this revision; a shard without a part notes the number."""
+        """Install what was prepared for this revision; a shard without a part notes the number.
+
+        The record must have been created already. May be repeated; if it fails while it destroys
+        deleted content, the repetition goes on from there.
+        """
 
     def abort(self, revision: int) -> None:
-        """Give up what was prepared for `revision`; no effect where nothing was."""
+        """Give up what was prepared for `revision`; no effect where nothing was.
+
+        For the coordinator alone, which then never creates a commit of what it had prepared.
+        """
+
+    def settle(self, now: float) -> tuple[int, ...]:
+        """Decide transactions that were prepared longer ago than the shard's patience.
+
+        An abort is recorded for them, unless somebody recorded a decision before.
+
+        Parameters
+        ----------
+        now
+            The present time by the shard's clock, in seconds; infinity settles everything.
+
+        Returns
+        -------
+        tuple[int, ...]
+            Revisions that were waited for and are decided now.
+        """
+
+    def consolidate(self) -> None:
+        """Fold the journals into slots now."""
+
+    def close(self, *, consolidate: bool = True) -> None:
+        """Stop; fold the journals first if asked to. A second call has no effect."""
 
     def describe(self, refs: Sequence[BlockRef]) -> tuple[BlockStatus, ...]:
         """Return version, state, step and CRC of blocks."""

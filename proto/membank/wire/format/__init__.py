@@ -9,6 +9,7 @@ from membank.wire.format.layout import FORMAT_VERSION
 from membank.wire.format.manifest import NO_SLOT, Entry, Manifest, decode_manifest, encode_manifest
 from membank.wire.format.revision import RevisionRecord, decode_revision, encode_revision
 from membank.wire.format.slot import decode_slot, encode_slot
+from membank.wire.format.snapshot import decode_snapshot, encode_snapshot
 from membank.wire.format.tree import TreeDocument, decode_tree, encode_tree
 
 __all__ = [
@@ -21,11 +22,13 @@ __all__ = [
     "decode_manifest",
     "decode_revision",
     "decode_slot",
+    "decode_snapshot",
     "decode_spec",
     "decode_tree",
     "encode_manifest",
     "encode_revision",
     "encode_slot",
+    "encode_snapshot",
     "encode_spec",
     "encode_tree",
     "initial_weight",

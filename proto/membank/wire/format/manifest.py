@@ -39,11 +39,12 @@ ENTRY_DTYPE = np.dtype(
         ("step", "<u4"),
         ("version", "<u8"),
         ("crc", "<u4", (MAX_ROLES,)),
-        ("reserved2", "<u4"),
+        ("updates", "<u4"),
     ]
 )
 
 _U32 = struct.Struct("<I")
+_MAX_U32 = 0xFFFF_FFFF
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +59,9 @@ class Entry:
     """State of the block."""
     step: int = 0
     """Gradient steps taken; the optimizer's bias correction counts by it."""
+    updates: int = 0
+    """Updates since the last administrative change, at most 2^32-1. A gradient whose base is
+    further back was computed on other content and is refused."""
     crcs: tuple[int, ...] = ()
     """CRC-32C of each role's content, in the order of the spec's roles; empty without a slot."""
 
@@ -81,7 +85,8 @@ class Manifest:
     number: int
     """Number of the manifest, from 1; +1 at each publication."""
     revision: int
-    """Revision of the bank that this manifest belongs to; it counts only once that is committed."""
+    """Revision of the bank that this manifest belongs to. The newest manifest of a partition is
+    the one with the greatest (revision, number) among those that count."""
     epoch: int
     """Owner that wrote it; grows at every takeover."""
     nonce: str
@@ -90,6 +95,8 @@ class Manifest:
     """Journal position up to which (inclusive) updates are contained; 0 = none."""
     entries: Mapping[BlockRef, Entry]
     """Every block that was ever changed."""
+    prepared: bool = False
+    """True where it counts only if the record of its revision is a commit that names it."""
     requests: tuple[AppliedRequest, ...] = field(default=())
     """Latest applied requests, oldest first."""
 
@@ -101,6 +108,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         row["level"], row["cluster"] = ref
         row["state"], row["slot"] = entry.state, entry.slot
         row["step"], row["version"] = entry.step, entry.version
+        row["updates"] = min(entry.updates, _MAX_U32)
         row["crc"][: len(entry.crcs)] = entry.crcs
     header = {
         "format": FORMAT_VERSION,
@@ -110,6 +118,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "epoch": manifest.epoch,
         "nonce": manifest.nonce,
         "lsn": manifest.lsn,
+        "prepared": manifest.prepared,
         "num_entries": len(table),
         "requests": [[request.request_id, request.results] for request in manifest.requests],
     }
@@ -160,6 +169,7 @@ def decode_manifest(data: bytes, *, num_roles: int, key: str) -> Manifest:
         epoch=header["epoch"],
         nonce=header["nonce"],
         lsn=header["lsn"],
+        prepared=header["prepared"],
         entries=_entries(table, num_roles),
         requests=tuple(
             AppliedRequest(
@@ -174,17 +184,19 @@ def decode_manifest(data: bytes, *, num_roles: int, key: str) -> Manifest:
 def _entries(table: np.ndarray, num_roles: int) -> dict[BlockRef, Entry]:
     # tolist() of whole columns is ten times faster than reading rows of a structured array.
     crcs = table["crc"][:, :num_roles].tolist()
-    columns = (table[name].tolist() for name in ("level", "cluster", "slot", "version", "state"))
+    names = ("level", "cluster", "slot", "version", "state", "step", "updates")
+    columns = (table[name].tolist() for name in names)
     return {
         BlockRef(level, cluster): Entry(
             slot=slot,
             version=version,
             state=BlockState(state),
             step=step,
+            updates=updates,
             crcs=() if slot == NO_SLOT else tuple(crc),
         )
-        for level, cluster, slot, version, state, step, crc in zip(
-            *columns, table["step"].tolist(), crcs, strict=True
+        for level, cluster, slot, version, state, step, updates, crc in zip(
+            *columns, crcs, strict=True
         )
     }
 

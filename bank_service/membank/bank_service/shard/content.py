@@ -1,0 +1,99 @@
+"""A block in memory: what the table of a partition holds."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from membank.wire.crc import crc32c
+from membank.wire.format import NO_SLOT, Entry, initial_weight
+from membank.wire.spec import Array, BankSpec, BlockRef, BlockState, Role
+
+INITIAL_ENTRY = Entry(slot=NO_SLOT, version=0)
+"""Entry of a block that was never changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """Weight and optimizer state of one version of a block; never changed in place."""
+
+    arrays: dict[Role, Array] = field(repr=False)
+    """Per role (L, P, R, D); the weight always, the optimizer state or none of it."""
+    weight_crc: int
+    """CRC-32C of the weight."""
+
+    @property
+    def weight(self) -> Array:
+        """(L, P, R, D) in the bank's dtype."""
+        return self.arrays[Role.WEIGHT]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in memory."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def is_complete(self, spec: BankSpec) -> bool:
+        """Say whether the optimizer state is there too."""
+        return len(self.arrays) == len(spec.roles)
+
+    def wipe(self) -> None:
+        """Overwrite with zeros what no reader holds, and let go of everything.
+
+        A reader that still sends an array keeps it, unchanged, until it is done.
+        """
+        for role in list(self.arrays):
+            array = self.arrays.pop(role)
+            # Two references: the variable and the argument. A view of it would be a third.
+            if array.flags.writeable and sys.getrefcount(array) == _OWN_REFERENCES:
+                array.fill(0)
+
+
+_OWN_REFERENCES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRecord:
+    """What a partition knows of one block."""
+
+    entry: Entry
+    """Version, state and, where the content is in a slot, the slot."""
+    content: Content | None = None
+    """The content, where it is resident."""
+
+    @property
+    def is_dirty(self) -> bool:
+        """True where the content exists only in memory and in the journal."""
+        return self.entry.slot == NO_SLOT and bool(self.entry.crcs)
+
+    @property
+    def is_initial(self) -> bool:
+        """True where the content is the one derived from the bank's seed."""
+        entry = self.entry
+        return entry.slot == NO_SLOT and not entry.crcs and entry.state is not BlockState.DELETED
+
+
+def initial_content(spec: BankSpec, ref: BlockRef) -> Content:
+    """Return the content that `ref` has before it is ever written, without optimizer state."""
+    weight = initial_weight(spec, ref)
+    return Content({Role.WEIGHT: weight}, crc32c(weight))
+
+
+def zero_state(spec: BankSpec, ref: BlockRef) -> dict[Role, Array]:
+    """Return the optimizer state of a block that took no step."""
+    shape = spec.block_shape(ref.level)
+    return {role: np.zeros(shape, np.float32) for role in spec.optimizer.state_roles}
+
+
+def content_crcs(spec: BankSpec, arrays: Mapping[Role, Array]) -> tuple[int, ...]:
+    """Return the CRC-32C of each role, in the order of the spec's roles."""
+    return tuple(crc32c(arrays[role]) for role in spec.roles)
+
+
+def read_only(array: Array) -> Array:
+    """Return a read-only view."""
+    view = array.view()
+    view.flags.writeable = False
+    return view

@@ -1,0 +1,41 @@
+"""What the partitions of one shard share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+
+from membank.bank_service.shard.config import ShardConfig
+from membank.bank_service.shard.optimizer import BlockOptimizer
+from membank.bank_service.shard.residency import Residency
+from membank.bank_service.shard.watch import WatchHub
+from membank.bank_service.store.bank import Bank
+from membank.bank_service.store.journal import LogFile, PosixLogFile
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardContext:
+    """Collaborators of every partition of a shard."""
+
+    bank: Bank
+    """The bank."""
+    config: ShardConfig
+    """Settings."""
+    optimizer: BlockOptimizer
+    """Applies gradients."""
+    residency: Residency
+    """Decides what stays in memory."""
+    hub: WatchHub
+    """Tells watchers."""
+    clock: Callable[[], float]
+    """Seconds, monotonic."""
+    wall_clock: Callable[[], float] = time.time
+    """Seconds since 1970-01-01 UTC."""
+    open_log_file: Callable[[Path], LogFile] = PosixLogFile
+    """Makes the files of journals."""
+    state_lock: Lock = field(default_factory=Lock)
+    """Guards what all partitions know of blocks, and the revision in force; never held during
+    input or output."""

@@ -1,0 +1,319 @@
+"""A shard's part in transactions: prepare, then commit or abort, or find out after a failure."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from threading import RLock
+
+from membank.bank_service.shard.context import ShardContext
+from membank.bank_service.shard.contract import BlockOperation, Prepared
+from membank.bank_service.shard.draft import Draft, check_operations, draft_changes
+from membank.bank_service.shard.partition import Hold, Partition
+from membank.wire.errors import (
+    ConflictError,
+    CorruptionError,
+    FailedPreconditionError,
+    NotFoundError,
+    Reason,
+    UnavailableError,
+)
+from membank.wire.format import Manifest, RevisionRecord
+from membank.wire.records import BlockEvent
+from membank.wire.spec import BlockRef
+
+_LOG = logging.getLogger(__name__)
+
+
+class Participant:
+    """Runs transactions on the partitions of one shard (see `contract` for the protocol).
+
+    Parameters
+    ----------
+    context
+        What the partitions share.
+    partitions
+        The partitions, by number.
+    revision
+        Newest committed revision that is in force in all of them.
+    last_record
+        Newest revision that has been decided, committed or aborted, and taken account of.
+    """
+
+    # Lock order: `_admin`, then partitions' writers, then the state lock. `_admin` is held for
+    # the whole of one call, so that a shard runs one step of one transaction at a time.
+    # `revision` is written under the state lock.
+
+    def __init__(
+        self,
+        context: ShardContext,
+        partitions: Mapping[int, Partition],
+        *,
+        revision: int,
+        last_record: int,
+    ) -> None:
+        self._context = context
+        self._bank = context.bank
+        self._partitions = partitions
+        self._admin = RLock()
+        self._last_record = last_record
+        self.revision = revision
+        """Newest revision in force here."""
+
+    def prepare(
+        self,
+        revision: int,
+        operations: Sequence[BlockOperation],
+        *,
+        all_partitions: bool = False,
+        dry_run: bool = False,
+    ) -> Prepared:
+        """See `ShardApi.prepare`."""
+        check_operations(self._bank.spec, operations)
+        by_partition: dict[int, list[BlockOperation]] = {}
+        for operation in operations:
+            by_partition.setdefault(self._owner(operation.ref).number, []).append(operation)
+        if all_partitions:
+            by_partition |= {n: [] for n in self._partitions if n not in by_partition}
+        with self._admin:
+            if dry_run:
+                return self._dry_run(by_partition)
+            self._require_next(revision, by_partition)
+            with self._held(revision, sorted(by_partition)):
+                drafts = {
+                    number: self._draft(self._partitions[number], by_partition[number])
+                    for number in sorted(by_partition)
+                }
+                manifests = {
+                    number: self._partitions[number]
+                    .prepare({draft.ref: draft.after for draft in found})
+                    .number
+                    for number, found in drafts.items()
+                }
+                return self._prepared(manifests, drafts)
+
+    def commit(self, record: RevisionRecord) -> None:
+        """See `ShardApi.commit`."""
+        with self._admin:
+            if record.revision > self._last_record:
+                self.catch_up(record.revision)
+            if self._last_record < record.revision:
+                raise FailedPreconditionError(
+                    f"revision {record.revision} has no record yet; create it before the commit",
+                    reason=Reason.TRANSACTION_CONFLICT,
+                    metadata={"revision": str(record.revision)},
+                )
+            # A removal that failed half-way is finished by the repetition of the commit.
+            for partition in self._partitions.values():
+                partition.finish_removal()
+
+    def abort(self, revision: int) -> None:
+        """See `ShardApi.abort`."""
+        with self._admin:
+            for partition in self._holding(revision):
+                partition.release(drop_prepared=True)
+
+    def settle(self, now: float) -> tuple[int, ...]:
+        """Decide transactions that were prepared long ago and whose coordinator is silent.
+
+        Parameters
+        ----------
+        now
+            The present time by the shard's clock, in seconds.
+
+        Returns
+        -------
+        tuple[int, ...]
+            The revisions that are decided now: aborted by this call, or by anybody before it.
+        """
+        settled = []
+        with self._admin:
+            self.catch_up()
+            for revision in sorted({hold.revision for hold in self._holds_since(now)}):
+                abort = RevisionRecord(
+                    revision=revision,
+                    committed=False,
+                    nonce="",
+                    previous_sha256="",
+                    operation="abort",
+                    principal="shard",
+                    request_id="",
+                    time_s=self._context.wall_clock(),
+                )
+                try:
+                    self._bank.decide(abort)
+                except ConflictError:
+                    # Creating the record decides, and somebody else was first.
+                    _LOG.info("revision %d was decided while it was being settled", revision)
+                self.catch_up(revision)
+                settled.append(revision)
+        return tuple(settled)
+
+    def catch_up(self, until: int | None = None) -> None:
+        """Take account of every revision decided since, at most up to `until`."""
+        with self._admin:
+            while until is None or self._last_record < until:
+                record = self._bank.record(self._last_record + 1)
+                if record is None:
+                    return
+                self._apply(record)
+
+    def _apply(self, record: RevisionRecord) -> None:
+        held = [p for p in self._partitions.values() if p.held is not None]
+        named = [p for p in held if _is_named(p, record)]
+        self._require_prepared(record, named)
+        events: list[BlockEvent] = []
+        with self._context.state_lock:
+            # All partitions under one lock: no reader sees some before and some after.
+            for partition in named:
+                events += partition.install()
+            if record.committed:
+                self.revision = record.revision
+                for partition in self._partitions.values():
+                    partition.revision = record.revision
+        self._last_record = record.revision
+        self._context.hub.publish(events)
+        with ExitStack() as stack:
+            # Every partition is released, whatever goes wrong in one of them.
+            for partition in held:
+                if partition in named:
+                    stack.callback(partition.finish)
+                else:
+                    stack.callback(partition.release, drop_prepared=True)
+
+    def _require_prepared(self, record: RevisionRecord, named: Sequence[Partition]) -> None:
+        if not record.committed:
+            return
+        for number, manifest in record.manifests.items():
+            partition = self._partitions.get(number)
+            if partition is None or partition in named:
+                continue
+            if manifest > partition.manifest.number:
+                raise CorruptionError(
+                    f"revision {record.revision} names manifest {manifest} of partition "
+                    f"{number}, which was not prepared here; restart the shard",
+                    reason=Reason.MANIFEST_CORRUPT,
+                    metadata={"partition": str(number), "manifest": str(manifest)},
+                )
+
+    def _require_next(self, revision: int, numbers: Iterable[int]) -> None:
+        self.catch_up()
+        if revision != self._last_record + 1:
+            raise ConflictError(
+                f"the next revision is {self._last_record + 1}, not {revision}; "
+                "read the bank again and repeat",
+                reason=Reason.TRANSACTION_CONFLICT,
+                metadata={"revision": str(revision)},
+            )
+        for number in numbers:
+            # Even one that prepared the same revision: its coordinator may commit it yet.
+            if (hold := self._partitions[number].held) is not None:
+                raise UnavailableError(
+                    f"partition {number} waits for the decision on revision {hold.revision}; "
+                    "abort it, settle it, or retry later",
+                    reason=Reason.TRANSACTION_IN_PROGRESS,
+                    metadata={"partition": str(number), "revision": str(hold.revision)},
+                )
+
+    @contextmanager
+    def _held(self, revision: int, numbers: Sequence[int]) -> Iterator[None]:
+        taken = []
+        try:
+            for number in numbers:
+                self._partitions[number].hold(revision)
+                taken.append(self._partitions[number])
+                self._partitions[number].fold_held()
+            yield
+        except BaseException:
+            for partition in taken:
+                partition.release(drop_prepared=True)
+            raise
+
+    def _draft(self, partition: Partition, operations: Iterable[BlockOperation]) -> list[Draft]:
+        cache: dict[int, Manifest] = {}
+
+        def manifest_of(ref: BlockRef, number: int) -> Manifest:
+            if number not in cache:
+                cache[number] = _retained_manifest(partition, number)
+            return cache[number]
+
+        return draft_changes(self._bank.spec, operations, partition.record, manifest_of)
+
+    def _dry_run(self, by_partition: Mapping[int, Sequence[BlockOperation]]) -> Prepared:
+        drafts = {
+            number: self._draft(self._partitions[number], operations)
+            for number, operations in by_partition.items()
+        }
+        return self._prepared({}, drafts)
+
+    def _prepared(
+        self, manifests: Mapping[int, int], drafts: Mapping[int, Sequence[Draft]]
+    ) -> Prepared:
+        num_slots = 0
+        for number, found in drafts.items():
+            partition = self._partitions[number]
+            erased = [draft.ref for draft in found if draft.erases]
+            if erased:
+                num_slots += len(partition.store.slots_of(erased))
+                # In a dry run what is not in slots yet counts as the slot it is about to get.
+                num_slots += sum(partition.record(ref).is_dirty for ref in erased)
+        return Prepared(
+            manifests=dict(manifests),
+            changes=tuple(
+                draft.change(self._bank.spec) for found in drafts.values() for draft in found
+            ),
+            num_slots_destroyed=num_slots,
+        )
+
+    def _owner(self, ref: BlockRef) -> Partition:
+        return owned(self._partitions, self._bank.spec.partition_of(ref))
+
+    def _holding(self, revision: int) -> list[Partition]:
+        return [
+            partition
+            for partition in self._partitions.values()
+            if partition.held is not None and partition.held.revision == revision
+        ]
+
+    def _holds_since(self, now: float) -> list[Hold]:
+        limit = now - self._context.config.settle_after_s
+        holds = [p.held for p in self._partitions.values() if p.held is not None]
+        return [hold for hold in holds if hold.since <= limit]
+
+
+def owned(partitions: Mapping[int, Partition], number: int) -> Partition:
+    """Return partition `number`.
+
+    Raises
+    ------
+    UnavailableError
+        If this shard does not own it (NOT_OWNER): the caller's placement is out of date.
+    """
+    try:
+        return partitions[number]
+    except KeyError:
+        raise UnavailableError(
+            f"partition {number} is not served here; refresh the placement and retry",
+            reason=Reason.NOT_OWNER,
+            metadata={"partition": str(number)},
+        ) from None
+
+
+def _is_named(partition: Partition, record: RevisionRecord) -> bool:
+    hold = partition.held
+    if hold is None or not record.committed or hold.revision != record.revision:
+        return False
+    manifest = hold.manifest or partition.manifest
+    return record.manifests.get(partition.number) == manifest.number
+
+
+def _retained_manifest(partition: Partition, number: int) -> Manifest:
+    if not partition.store.has_manifest(number):
+        raise NotFoundError(
+            f"manifest {number} of partition {partition.number} is not retained any more; "
+            "choose a later revision, or a snapshot",
+            reason=Reason.OBJECT_MISSING,
+            metadata={"partition": str(partition.number), "manifest": str(number)},
+        )
+    return partition.store.manifest(number)

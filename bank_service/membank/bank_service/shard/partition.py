@@ -1,0 +1,564 @@
+"""One partition: its blocks, and how updates reach them.
+
+Every change takes the same way: compute, write to the journal, install, acknowledge. A change that
+cannot be journalled is not installed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from threading import Condition, RLock
+
+from membank.bank_service.shard.content import (
+    INITIAL_ENTRY,
+    BlockRecord,
+    Content,
+    content_crcs,
+    initial_content,
+    zero_state,
+)
+from membank.bank_service.shard.context import ShardContext
+from membank.bank_service.shard.optimizer import kernel_fingerprint
+from membank.bank_service.shard.partition_store import PartitionStore
+from membank.bank_service.shard.residency import Records
+from membank.bank_service.shard.update_frame import (
+    AppliedGradient,
+    UpdateFrame,
+    encode_update,
+    result_from_json,
+    result_to_json,
+)
+from membank.bank_service.store.journal import FrameKind, Journal
+from membank.wire.errors import (
+    CorruptionError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    MembankError,
+    Reason,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from membank.wire.format import NO_SLOT, Entry, Manifest
+from membank.wire.format.manifest import AppliedRequest
+from membank.wire.records import BlockEvent, Gradient, Update, UpdateResult
+from membank.wire.spec import Array, BlockRef, BlockState, Role
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """A partition's share of a transaction; it holds updates back until the decision."""
+
+    revision: int
+    """Revision that the transaction would create."""
+    since: float
+    """When it began, by the shard's clock."""
+    manifest: Manifest | None = None
+    """The prepared manifest; None while it is being prepared, or where nothing changes."""
+    records: Mapping[BlockRef, BlockRecord] = field(default_factory=dict)
+    """The blocks that the transaction changes, as they will be."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """An accepted gradient and what it makes of its block."""
+
+    result: UpdateResult
+    entry: Entry
+    content: Content
+    applied: AppliedGradient
+
+
+class Partition:
+    """One partition of a shard.
+
+    Parameters
+    ----------
+    context
+        What all partitions of the shard share.
+    number
+        The partition.
+    store
+        Its slots and manifests.
+    journal
+        Its journal.
+    manifest
+        Its newest manifest.
+    revision
+        Newest committed revision of the bank.
+    """
+
+    # Lock order: `_writer` (several of them: by ascending partition), then `context.state_lock`.
+    # `_writer` is held by whoever changes the partition, during input and output; `state_lock`
+    # guards `records`, `manifest` and `revision`, which readers look at. `_held`, `_requests`, the journal
+    # and the store belong to the holder of `_writer`.
+
+    def __init__(
+        self,
+        context: ShardContext,
+        number: int,
+        store: PartitionStore,
+        journal: Journal,
+        manifest: Manifest,
+        revision: int,
+    ) -> None:
+        self.number = number
+        self.store = store
+        self.journal = journal
+        self.records: Records = {}
+        self.manifest = manifest
+        self.revision = revision
+        self._context = context
+        self._spec = context.bank.spec
+        self._kernel = kernel_fingerprint()
+        self._writer = RLock()
+        self._released = Condition(self._writer)
+        self._held: Hold | None = None
+        self._requests: OrderedDict[str, tuple[UpdateResult, ...]] = OrderedDict()
+        self._consolidate_at = context.config.consolidate_bytes
+        self._fenced: UnavailableError | None = None
+        # A removal may have been cut short before this owner started.
+        self._removal_pending = True
+        self._adopt(manifest)
+
+    # ---- reading (state lock held by the caller)
+
+    def record(self, ref: BlockRef) -> BlockRecord:
+        """Return what is known of `ref`."""
+        return self.records.get(ref, _INITIAL_RECORD)
+
+    @property
+    def held(self) -> Hold | None:
+        """The transaction that holds updates back, if any."""
+        return self._held
+
+    # ---- loading
+
+    def load(self, ref: BlockRef, record: BlockRecord, roles: Sequence[Role]) -> Content:
+        """Return the content of `record` with at least `roles`, from memory, slot or seed.
+
+        Raises
+        ------
+        CorruptionError
+            If the slot is missing or damaged; also if it was reused since `record` was current.
+        """
+        content = record.content
+        if content is None:
+            content = initial_content(self._spec, ref) if record.is_initial else Content({}, 0)
+        missing = [role for role in roles if role not in content.arrays]
+        if not missing:
+            return content
+        arrays: dict[Role, Array] = dict(content.arrays)
+        if record.is_initial:
+            arrays |= zero_state(self._spec, ref)
+            return Content(arrays, content.weight_crc)
+        crcs = dict(zip(self._spec.roles, record.entry.crcs, strict=True))
+        for role in missing:
+            slot = record.entry.slot
+            arrays[role] = self.store.arrays.read(ref.level, slot, role, crcs[role])
+        return Content(arrays, crcs[Role.WEIGHT])
+
+    def keep(self, ref: BlockRef, record: BlockRecord, content: Content) -> None:
+        """Keep a loaded content in memory, if `record` still is what is known of `ref`."""
+        with self._context.state_lock:
+            if self.record(ref) is record:
+                self._context.residency.put(self.records, ref, replace(record, content=content))
+
+    # ---- updates
+
+    def push(
+        self, update: Update, gradients: Sequence[Gradient]
+    ) -> tuple[tuple[UpdateResult, ...], bool]:
+        """Apply those gradients of `update` that belong here; also say whether it is a repeat.
+
+        Notes
+        -----
+        All of them take effect, as far as they are accepted, or none. The results say which were.
+        """
+        with self._writer:
+            self._wait_until_free()
+            if (known := self._requests.get(update.request_id)) is not None:
+                return _repeated(update, known, gradients), True
+            self.journal.require_usable()
+            staged = [self._stage(update, gradient) for gradient in gradients]
+            results = tuple(item.result if isinstance(item, _Staged) else item for item in staged)
+            accepted = [item for item in staged if isinstance(item, _Staged)]
+            if accepted:
+                applied = [item.applied for item in accepted]
+                payload = encode_update(update, results, applied, self._kernel)
+                self.journal.append(FrameKind.UPDATE, payload)
+                self._install(update.request_id, results, accepted)
+                self._maybe_consolidate()
+            return results, False
+
+    def apply_frame(self, frame: UpdateFrame) -> None:
+        """Apply a journalled update again, at recovery.
+
+        Raises
+        ------
+        CorruptionError
+            If the result differs from what was journalled (REPLAY_MISMATCH).
+        """
+        staged = []
+        for applied in frame.gradients:
+            record = self.record(applied.ref)
+            found = self._compute(applied.ref, record, applied.values, frame.learning_rate_scale)
+            if found is None or (found[0].version, found[0].crcs) != (
+                applied.version,
+                applied.crcs,
+            ):
+                raise self._replay_mismatch(frame, applied)
+            result = UpdateResult(ref=applied.ref, accepted=True, version=applied.version)
+            staged.append(_Staged(result, *found, applied))
+        self._install(frame.request_id, frame.results, staged, tell=False)
+
+    def _stage(self, update: Update, gradient: Gradient) -> _Staged | UpdateResult:
+        ref = gradient.ref
+        record = self.record(ref)
+        if (reason := self._refusal(record.entry, gradient.base_version)) is not None:
+            return _refused(ref, record.entry, reason)
+        found = self._compute(ref, record, gradient.values, update.learning_rate_scale)
+        if found is None:
+            return _refused(ref, record.entry, Reason.NOT_FINITE)
+        entry, content = found
+        applied = AppliedGradient(ref, entry.version, entry.crcs, gradient.values)
+        result = UpdateResult(ref=ref, accepted=True, version=entry.version)
+        return _Staged(result, entry, content, applied)
+
+    def _refusal(self, entry: Entry, base_version: int) -> Reason | None:
+        if entry.state is BlockState.WITHHELD:
+            return Reason.BLOCK_WITHHELD
+        if entry.state is BlockState.DELETED:
+            return Reason.BLOCK_DELETED
+        if base_version > entry.version:
+            return Reason.VERSION_MISMATCH
+        # A base from before the last administrative change belongs to other content: applying
+        # it could carry a deleted topic into the one imported in its place.
+        if entry.version - base_version > min(self._spec.max_staleness, entry.updates):
+            return Reason.STALE_VERSION
+        return None
+
+    def _compute(
+        self, ref: BlockRef, record: BlockRecord, values: Array, scale: float
+    ) -> tuple[Entry, Content] | None:
+        before = record.entry
+        content = self.load(ref, record, self._spec.roles)
+        after = self._context.optimizer.apply(ref.level, content, before.step, values, scale)
+        if after is None:
+            return None
+        entry = Entry(
+            slot=NO_SLOT,
+            version=before.version + 1,
+            step=before.step + 1,
+            updates=before.updates + 1,
+            crcs=content_crcs(self._spec, after.arrays),
+        )
+        return entry, after
+
+    def _install(
+        self,
+        request_id: str,
+        results: tuple[UpdateResult, ...],
+        staged: Sequence[_Staged],
+        *,
+        tell: bool = True,
+    ) -> None:
+        with self._context.state_lock:
+            for item in staged:
+                record = BlockRecord(item.entry, item.content)
+                self._context.residency.put(self.records, item.applied.ref, record)
+        self._remember(request_id, results)
+        if tell:
+            self._context.hub.publish(
+                [
+                    BlockEvent(
+                        ref=item.applied.ref,
+                        version=item.entry.version,
+                        state=item.entry.state,
+                        revision=self.revision,
+                        is_update=True,
+                    )
+                    for item in staged
+                ]
+            )
+
+    def _remember(self, request_id: str, results: tuple[UpdateResult, ...]) -> None:
+        self._requests[request_id] = results
+        while len(self._requests) > self._context.config.retained_requests:
+            self._requests.popitem(last=False)
+
+    # ---- consolidation
+
+    def consolidate(self) -> bool:
+        """Fold the journal into slots; False where a transaction holds the partition."""
+        with self._writer:
+            if self._held is not None:
+                return False
+            self.fold()
+            return True
+
+    def fold(self) -> None:
+        """Write dirty blocks to slots, publish a manifest that names them, trim the journal.
+
+        For the holder of the partition; others call `consolidate`.
+        """
+        dirty = {ref: record for ref, record in self.records.items() if record.is_dirty}
+        if not dirty and self.journal.last_lsn <= self.manifest.lsn:
+            return
+        with self.fresh_slots(dirty) as slotted:
+            entries = {ref: record.entry for ref, record in slotted.items()}
+            published = self.publish({**self.entries(), **entries})
+        with self._context.state_lock:
+            self.manifest = published
+            for ref, record in slotted.items():
+                self._context.residency.put(self.records, ref, record)
+        self.tidy()
+
+    @contextmanager
+    def fresh_slots(
+        self, records: Mapping[BlockRef, BlockRecord]
+    ) -> Iterator[dict[BlockRef, BlockRecord]]:
+        """Write contents to fresh slots; yield the records that name them, to be published."""
+        slotted: dict[BlockRef, BlockRecord] = {}
+        try:
+            for ref, record in records.items():
+                assert record.content is not None
+                slot = self.store.write_block(ref, record.content, record.entry.crcs)
+                slotted[ref] = replace(record, entry=replace(record.entry, slot=slot))
+            yield slotted
+        except (ResourceExhaustedError, FailedPreconditionError):
+            # Surely not published, and the space may be needed. After any other error the
+            # manifest may exist in spite of it, so its slots must stay.
+            self.store.release((ref.level, r.entry.slot) for ref, r in slotted.items())
+            raise
+
+    def entries(self) -> dict[BlockRef, Entry]:
+        """Return the entry of every block that was ever changed."""
+        return {ref: record.entry for ref, record in self.records.items() if record.entry.version}
+
+    def publish(
+        self, entries: Mapping[BlockRef, Entry], *, prepared_for: int | None = None
+    ) -> Manifest:
+        """Publish and return the next manifest.
+
+        Raises
+        ------
+        UnavailableError
+            If another owner took the partition over (FENCED); this one accepts nothing from then
+            on.
+        """
+        requests = tuple(
+            AppliedRequest(request_id=name, results=tuple(result_to_json(r) for r in results))
+            for name, results in self._requests.items()
+        )
+        draft = replace(
+            self.manifest,
+            revision=self.revision if prepared_for is None else prepared_for,
+            lsn=max(self.journal.last_lsn, self.manifest.lsn),
+            entries=entries,
+            prepared=prepared_for is not None,
+            requests=requests,
+        )
+        try:
+            return self.store.publish(draft)
+        except UnavailableError as err:
+            if err.reason is Reason.FENCED:
+                self._fenced = err
+            raise
+
+    def tidy(self) -> None:
+        """Trim the journal and remove what nothing retained needs; a failure is only logged."""
+        self._consolidate_at = self._context.config.consolidate_bytes
+        try:
+            self.journal.trim(self.manifest.lsn)
+            self.retire()
+        except MembankError as err:
+            # Nothing is lost: what was to go is found and removed again at the next attempt.
+            _LOG.warning("partition %d was not tidied: %s", self.number, err)
+
+    def retire(self) -> None:
+        """Remove the manifests, and their slots, that nothing retained needs."""
+        num_revisions = self._context.config.retained_revisions
+        keep = self.store.retained(self.revision, num_revisions)
+        if self._held is not None and self._held.manifest is not None:
+            keep.add(self._held.manifest.number)
+        self.store.retire(keep | {self.manifest.number})
+
+    def _maybe_consolidate(self) -> None:
+        if self.journal.num_bytes < self._consolidate_at:
+            return
+        try:
+            self.fold()
+        except MembankError as err:
+            # The update is in the journal, so it stands; try again after as many bytes.
+            self._consolidate_at = self.journal.num_bytes + self._context.config.consolidate_bytes
+            _LOG.warning("partition %d was not consolidated: %s", self.number, err)
+
+    # ---- transactions
+
+    def hold(self, revision: int) -> None:
+        """Hold updates back for a transaction; no other may hold the partition."""
+        with self._writer:
+            assert self._held is None
+            if self._fenced is not None:
+                raise self._fenced
+            self._held = Hold(revision, self._context.clock())
+
+    def fold_held(self) -> None:
+        """Bring the partition into slots for the transaction that holds it."""
+        with self._writer:
+            self.finish_removal()
+            self.fold()
+
+    def prepare(self, changes: Mapping[BlockRef, BlockRecord]) -> Manifest:
+        """Make `changes` durable as a manifest that counts once the revision is committed.
+
+        Parameters
+        ----------
+        changes
+            The changed blocks as they will be; new content (a dirty record) goes into slots.
+
+        Returns
+        -------
+        Manifest
+            What the record of the revision must name; the present one where nothing changes.
+        """
+        with self._writer:
+            assert self._held is not None
+            if not changes:
+                return self.manifest
+            fresh = {ref: record for ref, record in changes.items() if record.is_dirty}
+            with self.fresh_slots(fresh) as slotted:
+                records = {**changes, **slotted}
+                entries = {ref: record.entry for ref, record in records.items()}
+                manifest = self.publish(
+                    {**self.entries(), **entries}, prepared_for=self._held.revision
+                )
+            self._held = replace(self._held, manifest=manifest, records=records)
+            return manifest
+
+    def resume_hold(self, manifest: Manifest) -> None:
+        """Hold updates back for a transaction that was prepared before a restart."""
+        before = self.entries()
+        changed = {ref: e for ref, e in manifest.entries.items() if before.get(ref) != e}
+        with self._writer:
+            records = {ref: BlockRecord(entry) for ref, entry in changed.items()}
+            self._held = Hold(manifest.revision, self._context.clock(), manifest, records)
+
+    def install(self) -> list[BlockEvent]:
+        """Put what was prepared in force; the caller holds the state lock of the shard."""
+        assert self._held is not None
+        events = []
+        for ref, record in self._held.records.items():
+            old = self.record(ref)
+            self._context.residency.put(self.records, ref, record)
+            entry = record.entry
+            if entry.state is BlockState.DELETED and old.content is not None:
+                old.content.wipe()
+            events.append(
+                BlockEvent(
+                    ref=ref,
+                    version=entry.version,
+                    state=entry.state,
+                    revision=self._held.revision,
+                )
+            )
+        if self._held.manifest is not None:
+            self.manifest = self._held.manifest
+        return events
+
+    def release(self, *, drop_prepared: bool) -> None:
+        """Let updates pass again, after a transaction was put in force or given up."""
+        with self._writer:
+            held, self._held = self._held, None
+            self._released.notify_all()
+            if held is not None and held.manifest is not None and drop_prepared:
+                self.store.drop(held.manifest.number)
+
+    def finish(self) -> None:
+        """After `install`: destroy what was deleted, then let updates pass again."""
+        with self._writer:
+            assert self._held is not None
+            if any(
+                record.entry.state is BlockState.DELETED for record in self._held.records.values()
+            ):
+                self._removal_pending = True
+            try:
+                self.finish_removal()
+            finally:
+                self.release(drop_prepared=False)
+            self.tidy()
+
+    def finish_removal(self) -> None:
+        """Destroy what journal and storage still hold of deleted blocks; may be repeated."""
+        with self._writer:
+            if not self._removal_pending:
+                return
+            self.journal.trim(self.manifest.lsn)
+            if self.journal.base < self.manifest.lsn:
+                # An earlier trim failed, and later updates share a segment with the deleted ones.
+                self.fold()
+                self.journal.trim(self.manifest.lsn)
+            self.store.purge(self.manifest)
+            self._removal_pending = False
+
+    def close(self, *, consolidate: bool) -> None:
+        """Fold the journal if asked to and possible, then accept nothing more."""
+        with self._writer:
+            try:
+                if consolidate and self._held is None and self._fenced is None:
+                    self.fold()
+            finally:
+                self.journal.close()
+
+    def _wait_until_free(self) -> None:
+        wait_s = self._context.config.hold_wait_s
+        if not self._released.wait_for(lambda: self._held is None, wait_s):
+            raise UnavailableError(
+                f"a transaction holds partition {self.number} back; retry",
+                reason=Reason.TRANSACTION_IN_PROGRESS,
+                metadata={"partition": str(self.number)},
+            )
+        if self._fenced is not None:
+            raise self._fenced
+
+    def _adopt(self, manifest: Manifest) -> None:
+        self.records = {ref: BlockRecord(entry) for ref, entry in manifest.entries.items()}
+        for request in manifest.requests:
+            self._remember(
+                request.request_id, tuple(result_from_json(item) for item in request.results)
+            )
+
+    def _replay_mismatch(self, frame: UpdateFrame, applied: AppliedGradient) -> CorruptionError:
+        return CorruptionError(
+            f"replaying update {frame.request_id} on block {applied.ref} does not give what was "
+            f"acknowledged as version {applied.version} (journalled with {frame.kernel}, "
+            f"replayed with {self._kernel}); start the shard where it ran before",
+            reason=Reason.REPLAY_MISMATCH,
+            metadata={"block": str(applied.ref), "request_id": frame.request_id},
+        )
+
+
+_INITIAL_RECORD = BlockRecord(INITIAL_ENTRY)
+
+
+def _refused(ref: BlockRef, entry: Entry, reason: Reason) -> UpdateResult:
+    return UpdateResult(ref=ref, accepted=False, version=entry.version, reason=reason)
+
+
+def _repeated(
+    update: Update, known: tuple[UpdateResult, ...], gradients: Sequence[Gradient]
+) -> tuple[UpdateResult, ...]:
+    by_ref = {result.ref: result for result in known}
+    if by_ref.keys() != {gradient.ref for gradient in gradients}:
+        raise InvalidArgumentError(
+            f"request id {update.request_id!r} was used for an update of other blocks; "
+            "give each update an id of its own",
+            metadata={"request_id": update.request_id},
+        )
+    return tuple(by_ref[gradient.ref] for gradient in gradients)

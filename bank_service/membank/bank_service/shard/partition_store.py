@@ -1,0 +1,272 @@
+"""Slots and manifests of one partition on the bank's storage."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from membank.bank_service.shard.content import Content
+from membank.bank_service.store.arrays import SlotArrays
+from membank.bank_service.store.bank import Bank
+from membank.wire.errors import (
+    AlreadyExistsError,
+    CorruptionError,
+    MembankError,
+    Reason,
+    UnavailableError,
+)
+from membank.wire.format import NO_SLOT, Entry, Manifest, encode_manifest
+from membank.wire.format.layout import manifest_key
+from membank.wire.spec import BlockRef, BlockState, Role
+
+SlotName = tuple[int, int]
+"""Level and slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedManifests:
+    """What a partition's storage says when its owner starts."""
+
+    current: Manifest | None
+    """The newest manifest that counts; None = nothing was ever changed."""
+    undecided: Manifest | None
+    """A prepared manifest whose revision nobody has decided."""
+
+
+class PartitionStore:
+    """Slots and manifests of one partition. Used by one thread at a time, but for `arrays`.
+
+    Slots are created, never overwritten, and their numbers are not used again: an owner that was
+    replaced without knowing it can thus neither damage nor remove what its successor wrote.
+
+    Parameters
+    ----------
+    bank
+        The bank.
+    partition
+        The partition.
+    """
+
+    def __init__(self, bank: Bank, partition: int) -> None:
+        self._bank = bank
+        self._partition = partition
+        self.arrays = SlotArrays(bank.objects, bank.spec, partition)
+        """The partition's slots."""
+        self._slots_of: dict[int, frozenset[SlotName]] = {}
+        self._next_slot: dict[int, int] = {}
+        self._next_number = 1
+
+    def load(self) -> LoadedManifests:
+        """Find the manifest in force, and remove those that were prepared and given up.
+
+        Raises
+        ------
+        CorruptionError
+            If a manifest is damaged, or one that a revision names is missing.
+        """
+        current: Manifest | None = None
+        undecided: Manifest | None = None
+        given_up = []
+        for number in self._bank.manifest_numbers(self._partition):
+            manifest = self._bank.read_manifest(self._partition, number)
+            self._note(manifest)
+            match self._counts(manifest):
+                case None:
+                    undecided = manifest
+                case False:
+                    given_up.append(number)
+                case True:
+                    if current is None or _order(current) < _order(manifest):
+                        current = manifest
+        self._require_named(current)
+        for number in given_up:
+            self.drop(number)
+        return LoadedManifests(current, undecided)
+
+    def write_block(self, ref: BlockRef, content: Content, crcs: tuple[int, ...]) -> int:
+        """Write a block with its optimizer state to a fresh slot, durably, and return the slot."""
+        while True:
+            slot = self._next_slot.get(ref.level, 0)
+            self._next_slot[ref.level] = slot + 1
+            self.arrays.reserve(ref.level, slot)
+            written: list[Role] = []
+            try:
+                for role, crc in zip(self._bank.spec.roles, crcs, strict=True):
+                    self.arrays.write(ref.level, slot, role, content.arrays[role], crc)
+                    written.append(role)
+            except MembankError as err:
+                self.arrays.delete(ref.level, slot, written)
+                # Left by a writer that died before it published: take the next one.
+                if not isinstance(err, AlreadyExistsError):
+                    raise
+            else:
+                return slot
+
+    def publish(self, manifest: Manifest) -> Manifest:
+        """Publish `manifest` under the next number, with a fresh nonce, and return it so.
+
+        Raises
+        ------
+        UnavailableError
+            If another owner published one of this number: this one is fenced off (FENCED).
+        """
+        number = self._next_number
+        self._next_number += 1
+        numbered = replace(
+            manifest, partition=self._partition, number=number, nonce=uuid.uuid4().hex
+        )
+        try:
+            self._bank.publish_manifest(numbered)
+        except AlreadyExistsError as err:
+            raise UnavailableError(
+                f"partition {self._partition} of bank {self._bank.spec.name} has another owner, "
+                f"which published manifest {number}; this one stops",
+                reason=Reason.FENCED,
+                metadata={"partition": str(self._partition)},
+            ) from err
+        self._note(numbered)
+        return numbered
+
+    def manifest(self, number: int) -> Manifest:
+        """Return a stored manifest."""
+        return self._bank.read_manifest(self._partition, number)
+
+    def has_manifest(self, number: int) -> bool:
+        """Say whether a manifest is stored."""
+        return number in self._slots_of
+
+    def slots_of(self, refs: Collection[BlockRef]) -> set[SlotName]:
+        """Return every slot of any stored version of `refs`."""
+        return {slot for number in self._slots_of for slot in _slots(self.manifest(number), refs)}
+
+    def retire(self, keep: Collection[int]) -> None:
+        """Remove the manifests not in `keep`, and the slots that only they name."""
+        for number in sorted(set(self._slots_of) - set(keep)):
+            self.drop(number)
+
+    def drop(self, number: int) -> None:
+        """Remove one manifest and the slots that only it names."""
+        others = [slots for other, slots in self._slots_of.items() if other != number]
+        # Slots first: a crash in between leaves the manifest, by which they are found again.
+        self.release(self._slots_of[number].difference(*others))
+        self._bank.objects.delete(manifest_key(self._partition, number))
+        del self._slots_of[number]
+
+    def release(self, slots: Iterable[SlotName]) -> None:
+        """Remove slots that no manifest names."""
+        for level, slot in slots:
+            self.arrays.delete(level, slot)
+
+    def retained(self, revision: int, num_revisions: int) -> set[int]:
+        """Return the manifests that the newest revisions up to `revision`, or snapshots, need."""
+        revisions = {snapshot.revision for snapshot in self._bank.snapshots()}
+        committed = 0
+        for number in range(revision, -1, -1):
+            record = self._bank.record(number)
+            if record is not None and record.committed:
+                revisions.add(number)
+                committed += 1
+            if committed == num_revisions:
+                break
+        return {self._bank.named_manifest(number, self._partition) for number in revisions}
+
+    def purge(self, current: Manifest) -> int:
+        """Destroy what storage holds of the blocks that `current` says are deleted.
+
+        Returns
+        -------
+        int
+            The number of slots destroyed.
+
+        Notes
+        -----
+        May be repeated at any point after a crash. Manifests that still name a destroyed slot
+        are replaced by ones that call the block deleted; it is the one case in which an object of
+        a number changes.
+        """
+        deleted = {
+            ref for ref, entry in current.entries.items() if entry.state is BlockState.DELETED
+        }
+        if not deleted:
+            return 0
+        stored = [self.manifest(number) for number in self._slots_of]
+        # A prepared manifest is later than `current` and may create a deleted block anew.
+        older = [manifest for manifest in stored if _order(manifest) < _order(current)]
+        affected = [manifest for manifest in older if _names_content(manifest, deleted)]
+        if not affected:
+            return 0
+        doomed = {slot for manifest in affected for slot in _slots(manifest, deleted)}
+        for level, slot in doomed:
+            self.arrays.delete(level, slot)
+        # What a crashed writer left in slots that no manifest names may be of these blocks too.
+        used = set().union(*self._slots_of.values())
+        for level in {ref.level for ref in deleted}:
+            for slot in self.arrays.stored_slots(level):
+                if (level, slot) not in used:
+                    self.arrays.delete(level, slot)
+        for manifest in affected:
+            scrubbed = replace(manifest, entries=_scrubbed(manifest.entries, deleted))
+            key = manifest_key(self._partition, manifest.number)
+            self._bank.objects.put(key, encode_manifest(scrubbed), durable=True)
+            self._note(scrubbed)
+        return len(doomed)
+
+    def _counts(self, manifest: Manifest) -> bool | None:
+        """Say whether a manifest is in force (docs/format.md); None = undecided."""
+        if not manifest.prepared:
+            return True
+        record = self._bank.record(manifest.revision)
+        if record is None:
+            return None
+        return record.committed and record.manifests.get(self._partition) == manifest.number
+
+    def _require_named(self, current: Manifest | None) -> None:
+        revision = self._bank.latest_commit().revision
+        named = self._bank.named_manifest(revision, self._partition)
+        if named and (named not in self._slots_of or current is None):
+            key = manifest_key(self._partition, named)
+            raise CorruptionError(
+                f"{self._bank.url}/{key} is missing, which revision {revision} names; "
+                "restore the file from a copy",
+                reason=Reason.MANIFEST_CORRUPT,
+                metadata={"key": key},
+            )
+
+    def _note(self, manifest: Manifest) -> None:
+        slots = frozenset(
+            (ref.level, entry.slot)
+            for ref, entry in manifest.entries.items()
+            if entry.slot != NO_SLOT
+        )
+        self._slots_of[manifest.number] = slots
+        for level, slot in slots:
+            self._next_slot[level] = max(self._next_slot.get(level, 0), slot + 1)
+        self._next_number = max(self._next_number, manifest.number + 1)
+
+
+def _order(manifest: Manifest) -> tuple[int, int]:
+    return (manifest.revision, manifest.number)
+
+
+def _slots(manifest: Manifest, refs: Iterable[BlockRef]) -> Iterator[SlotName]:
+    for ref in refs:
+        entry = manifest.entries.get(ref)
+        if entry is not None and entry.slot != NO_SLOT:
+            yield ref.level, entry.slot
+
+
+def _names_content(manifest: Manifest, refs: set[BlockRef]) -> bool:
+    return any(
+        ref in refs and entry.state is not BlockState.DELETED
+        for ref, entry in manifest.entries.items()
+    )
+
+
+def _scrubbed(entries: Mapping[BlockRef, Entry], refs: set[BlockRef]) -> dict[BlockRef, Entry]:
+    return {
+        ref: Entry(slot=NO_SLOT, version=entry.version, state=BlockState.DELETED)
+        if ref in refs
+        else entry
+        for ref, entry in entries.items()
+    }

@@ -1,0 +1,413 @@
+"""A shard: some partitions of a bank, served to readers and trainers and to transactions."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+from membank.bank_service.shard.config import ShardConfig
+from membank.bank_service.shard.context import ShardContext
+from membank.bank_service.shard.contract import (
+    BlockContent,
+    BlockOperation,
+    BlockStatus,
+    FetchResult,
+    Prepared,
+    PushResult,
+    Subscription,
+)
+from membank.bank_service.shard.draft import check_array
+from membank.bank_service.shard.optimizer import BlockOptimizer, convert
+from membank.bank_service.shard.participant import Participant, owned
+from membank.bank_service.shard.partition import Partition
+from membank.bank_service.shard.reader import BlockReader, LoadedBlock
+from membank.bank_service.shard.recovery import PartitionLock, journal_folder, open_partition
+from membank.bank_service.shard.residency import Residency
+from membank.bank_service.shard.watch import WatchHub
+from membank.bank_service.store.bank import Bank
+from membank.bank_service.store.journal import LogFile, PosixLogFile
+from membank.bank_service.store.objects import ObjectStore
+from membank.wire.crc import crc32c
+from membank.wire.errors import InvalidArgumentError, NotFoundError, Reason, UnavailableError
+from membank.wire.format import RevisionRecord
+from membank.wire.records import (
+    Block,
+    BlockHeader,
+    Gradient,
+    ShardStats,
+    Update,
+    UpdateResult,
+)
+from membank.wire.spec import DTYPES, BankSpec, BlockRef, BlockState, Role, dtype_of
+
+
+@dataclass(slots=True)
+class _Counters:
+    num_blocks_fetched: int = 0
+    num_bytes_fetched: int = 0
+    num_updates_applied: int = 0
+    num_updates_refused: int = 0
+    num_bytes_pushed: int = 0
+
+
+class Shard:
+    """A `ShardApi` in this process; make one with `Shard.open`.
+
+    Notes
+    -----
+    A fetch shows every update that was acknowledged before it began, all blocks as of one moment.
+    An acknowledged update survives what `ShardConfig.durability` says.
+    """
+
+    # Lock order: see Participant and Partition. `_counting` guards the counters and is taken last.
+
+    def __init__(
+        self,
+        context: ShardContext,
+        shard_id: str,
+        partitions: Mapping[int, Partition],
+        participant: Participant,
+        locks: ExitStack,
+    ) -> None:
+        self._context = context
+        self._shard_id = shard_id
+        self._partitions = partitions
+        self._participant = participant
+        self._locks = locks
+        self._reader = BlockReader(context, self._owner)
+        self._counting = Lock()
+        self._counters = _Counters()
+        self._closed = False
+
+    @classmethod
+    def open(
+        cls,
+        where: str | ObjectStore | Bank,
+        *,
+        shard_id: str = "shard-0",
+        partitions: Sequence[int] | None = None,
+        config: ShardConfig | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        open_log_file: Callable[[Path], LogFile] = PosixLogFile,
+    ) -> Shard:
+        """Take partitions of a bank over, with every update that was acknowledged.
+
+        Parameters
+        ----------
+        where
+            The bank: its URL, its storage, or the opened bank.
+        shard_id
+            Identity of the shard, for statistics.
+        partitions
+            Partitions to own; None = all.
+        config
+            Settings; None = the defaults.
+        clock
+            Monotonic seconds, for the patience with transactions.
+        open_log_file
+            Makes the files of journals.
+
+        Raises
+        ------
+        NotFoundError
+            If there is no bank (NOT_A_BANK) or no such partition (UNKNOWN_PARTITION).
+        FailedPreconditionError
+            If another process owns a partition (BANK_IN_USE), or the bank is of a newer format.
+        CorruptionError
+            If something that was acknowledged is missing or damaged.
+        """
+        bank = where if isinstance(where, Bank) else Bank.open(where)
+        config = config or ShardConfig()
+        numbers = _checked_partitions(bank.spec, partitions)
+        context = ShardContext(
+            bank=bank,
+            config=config,
+            optimizer=BlockOptimizer(bank.spec),
+            residency=Residency(config.resident_bytes),
+            hub=WatchHub(config.watch_queue_events),
+            clock=clock,
+            open_log_file=open_log_file,
+        )
+        with ExitStack() as undo:
+            folders = {number: journal_folder(context, number) for number in numbers}
+            for number, folder in folders.items():
+                lock = PartitionLock(folder, f"partition {number} of bank {bank.spec.name}")
+                undo.callback(lock.release)
+            latest = bank.latest_number()
+            revision = bank.latest_commit().revision
+            opened: dict[int, Partition] = {}
+            for number, folder in folders.items():
+                opened[number] = open_partition(context, number, folder, revision)
+                undo.callback(opened[number].close, consolidate=False)
+            participant = Participant(context, opened, revision=revision, last_record=latest)
+            return cls(context, shard_id, opened, participant, undo.pop_all())
+
+    @property
+    def spec(self) -> BankSpec:
+        # docstring inherited
+        return self._context.bank.spec
+
+    @property
+    def revision(self) -> int:
+        # docstring inherited
+        return self._participant.revision
+
+    @property
+    def partitions(self) -> tuple[int, ...]:
+        """Partitions that the shard owns, ascending."""
+        return tuple(self._partitions)
+
+    def fetch(
+        self,
+        refs: Sequence[BlockRef],
+        *,
+        held_versions: Sequence[int | None] | None = None,
+        dtype: str | None = None,
+        min_revision: int = 0,
+    ) -> FetchResult:
+        # docstring inherited
+        held = [None] * len(refs) if held_versions is None else list(held_versions)
+        if len(held) != len(refs):
+            raise InvalidArgumentError(f"{len(held)} held versions for {len(refs)} blocks")
+        name = self.spec.dtype if dtype is None else dtype
+        dtype_of(name)
+        self._check_owned(refs)
+        self._require_revision(min_revision)
+        revision, loaded = self._reader.read(
+            refs,
+            (Role.WEIGHT,),
+            wanted=lambda i, entry: entry.state is BlockState.ACTIVE and entry.version != held[i],
+            revision=lambda: self._participant.revision,
+        )
+        blocks = tuple(
+            _fetched(ref, block, name, unchanged=block.entry.version == version)
+            for ref, block, version in zip(refs, loaded, held, strict=True)
+        )
+        with self._counting:
+            self._counters.num_blocks_fetched += len(blocks)
+            self._counters.num_bytes_fetched += sum(block.header.num_bytes for block in blocks)
+        return FetchResult(revision=revision, blocks=blocks)
+
+    def push(self, update: Update) -> PushResult:
+        # docstring inherited
+        by_partition = self._checked_gradients(update)
+        results: dict[BlockRef, UpdateResult] = {}
+        repeats = []
+        for number in sorted(by_partition):
+            found, repeat = self._partitions[number].push(update, by_partition[number])
+            results |= {result.ref: result for result in found}
+            repeats.append(repeat)
+            if not repeat:
+                self._count_push(found, by_partition[number])
+        return PushResult(
+            results=tuple(results[gradient.ref] for gradient in update.gradients),
+            duplicate=bool(repeats) and all(repeats),
+        )
+
+    def subscribe(self, refs: Sequence[BlockRef] = (), *, admin_only: bool = False) -> Subscription:
+        # docstring inherited
+        self._check_owned(refs)
+        return self._context.hub.subscribe(refs, admin_only=admin_only)
+
+    def prepare(
+        self,
+        revision: int,
+        operations: Sequence[BlockOperation],
+        *,
+        all_partitions: bool = False,
+        dry_run: bool = False,
+    ) -> Prepared:
+        # docstring inherited
+        self._require_open()
+        return self._participant.prepare(
+            revision, operations, all_partitions=all_partitions, dry_run=dry_run
+        )
+
+    def commit(self, record: RevisionRecord) -> None:
+        # docstring inherited
+        self._require_open()
+        self._participant.commit(record)
+
+    def abort(self, revision: int) -> None:
+        # docstring inherited
+        self._participant.abort(revision)
+
+    def settle(self, now: float = math.inf) -> tuple[int, ...]:
+        # docstring inherited
+        return self._participant.settle(now)
+
+    def describe(self, refs: Sequence[BlockRef]) -> tuple[BlockStatus, ...]:
+        # docstring inherited
+        self._check_owned(refs)
+        with self._context.state_lock:
+            entries = [(ref, self._owner(ref).record(ref).entry) for ref in refs]
+        return tuple(
+            BlockStatus(
+                ref=ref,
+                version=entry.version,
+                state=entry.state,
+                step=entry.step,
+                crc32c=entry.crcs[0] if entry.crcs else 0,
+            )
+            for ref, entry in entries
+        )
+
+    def read(self, refs: Sequence[BlockRef]) -> Iterator[BlockContent]:
+        # docstring inherited
+        self._check_owned(refs)
+        return self._read(tuple(refs))
+
+    def consolidate(self) -> None:
+        # docstring inherited
+        for partition in self._partitions.values():
+            partition.consolidate()
+
+    def stats(self) -> ShardStats:
+        # docstring inherited
+        with self._counting:
+            counters = dataclasses.asdict(self._counters)
+        with self._context.state_lock:
+            resident_bytes = self._context.residency.num_bytes
+        return ShardStats(
+            shard_id=self._shard_id,
+            endpoint="",
+            pid=os.getpid(),
+            partitions=self.partitions,
+            resident_bytes=resident_bytes,
+            journal_bytes=sum(p.journal.num_bytes for p in self._partitions.values()),
+            **counters,
+        )
+
+    def close(self, *, consolidate: bool = True) -> None:
+        # docstring inherited
+        if self._closed:
+            return
+        self._closed = True
+        self._context.hub.close()
+        with self._locks:
+            for partition in self._partitions.values() if consolidate else ():
+                self._locks.callback(partition.consolidate)
+
+    def _read(self, refs: tuple[BlockRef, ...]) -> Iterator[BlockContent]:
+        for ref in refs:
+            # One at a time: a topic may be larger than memory.
+            _, (block,) = self._reader.read(
+                [ref],
+                self.spec.roles,
+                wanted=lambda _, entry: entry.state is not BlockState.DELETED,
+                revision=lambda: self._participant.revision,
+            )
+            if block.arrays:
+                yield _content(ref, block)
+
+    def _owner(self, ref: BlockRef) -> Partition:
+        return owned(self._partitions, self.spec.partition_of(ref))
+
+    def _check_owned(self, refs: Sequence[BlockRef]) -> None:
+        self._require_open()
+        for ref in refs:
+            self.spec.check_ref(ref)
+            self._owner(ref)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise UnavailableError(f"shard {self._shard_id} is stopped; retry")
+
+    def _require_revision(self, min_revision: int) -> None:
+        if self.revision >= min_revision:
+            return
+        self._participant.catch_up(min_revision)
+        if self.revision < min_revision:
+            raise UnavailableError(
+                f"shard {self._shard_id} is at revision {self.revision}, "
+                f"and {min_revision} was asked for; retry",
+                reason=Reason.BEHIND_REVISION,
+                metadata={"revision": str(self.revision)},
+            )
+
+    def _checked_gradients(self, update: Update) -> dict[int, list[Gradient]]:
+        if not update.request_id:
+            raise InvalidArgumentError("an update needs a request id")
+        scale = update.learning_rate_scale
+        if not (math.isfinite(scale) and scale >= 0):
+            raise InvalidArgumentError(f"learning_rate_scale is {scale}; accepted: finite and >= 0")
+        self._check_owned([gradient.ref for gradient in update.gradients])
+        by_partition: dict[int, list[Gradient]] = {}
+        seen: set[BlockRef] = set()
+        for gradient in update.gradients:
+            ref = gradient.ref
+            if ref in seen:
+                raise InvalidArgumentError(f"block {ref} occurs twice in one update; add them up")
+            seen.add(ref)
+            shape = self.spec.block_shape(ref.level)
+            check_array(gradient.values, shape, DTYPES, f"gradient of block {ref}")
+            if not gradient.values.flags.c_contiguous:
+                raise InvalidArgumentError(
+                    f"gradient of block {ref} is not C-contiguous", reason=Reason.BAD_SHAPE
+                )
+            by_partition.setdefault(self.spec.partition_of(ref), []).append(gradient)
+        return by_partition
+
+    def _count_push(self, results: Sequence[UpdateResult], gradients: Sequence[Gradient]) -> None:
+        accepted = sum(result.accepted for result in results)
+        with self._counting:
+            self._counters.num_updates_applied += accepted
+            self._counters.num_updates_refused += len(results) - accepted
+            self._counters.num_bytes_pushed += sum(g.values.nbytes for g in gradients)
+
+
+def _checked_partitions(spec: BankSpec, partitions: Sequence[int] | None) -> list[int]:
+    numbers = sorted(set(range(spec.num_partitions) if partitions is None else partitions))
+    for number in numbers:
+        if not 0 <= number < spec.num_partitions:
+            raise NotFoundError(
+                f"bank {spec.name} has no partition {number}; "
+                f"its partitions are 0..{spec.num_partitions - 1}",
+                reason=Reason.UNKNOWN_PARTITION,
+                metadata={"partition": str(number)},
+            )
+    return numbers
+
+
+def _fetched(ref: BlockRef, block: LoadedBlock, dtype: str, *, unchanged: bool) -> Block:
+    entry = block.entry
+    header = BlockHeader(
+        ref=ref,
+        version=entry.version,
+        state=entry.state,
+        dtype=dtype,
+        unchanged=unchanged and entry.state is BlockState.ACTIVE,
+    )
+    if not block.arrays:
+        return Block(header=header, weight=None)
+    weight = convert(block.arrays[Role.WEIGHT], dtype_of(dtype))
+    converted = weight is not block.arrays[Role.WEIGHT]
+    weight.flags.writeable = False
+    return Block(
+        header=dataclasses.replace(
+            header,
+            shape=weight.shape,
+            num_bytes=weight.nbytes,
+            crc32c=crc32c(weight) if converted else block.weight_crc,
+        ),
+        weight=weight,
+    )
+
+
+def _content(ref: BlockRef, block: LoadedBlock) -> BlockContent:
+    state = dict(block.arrays)
+    weight = state.pop(Role.WEIGHT)
+    return BlockContent(
+        ref=ref,
+        version=block.entry.version,
+        step=block.entry.step,
+        weight=weight,
+        optimizer_state=state,
+    )

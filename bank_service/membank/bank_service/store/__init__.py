@@ -1,0 +1,25 @@
+"""What a bank is made of on storage: objects, zarr arrays of slots, journals, the bank's documents.
+
+Modules: `objects` (the seam to storage), `local_objects` and `fsspec_objects` (implementations),
+`arrays` (zarr metadata and slots), `journal` (the redo log), `bank` (documents of a bank).
+"""
+
+from membank.bank_service.store.arrays import SlotArrays
+from membank.bank_service.store.bank import Bank
+from membank.bank_service.store.fsspec_objects import FsspecObjects
+from membank.bank_service.store.journal import Journal
+from membank.bank_service.store.local_objects import LocalObjects
+from membank.bank_service.store.objects import ObjectStore, probe_create_only, publish
+from membank.bank_service.store.open_objects import open_objects
+
+__all__ = [
+    "Bank",
+    "FsspecObjects",
+    "Journal",
+    "LocalObjects",
+    "ObjectStore",
+    "SlotArrays",
+    "open_objects",
+    "probe_create_only",
+    "publish",
+]

@@ -1,0 +1,384 @@
+"""The documents of a bank: its spec, its chain of revisions, trees, manifests and snapshots."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import uuid
+from threading import Lock
+
+from membank.bank_service.store.objects import ObjectStore, probe_create_only, publish
+from membank.bank_service.store.open_objects import open_objects
+from membank.wire.errors import (
+    AlreadyExistsError,
+    ConflictError,
+    CorruptionError,
+    FailedPreconditionError,
+    NotFoundError,
+    Reason,
+)
+from membank.wire.format import (
+    Manifest,
+    RevisionRecord,
+    TreeDocument,
+    decode_manifest,
+    decode_revision,
+    decode_snapshot,
+    decode_spec,
+    decode_tree,
+    encode_manifest,
+    encode_revision,
+    encode_snapshot,
+    encode_spec,
+    encode_tree,
+)
+from membank.wire.format.layout import (
+    REVISIONS,
+    SNAPSHOTS,
+    SPEC_KEY,
+    manifest_key,
+    manifest_prefix,
+    number_of,
+    revision_key,
+    snapshot_key,
+    tree_key,
+)
+from membank.wire.format.revision import record_sha256
+from membank.wire.records import Snapshot
+from membank.wire.spec import BankSpec
+
+
+class Bank:
+    """A bank on storage: everything but the content of its blocks.
+
+    Make one with `Bank.create` or `Bank.open`. Safe to use from threads.
+    """
+
+    # Threads: `_lock` guards the cache of records, which are immutable once they exist.
+
+    def __init__(self, objects: ObjectStore, spec: BankSpec) -> None:
+        self.objects = objects
+        """The bank's storage."""
+        self.spec = spec
+        """The bank's spec."""
+        self._lock = Lock()
+        self._records: dict[int, tuple[RevisionRecord, str]] = {}
+
+    @classmethod
+    def create(
+        cls,
+        where: str | ObjectStore,
+        spec: BankSpec,
+        *,
+        tree: TreeDocument | None = None,
+        principal: str = "",
+        request_id: str = "",
+    ) -> Bank:
+        """Create an empty bank; it exists once its `bank.json` does.
+
+        Parameters
+        ----------
+        where
+            URL of a directory or bucket prefix, or a store that serves one.
+        spec
+            What to create; a random `bank_id` is given to it where it has none.
+        tree
+            Labels and retriever, if they are known already.
+        principal, request_id
+            Who asks, for the record of revision 0.
+
+        Raises
+        ------
+        AlreadyExistsError
+            If there is a bank (BANK_EXISTS); it is untouched.
+        FailedPreconditionError
+            If the storage cannot hold a bank safely (STORE_UNSUPPORTED) or refuses to be written.
+        """
+        objects = open_objects(where) if isinstance(where, str) else where
+        if _exists(objects, SPEC_KEY):
+            raise _bank_exists(objects)
+        probe_create_only(objects)
+        bank = cls(objects, dataclasses.replace(spec, bank_id=spec.bank_id or uuid.uuid4().hex))
+        # bank.json comes last: whatever a crash leaves before it is no bank and is overwritten.
+        if tree is not None:
+            bank.write_tree(0, tree)
+        record = RevisionRecord(
+            revision=0,
+            committed=True,
+            nonce=uuid.uuid4().hex,
+            previous_sha256="",
+            operation="create",
+            principal=principal,
+            request_id=request_id,
+            time_s=time.time(),
+        )
+        objects.put(revision_key(0), encode_revision(record), durable=True)
+        try:
+            publish(objects, SPEC_KEY, encode_spec(bank.spec))
+        except AlreadyExistsError as err:
+            raise _bank_exists(objects) from err
+        return bank
+
+    @classmethod
+    def open(cls, where: str | ObjectStore) -> Bank:
+        """Open the bank at `where` (as for `create`).
+
+        Raises
+        ------
+        NotFoundError
+            If there is none (NOT_A_BANK).
+        FailedPreconditionError
+            If a newer membank wrote it (FORMAT_TOO_NEW), or the storage refuses to be read.
+        CorruptionError
+            If its spec is damaged (SPEC_CORRUPT) or revision 0 is missing.
+        """
+        objects = open_objects(where) if isinstance(where, str) else where
+        try:
+            data = objects.get(SPEC_KEY)
+        except NotFoundError as err:
+            raise NotFoundError(
+                f"{objects.url} is not a bank: it has no {SPEC_KEY}; create one, or check the URL",
+                reason=Reason.NOT_A_BANK,
+                metadata={"bank": objects.url},
+            ) from err
+        bank = cls(objects, decode_spec(data, where=objects.url))
+        if not _exists(objects, revision_key(0)):
+            raise CorruptionError(
+                f"{objects.url} has no {revision_key(0)}; restore the bank from a copy",
+                reason=Reason.MANIFEST_CORRUPT,
+                metadata={"key": revision_key(0)},
+            )
+        return bank
+
+    @property
+    def url(self) -> str:
+        """Where the bank is."""
+        return self.objects.url
+
+    def latest_number(self) -> int:
+        """Return the number of the newest revision record, committed or aborted."""
+        return max(number_of(key) for key in self.objects.list(REVISIONS))
+
+    def record(self, revision: int) -> RevisionRecord | None:
+        """Return the record of `revision`, or None while nobody has decided it.
+
+        Raises
+        ------
+        CorruptionError
+            If the record is damaged.
+        """
+        found = self._read_record(revision)
+        return None if found is None else found[0]
+
+    def latest_commit(self) -> RevisionRecord:
+        """Return the newest record that is a commit."""
+        for revision in range(self.latest_number(), -1, -1):
+            record = self.record(revision)
+            if record is None:
+                raise _missing_record(revision)
+            if record.committed:
+                return record
+        raise _missing_record(0)
+
+    def decide(self, record: RevisionRecord) -> RevisionRecord:
+        """Create the record of a revision, linked to the one before, and return what stands.
+
+        Parameters
+        ----------
+        record
+            The commit, or abort, that the caller wants; its `previous_sha256` is filled in, and
+            its `nonce` where it is empty.
+
+        Returns
+        -------
+        RevisionRecord
+            The caller's own record.
+
+        Raises
+        ------
+        ConflictError
+            If the revision has been decided by somebody else (TRANSACTION_CONFLICT).
+        FailedPreconditionError
+            If the revision before is still undecided.
+        """
+        previous = self._read_record(record.revision - 1)
+        if previous is None:
+            raise FailedPreconditionError(
+                f"revision {record.revision - 1} is undecided, so {record.revision} cannot be",
+                reason=Reason.TRANSACTION_CONFLICT,
+            )
+        linked = dataclasses.replace(
+            record, previous_sha256=previous[1], nonce=record.nonce or uuid.uuid4().hex
+        )
+        try:
+            publish(self.objects, revision_key(record.revision), encode_revision(linked))
+        except AlreadyExistsError as err:
+            raise ConflictError(
+                f"revision {record.revision} has been decided by another transaction; "
+                "read the bank again and repeat",
+                reason=Reason.TRANSACTION_CONFLICT,
+                metadata={"revision": str(record.revision)},
+            ) from err
+        return linked
+
+    def named_manifest(self, revision: int, partition: int) -> int:
+        """Return the manifest of `partition` that is in force at `revision`; 0 = as initialised.
+
+        That is the one named by the newest commit up to `revision` that names any; updates that
+        came after that commit are not part of the revision.
+        """
+        for number in range(revision, -1, -1):
+            record = self.record(number)
+            if record is None:
+                raise _missing_record(number)
+            if record.committed and partition in record.manifests:
+                return record.manifests[partition]
+        return 0
+
+    def read_tree(self, revision: int) -> TreeDocument | None:
+        """Return the tree document that was written at `revision`, or None if there is none.
+
+        Raises
+        ------
+        CorruptionError
+            If it is damaged.
+        """
+        key = tree_key(revision)
+        try:
+            data = self.objects.get(key)
+        except NotFoundError:
+            return None
+        return decode_tree(data, key=f"{self.url}/{key}")
+
+    def write_tree(self, revision: int, tree: TreeDocument) -> None:
+        """Write the tree document of `revision`; it counts once a commit names it."""
+        self.objects.put(tree_key(revision), encode_tree(tree), durable=True)
+
+    def manifest_numbers(self, partition: int) -> list[int]:
+        """Return the numbers of the manifests of `partition` that are stored, ascending."""
+        return sorted(number_of(key) for key in self.objects.list(manifest_prefix(partition)))
+
+    def read_manifest(self, partition: int, number: int) -> Manifest:
+        """Return a manifest.
+
+        Raises
+        ------
+        NotFoundError
+            If there is none (OBJECT_MISSING).
+        CorruptionError
+            If it is damaged, or not the one that its name says.
+        """
+        key = manifest_key(partition, number)
+        where = f"{self.url}/{key}"
+        manifest = decode_manifest(self.objects.get(key), num_roles=len(self.spec.roles), key=where)
+        if (manifest.partition, manifest.number) != (partition, number):
+            raise CorruptionError(
+                f"{where} holds manifest {manifest.number} of partition {manifest.partition}; "
+                "restore the file from a copy",
+                reason=Reason.MANIFEST_CORRUPT,
+                metadata={"key": key},
+            )
+        return manifest
+
+    def publish_manifest(self, manifest: Manifest) -> None:
+        """Create a manifest, durably.
+
+        Raises
+        ------
+        AlreadyExistsError
+            If another owner of the partition created one of this number.
+        """
+        publish(
+            self.objects,
+            manifest_key(manifest.partition, manifest.number),
+            encode_manifest(manifest),
+        )
+
+    def snapshots(self) -> list[Snapshot]:
+        """Return the snapshots, by name."""
+        found = []
+        for key in self.objects.list(SNAPSHOTS):
+            try:
+                found.append(decode_snapshot(self.objects.get(key), key=f"{self.url}/{key}"))
+            except NotFoundError:
+                continue  # removed since it was listed
+        return found
+
+    def snapshot(self, name: str) -> Snapshot:
+        """Return the snapshot called `name`.
+
+        Raises
+        ------
+        NotFoundError
+            If there is none (UNKNOWN_SNAPSHOT).
+        """
+        key = snapshot_key(name)
+        try:
+            return decode_snapshot(self.objects.get(key), key=f"{self.url}/{key}")
+        except NotFoundError as err:
+            raise NotFoundError(
+                f"bank {self.spec.name} has no snapshot {name!r}",
+                reason=Reason.UNKNOWN_SNAPSHOT,
+                metadata={"snapshot": name},
+            ) from err
+
+    def create_snapshot(self, snapshot: Snapshot) -> None:
+        """Pin a revision under a name.
+
+        Raises
+        ------
+        AlreadyExistsError
+            If the name is taken, unless by the very same snapshot (SNAPSHOT_EXISTS).
+        """
+        try:
+            publish(self.objects, snapshot_key(snapshot.name), encode_snapshot(snapshot))
+        except AlreadyExistsError as err:
+            raise AlreadyExistsError(
+                f"bank {self.spec.name} has a snapshot {snapshot.name!r} already; "
+                "choose another name, or delete it",
+                reason=Reason.SNAPSHOT_EXISTS,
+                metadata={"snapshot": snapshot.name},
+            ) from err
+
+    def delete_snapshot(self, name: str) -> None:
+        """Give up a name; what only it kept goes at the next consolidation."""
+        self.snapshot(name)
+        self.objects.delete(snapshot_key(name))
+
+    def _read_record(self, revision: int) -> tuple[RevisionRecord, str] | None:
+        with self._lock:
+            if revision in self._records:
+                return self._records[revision]
+        key = revision_key(revision)
+        try:
+            data = self.objects.get(key)
+        except NotFoundError:
+            return None
+        found = decode_revision(data, key=f"{self.url}/{key}"), record_sha256(data)
+        with self._lock:
+            self._records[revision] = found
+        return found
+
+
+def _exists(objects: ObjectStore, key: str) -> bool:
+    try:
+        objects.get_range(key, 0, 1)
+    except NotFoundError:
+        return False
+    return True
+
+
+def _bank_exists(objects: ObjectStore) -> AlreadyExistsError:
+    return AlreadyExistsError(
+        f"{objects.url} holds a bank already; choose another place",
+        reason=Reason.BANK_EXISTS,
+        metadata={"bank": objects.url},
+    )
+
+
+def _missing_record(revision: int) -> CorruptionError:
+    return CorruptionError(
+        f"revision record {revision_key(revision)} is missing; restore the file from a copy",
+        reason=Reason.MANIFEST_CORRUPT,
+        metadata={"key": revision_key(revision)},
+    )
