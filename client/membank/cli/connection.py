@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -41,11 +40,17 @@ DryRunOption = Annotated[
 ]
 
 
-def connect(endpoint: str, token_file: Path | None = None, ca_file: Path | None = None) -> BankClient:
+def client_config(token_file: Path | None = None, ca_file: Path | None = None) -> ClientConfig:
+    """Return the client's configuration that the command line asks for."""
+    tls = TlsConfig(root_certificates=ca_file) if ca_file is not None else None
+    return ClientConfig(tls=tls, token_file=token_file)
+
+
+def connect(
+    endpoint: str, token_file: Path | None = None, ca_file: Path | None = None
+) -> BankClient:
     """Connect to a service with what the command line says."""
-    tls = TlsConfig(root_certificates_file=ca_file) if ca_file is not None else None
-    config = ClientConfig(tls=tls, token_file=token_file)
-    return BankClient.connect(endpoint, config=config)
+    return BankClient.connect(endpoint, config=client_config(token_file, ca_file))
 
 
 def resolve_topic(bank: BankClient, text: str) -> BlockRef:
@@ -92,8 +97,3 @@ def resolve_topic(bank: BankClient, text: str) -> BlockRef:
 def _name_some(topics: list[Topic], limit: int = 6) -> str:
     names = [f"{topic.ref} ({topic.label})" for topic in topics[:limit]]
     return ", ".join(names) + (" ..." if len(topics) > limit else "")
-
-
-def default_endpoint() -> str:
-    """Return the endpoint that the environment names, else the usual one."""
-    return os.environ.get("MEMBANK_BANK", DEFAULT_ENDPOINT)

@@ -144,7 +144,7 @@ def export(
         partial = pack.with_name(pack.name + ".partial")
         try:
             with partial.open("wb") as file:
-                client.export(ref, file, weights_only=weights_only)
+                client.export_to(ref, file, weights_only=weights_only)
             partial.replace(pack)
         finally:
             # A pack appears whole or not at all.
@@ -171,12 +171,12 @@ def import_(
     Example: ``membank import chemistry.pack``.
     """
     try:
-        data = pack.read_bytes()
+        file = pack.open("rb")
     except OSError as err:
         raise InvalidArgumentError(f"{pack} cannot be read: {err}") from err
-    with connect(bank, token_file, ca_file) as client:
-        report = client.import_pack(data, dry_run=dry_run)
-    show_report("import", report, as_json=as_json)
+    with file, connect(bank, token_file, ca_file) as client:
+        answer = client.import_pack(file, dry_run=dry_run)
+    show_report("import", answer.report, as_json=as_json)
 
 
 def snapshot(
@@ -199,7 +199,8 @@ def snapshot(
         console.print(table(("snapshot", "revision>"), [(s.name, s.revision) for s in found]))
 
     payload = [
-        {"snapshot": s.name, "revision": s.revision, "create_time_s": s.create_time_s} for s in found
+        {"snapshot": s.name, "revision": s.revision, "create_time_s": s.create_time_s}
+        for s in found
     ]
     emit(payload, as_json=as_json, render=render)
 

@@ -18,9 +18,8 @@ from membank.cli.connection import (
     resolve_topic,
 )
 from membank.cli.output import JsonOption, console, emit, format_bytes, table
-from membank.client import BankClient
 from membank.wire.records import Topic
-from membank.wire.spec import BlockRef, BlockState
+from membank.wire.spec import BlockState
 
 
 def register(app: typer.Typer) -> None:
@@ -32,7 +31,9 @@ def register(app: typer.Typer) -> None:
 
 
 def topics(
-    parent: Annotated[str | None, typer.Argument(help="Only this topic and those under it.")] = None,
+    parent: Annotated[
+        str | None, typer.Argument(help="Only this topic and those under it.")
+    ] = None,
     depth: Annotated[int, typer.Option(min=0, help="Levels below the start; 0 = all.")] = 0,
     bank: BankOption = DEFAULT_ENDPOINT,
     token_file: TokenOption = None,
@@ -109,9 +110,9 @@ def route(
     """
     with connect(bank, token_file, ca_file) as client:
         start = time.perf_counter()
-        paths = [client.route(text)] if beams == 1 else client.route_beam(text, beams)
+        paths = [scored.path for scored in client.route_beam(text, beams)]
         route_ms = 1e3 * (time.perf_counter() - start)
-        labels = {topic.ref: topic.label for topic in client.topics()}
+        labels = client.tree().labels
 
     def render() -> None:
         for path in paths:
@@ -167,11 +168,6 @@ def topic_json(topic: Topic) -> dict[str, object]:
         "bytes": topic.num_bytes,
         "partition": topic.partition,
     }
-
-
-def describe_path(client: BankClient, path: tuple[BlockRef, ...]) -> str:
-    """Return a path with labels, for people."""
-    return " > ".join(f"{b.topic.ref} {b.topic.label}" for b in client.describe(path))
 
 
 def _topic_row(topic: Topic) -> tuple[object, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -23,7 +24,7 @@ _COLOURS = {
     "fetched": "#009E73",
     "oracle": "#0072B2",
 }
-_RC = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+_RC: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
@@ -67,7 +68,7 @@ def recall_bars(recall: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     relations = list(next(iter(recall.values())))
     with mpl.rc_context(_RC):
         figure = Figure(figsize=(7, 2.7 * len(relations)), layout="constrained")
-        panels: Sequence[Axes] = np.atleast_1d(figure.subplots(len(relations), 1))
+        panels: list[Axes] = list(np.atleast_1d(figure.subplots(len(relations), 1)))
         for axes, relation in zip(panels, relations, strict=True):
             _recall_panel(axes, relation, {m: by[relation] for m, by in recall.items()})
         panels[0].legend(frameon=False, ncols=len(CONDITIONS), loc="lower center",
@@ -144,9 +145,13 @@ def _topic_box(
         shade = 0.45 + 0.4 * (place % 3) / 2
         axes.add_patch(
             mpl.patches.Rectangle(
-                (leaf["x"], leaf["y"]), leaf["dx"], leaf["dy"],
-                facecolor=(*colour[:3], shade), edgecolor="white", linewidth=0.5,
-            )  # fmt: skip
+                (leaf["x"], leaf["y"]),
+                leaf["dx"],
+                leaf["dy"],
+                facecolor=(*colour[:3], shade),
+                edgecolor="white",
+                linewidth=0.5,
+            )
         )
     axes.add_patch(
         mpl.patches.Rectangle((x, y), dx, dy, fill=False, edgecolor="white", linewidth=2.5)

@@ -1,0 +1,160 @@
+"""Commands that start, watch and stop a service."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from membank.cli.connection import DEFAULT_ENDPOINT, CaOption, TokenOption, connect
+from membank.cli.extras import needs_extra
+from membank.cli.output import JsonOption, console, emit, err_console, format_bytes, table
+from membank.wire.records import BankStats
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands to `app`."""
+    app.command("up")(up)
+    app.command("status")(status)
+    app.command("down")(down)
+
+
+def up(
+    bank: Annotated[
+        str, typer.Option("--bank", help="The bank: a directory or URL, such as s3://team/bank.")
+    ],
+    shards: Annotated[int, typer.Option(min=1, help="Shard actors.")] = 2,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 = any free one.")] = 7600,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray to join, auto or HOST:PORT; without it, one is started.")
+    ] = None,
+    min_nodes: Annotated[
+        int, typer.Option(min=1, help="Ray nodes to wait for before shards are placed.")
+    ] = 1,
+    tls_cert: Annotated[Path | None, typer.Option(help="Server certificate (PEM).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Private key of it (PEM).")] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="Tokens that may call: lines `TOKEN PRINCIPAL ROLE`.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Serve a bank: a controller and shard actors on Ray, each with its own gRPC server.
+
+    Off loopback it needs a certificate, its key and a token file.
+
+    Example: ``membank up --bank ./bank --shards 4``.
+    """
+    with needs_extra("service"):
+        from membank.bank_service.cluster import UpConfig
+        from membank.bank_service.cluster import up as start
+    config = UpConfig(
+        bank_url=bank,
+        num_shards=shards,
+        host=host,
+        port=port,
+        ray_address=ray_address,
+        min_nodes=min_nodes,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        token_file=token_file,
+    )
+    with err_console.status(f"starting {shards} shards on {bank}"):
+        endpoint = start(config)
+    payload = {
+        "endpoint": endpoint.address,
+        "bank": endpoint.bank_url,
+        "ray_address": endpoint.ray_address,
+    }
+
+    def render() -> None:
+        console.print(f"serving {endpoint.bank_url} at [bold]{endpoint.address}[/]")
+        console.print(f"try: membank topics --bank {endpoint.address}; stop: membank down")
+
+    emit(payload, as_json=as_json, render=render)
+
+
+def status(
+    bank: Annotated[
+        str | None,
+        typer.Option("--bank", envvar="MEMBANK_BANK", help="Endpoint; without it, this machine's."),
+    ] = None,
+    token_file: TokenOption = None,
+    ca_file: CaOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a running service: shards, partitions, traffic, memory, journal.
+
+    Example: ``membank status --bank localhost:7600``.
+    """
+    if bank is None:
+        bank = _local_endpoint()
+    with connect(bank, token_file, ca_file) as client:
+        info, stats = client.info(), client.stats()
+    payload = {"endpoint": bank, "bank": info.spec.name, **asdict(stats)}
+
+    def render() -> None:
+        console.print(
+            f"bank [bold]{info.spec.name}[/] at {bank}: revision {stats.revision}, "
+            f"{stats.num_blocks_written} of {stats.num_blocks} blocks written"
+        )
+        console.print(_shard_table(stats))
+
+    emit(payload, as_json=as_json, render=render)
+
+
+def down(
+    bank: Annotated[
+        str | None, typer.Option("--bank", help="Directory or URL; without it, the only one.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Stop a service that was started on this machine; nothing acknowledged is lost.
+
+    Example: ``membank down``.
+    """
+    with needs_extra("service"):
+        from membank.bank_service.cluster import down as stop
+    stopped = stop(bank_url=bank)
+    payload = {"endpoint": stopped.endpoint.address, "bank": stopped.endpoint.bank_url}
+    emit(
+        payload,
+        as_json=as_json,
+        render=lambda: console.print(f"stopped {payload['bank']} at {payload['endpoint']}"),
+    )
+
+
+def _local_endpoint() -> str:
+    try:
+        from membank.bank_service.cluster import list_running
+    except ImportError:
+        return DEFAULT_ENDPOINT
+    running = list_running()
+    return running[-1].address if running else DEFAULT_ENDPOINT
+
+
+def _shard_table(stats: BankStats) -> object:
+    columns = (
+        "shard", "endpoint", "pid>", "partitions>", "fetched>", "sent>", "updates>", "refused>",
+        "received>", "resident>", "journal>", "restarts>",
+    )  # fmt: skip
+    rows = [
+        (
+            shard.shard_id,
+            shard.endpoint,
+            shard.pid,
+            len(shard.partitions),
+            shard.num_blocks_fetched,
+            format_bytes(shard.num_bytes_fetched),
+            shard.num_updates_applied,
+            shard.num_updates_refused,
+            format_bytes(shard.num_bytes_pushed),
+            format_bytes(shard.resident_bytes),
+            format_bytes(shard.journal_bytes),
+            shard.num_restarts,
+        )
+        for shard in stats.shards
+    ]
+    return table(columns, rows)
