@@ -4,6 +4,9 @@ A retriever is an embedder and one centroid per cluster. A text becomes a vector
 descends the tree: at each level it goes to the nearest child (L2). Where no child leads on (all
 their centroids are NaN: never filled, or deleted), the path ends.
 
+The first dimensions of an embedding tell the most. A level whose centroids are shorter than the
+embedding reads only so many of them, normalised anew.
+
 Shape letters: N texts, C dimensions of the embedding, V terms of the vocabulary, K children.
 """
 
@@ -13,7 +16,7 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,6 +41,8 @@ STOP_WORDS = frozenset(_STOP_WORDS.split())
 
 _WORD = re.compile(r"[^\W\d_]{2,}")
 
+_DIGEST_BYTES = 64
+
 
 class Embedder(Protocol):
     """Turns texts into vectors whose distances tell how near the topics are."""
@@ -50,6 +55,11 @@ class Embedder(Protocol):
     @property
     def arrays(self) -> Mapping[str, NDArray[np.generic]]:
         """Arrays that rebuild it together with `config`."""
+        ...
+
+    @property
+    def level_dims(self) -> tuple[int, ...]:
+        """First dimensions that each level reads, from level 1; the last holds for all below."""
         ...
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -79,26 +89,68 @@ def words_of(text: str, stop_words: frozenset[str] = STOP_WORDS) -> list[str]:
 
 
 def hash_terms(terms: Iterable[str]) -> NDArray[np.uint64]:
-    """Return a 64-bit BLAKE2b hash of each term, the form in which a bank keeps its vocabulary."""
-    digests = [hashlib.blake2b(term.encode(), digest_size=8).digest() for term in terms]
-    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
+    """Return a 64-bit hash of each term, the form in which a bank keeps its vocabulary."""
+    return np.frombuffer(b"".join(digest[:8] for digest in _digests(terms)), dtype="<u8").astype(
+        np.uint64
+    )
+
+
+def term_signs(terms: Iterable[str], dims: int) -> NDArray[np.float32]:
+    """Return a row of `dims` signs for each term, fixed by the term alone.
+
+    Sums of such rows keep angles nearly (a random projection that nobody has to store).
+    """
+    bits = np.frombuffer(b"".join(_digests(terms)), dtype=np.uint8)
+    signs = np.unpackbits(bits.reshape(-1, _DIGEST_BYTES), axis=1)[:, :dims]
+    return np.asarray(2.0 * signs - 1.0, dtype=np.float32)
+
+
+def _digests(terms: Iterable[str]) -> Iterator[bytes]:
+    return (hashlib.blake2b(term.encode(), digest_size=_DIGEST_BYTES).digest() for term in terms)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LsaSettings:
+    """How an `LsaEmbedder` puts its parts together."""
+
+    coarse_dims: int = 24
+    """First dimensions of the topic part, which level 1 reads alone."""
+    subject_dims: int = 256
+    """Dimensions of the subject part, 1..512."""
+    topic_share: float = 0.7
+    """Length of the topic part where that of the subject part is 1, > 0."""
+    stop_words: frozenset[str] = STOP_WORDS
+    """Words that are not terms."""
+
+    def __post_init__(self) -> None:
+        for name, ok, accepted in (
+            ("coarse_dims", self.coarse_dims >= 1, ">= 1"),
+            ("subject_dims", 1 <= self.subject_dims <= 8 * _DIGEST_BYTES, "in 1..512"),
+            ("topic_share", self.topic_share > 0, "> 0"),
+        ):
+            if not ok:
+                msg = f"{name}={getattr(self, name)}: must be {accepted}"
+                raise ValueError(msg)
 
 
 class LsaEmbedder:
-    """Latent semantic analysis: TF-IDF with sublinear counts, projected, normalised.
+    """Latent semantic analysis, with the subject of a text beside its topic.
 
-    Only the rows of the projection whose terms occur in a text are read.
+    The vector of a text has two parts, each normalised. *Topic*: TF-IDF with sublinear counts,
+    projected by a truncated SVD. *Subject*: the same counts with weights that single out what a
+    page is about, as a sum of one row of signs per term. Topics gather; subjects tell apart what
+    a topic gathers, so that questions about one thing stay together however they are put.
 
     Parameters
     ----------
     term_hashes
         (V,) uint64, ascending, from `hash_terms`.
-    idf
-        (V,) float32, weight of each term.
-    projection
-        (V, C) float32, C-contiguous.
-    stop_words
-        Words that are not terms.
+    topic_projection
+        (V, topic dims) float32, C-contiguous; weights of terms included.
+    subject_weights
+        (V,) float32.
+    settings
+        How the parts are put together.
 
     Raises
     ------
@@ -107,51 +159,69 @@ class LsaEmbedder:
 
     Notes
     -----
-    Immutable, and safe to share between threads.
+    Immutable, and safe to share between threads. Of the projection only the rows whose terms occur
+    in a text are read.
     """
 
     def __init__(
         self,
         term_hashes: NDArray[np.uint64],
-        idf: NDArray[np.float32],
-        projection: NDArray[np.float32],
-        stop_words: frozenset[str] = STOP_WORDS,
+        topic_projection: NDArray[np.float32],
+        subject_weights: NDArray[np.float32],
+        settings: LsaSettings,
     ) -> None:
         fits = (
-            projection.ndim == 2
-            and len(projection)
-            and term_hashes.shape == idf.shape == projection.shape[:1]
+            topic_projection.ndim == 2
+            and len(topic_projection)
+            and term_hashes.shape == subject_weights.shape == topic_projection.shape[:1]
             and bool(np.all(term_hashes[1:] > term_hashes[:-1]))
         )
         if not fits:
             raise CorruptionError(
-                f"retriever: term_hashes {term_hashes.shape}, idf {idf.shape} and projection "
-                f"{projection.shape} do not fit, or terms are not ascending; write the tree anew",
+                f"retriever: term_hashes {term_hashes.shape}, topic_projection "
+                f"{topic_projection.shape} and subject_weights {subject_weights.shape} do not fit, "
+                "or terms are not ascending; write the tree anew",
                 reason=Reason.SPEC_CORRUPT,
             )
         self._term_hashes = term_hashes
-        self._idf = idf
-        self._projection = projection
-        self._stop_words = stop_words
+        self._topic_projection = topic_projection
+        self._subject_weights = subject_weights
+        self.settings = settings
 
     @property
     def config(self) -> Mapping[str, object]:
-        """Kind, dimensions and stop words."""
-        return {"kind": "lsa", "dims": self.dims, "stop_words": sorted(self._stop_words)}
+        """Kind and settings."""
+        return {
+            "kind": "lsa",
+            "coarse_dims": self.settings.coarse_dims,
+            "subject_dims": self.settings.subject_dims,
+            "topic_share": self.settings.topic_share,
+            "stop_words": sorted(self.settings.stop_words),
+        }
 
     @property
     def arrays(self) -> Mapping[str, NDArray[np.generic]]:
-        """``term_hashes``, ``idf`` and ``projection``."""
+        """``term_hashes``, ``topic_projection`` and ``subject_weights``."""
         return {
             "term_hashes": self._term_hashes,
-            "idf": self._idf,
-            "projection": self._projection,
+            "topic_projection": self._topic_projection,
+            "subject_weights": self._subject_weights,
         }
+
+    @property
+    def topic_dims(self) -> int:
+        """Dimensions of the topic part, which comes first."""
+        return int(self._topic_projection.shape[1])
 
     @property
     def dims(self) -> int:
         """Dimensions C of the embedding."""
-        return int(self._projection.shape[1])
+        return self.topic_dims + self.settings.subject_dims
+
+    @property
+    def level_dims(self) -> tuple[int, ...]:
+        """Level 1 reads the first dimensions of the topic, the levels below read everything."""
+        return (min(self.settings.coarse_dims, self.topic_dims), self.dims)
 
     @classmethod
     def from_parts(
@@ -165,18 +235,13 @@ class LsaEmbedder:
             A part is missing or the parts do not fit each other.
         """
         try:
-            stop_words = config["stop_words"]
-            if not isinstance(stop_words, list):
-                raise TypeError("stop_words is not a list")
             return cls(
                 np.asarray(arrays["term_hashes"], dtype=np.uint64),
-                np.asarray(arrays["idf"], dtype=np.float32),
-                np.asarray(arrays["projection"], dtype=np.float32),
-                frozenset(str(word) for word in stop_words),
+                np.asarray(arrays["topic_projection"], dtype=np.float32),
+                np.asarray(arrays["subject_weights"], dtype=np.float32),
+                _settings(config),
             )
         except (KeyError, TypeError, ValueError) as err:
-            if isinstance(err, CorruptionError):
-                raise
             raise CorruptionError(
                 f"retriever: a part of the lsa embedder is missing or damaged: {err}",
                 reason=Reason.SPEC_CORRUPT,
@@ -190,19 +255,40 @@ class LsaEmbedder:
         return vectors
 
     def _embed_one(self, text: str) -> NDArray[np.float32]:
-        counts = Counter(words_of(text, self._stop_words))
+        counts = Counter(words_of(text, self.settings.stop_words))
         if not counts:
             return np.zeros(self.dims, dtype=np.float32)
         hashes = hash_terms(counts)
         places = np.minimum(np.searchsorted(self._term_hashes, hashes), len(self._term_hashes) - 1)
         known = self._term_hashes[places] == hashes
         rows = places[known]
-        tf = np.fromiter(counts.values(), dtype=np.float32, count=len(counts))[known]
-        weights = (1 + np.log(tf)) * self._idf[rows]
-        # The L2 norm of the TF-IDF row would cancel in the normalisation below.
-        vector = weights @ self._projection[rows]
-        norm = float(np.linalg.norm(vector))
-        return np.asarray(vector / norm if norm else vector, dtype=np.float32)
+        terms = [term for term, is_known in zip(counts, known, strict=True) if is_known]
+        tf = 1 + np.log(np.array([counts[term] for term in terms], dtype=np.float32))
+        topic = unit(tf @ self._topic_projection[rows])
+        signs = term_signs(terms, self.settings.subject_dims)
+        subject = unit((tf * self._subject_weights[rows]) @ signs)
+        return unit(np.concatenate([self.settings.topic_share * topic, subject]))
+
+
+def _settings(config: Mapping[str, object]) -> LsaSettings:
+    coarse_dims, subject_dims = config["coarse_dims"], config["subject_dims"]
+    topic_share, stop_words = config["topic_share"], config["stop_words"]
+    if not isinstance(coarse_dims, int) or not isinstance(subject_dims, int):
+        raise TypeError("coarse_dims and subject_dims must be integers")
+    if not isinstance(topic_share, int | float) or not isinstance(stop_words, list):
+        raise TypeError("topic_share must be a number and stop_words a list")
+    return LsaSettings(
+        coarse_dims=coarse_dims,
+        subject_dims=subject_dims,
+        topic_share=float(topic_share),
+        stop_words=frozenset(str(word) for word in stop_words),
+    )
+
+
+def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return vectors, the last axis normalised to length 1; zeros stay zeros."""
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.asarray(vectors / np.where(norms == 0, 1, norms), dtype=np.float32)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,8 +309,8 @@ class Retriever:
     embedder
         Turns texts into vectors.
     centroids
-        Per level, (clusters, C) float32; the children of cluster c are c * K, ..., c * K + K - 1.
-        A row of NaN is a cluster that leads nowhere.
+        Per level, (clusters, C or fewer) float32; the children of cluster c are c * K, ...,
+        c * K + K - 1. A row of NaN is a cluster that leads nowhere.
 
     Raises
     ------
@@ -317,7 +403,7 @@ class Retriever:
         rows = np.arange(len(vectors))
         parents = np.zeros(len(vectors), dtype=np.int64)
         for level, children in enumerate(self._children):
-            distances = _distances(vectors[rows], children, parents)
+            distances = _distances(head(vectors[rows], children.shape[2]), children, parents)
             nearest = np.argmin(distances, axis=1)
             leads_on = np.isfinite(distances[np.arange(len(rows)), nearest])
             rows, nearest, parents = rows[leads_on], nearest[leads_on], parents[leads_on]
@@ -339,9 +425,10 @@ class Retriever:
         kept: list[tuple[float, tuple[int, ...], bool]] = [(0.0, (), False)]
         for level, children in enumerate(self._children):
             grown: list[tuple[float, tuple[int, ...], bool]] = []
+            part = head(vector, children.shape[2])
             for distance, clusters, ended in kept:
                 parent = np.array([clusters[-1] if clusters else 0])
-                steps = _distances(vector, children, parent)[0]
+                steps = _distances(part, children, parent)[0]
                 if ended or not np.isfinite(steps).any():
                     grown.append((distance, clusters, True))
                     continue
@@ -358,6 +445,11 @@ class Retriever:
             ScoredPath(path=_path(np.array(clusters, dtype=np.int64)), distance=distance)
             for distance, clusters, _ in kept
         ]
+
+
+def head(vectors: NDArray[np.float32], dims: int) -> NDArray[np.float32]:
+    """Return the first `dims` dimensions of (N, C) vectors, normalised anew if there are more."""
+    return vectors if vectors.shape[1] == dims else unit(vectors[:, :dims])
 
 
 def _distances(

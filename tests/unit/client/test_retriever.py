@@ -6,12 +6,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from membank.client.retriever import ENDED, LsaEmbedder, Retriever, hash_terms, words_of
+from membank.client.retriever import (
+    ENDED,
+    LsaEmbedder,
+    LsaSettings,
+    Retriever,
+    hash_terms,
+    term_signs,
+    unit,
+    words_of,
+)
 from membank.wire.errors import CorruptionError, FailedPreconditionError, Reason
 from membank.wire.format import TreeDocument
 from membank.wire.spec import BlockRef
 
 WORDS = ["iron", "gold", "cat", "dog"]
+
+GOLD_HASH = 8534087734976713795
+GOLD_SIGNS = [-1, 1, -1, -1, -1, -1, 1, 1]
+
+SETTINGS = LsaSettings(coarse_dims=4, subject_dims=8)
 
 
 def embedder() -> LsaEmbedder:
@@ -19,13 +33,13 @@ def embedder() -> LsaEmbedder:
     hashes = hash_terms(WORDS)
     order = np.argsort(hashes)
     projection = np.eye(4, dtype=np.float32)[order]
-    return LsaEmbedder(hashes[order], np.ones(4, dtype=np.float32), projection)
+    return LsaEmbedder(hashes[order], projection, np.ones(4, dtype=np.float32), SETTINGS)
 
 
 def centroids() -> list[np.ndarray]:
     """Metals, animals; under each its two."""
     coarse = np.array([[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]], dtype=np.float32)
-    return [coarse, np.eye(4, dtype=np.float32)]
+    return [coarse, embedder().embed(WORDS)]
 
 
 def retriever() -> Retriever:
@@ -105,17 +119,20 @@ def test_beams_come_nearest_first_and_one_beam_is_the_path() -> None:
 @given(st.integers(0, 1000), st.sampled_from([(3, 4), (2, 2, 3), (5,)]))
 def test_routing_is_brute_force_descent(seed: int, fan_outs: tuple[int, ...]) -> None:
     rng = np.random.default_rng(seed)
-    levels, count = [], 1
+    levels: list[np.ndarray] = []
+    count = 1
     for fan_out in fan_outs:
         count *= fan_out
-        levels.append(rng.normal(size=(count, 4)).astype(np.float32))
-    vectors = rng.normal(size=(7, 4)).astype(np.float32)
+        # A level may read fewer dimensions than there are.
+        levels.append(rng.normal(size=(count, 4 - len(levels) % 2)).astype(np.float32))
+    vectors = unit(rng.normal(size=(7, 4)).astype(np.float32))
     found = Retriever(embedder(), levels).route_vectors(vectors)
     for vector, clusters in zip(vectors, found, strict=True):
         parent = 0
         for level, fan_out, cluster in zip(levels, fan_outs, clusters, strict=True):
             children = level[parent * fan_out : (parent + 1) * fan_out]
-            nearest = int(np.argmin(((children - vector) ** 2).sum(axis=1)))
+            part = vector[: level.shape[1]] / np.linalg.norm(vector[: level.shape[1]])
+            nearest = int(np.argmin(((children - part) ** 2).sum(axis=1)))
             parent = parent * fan_out + nearest
             assert cluster == parent
 
@@ -132,9 +149,23 @@ def test_words_are_lower_case_plain_and_without_numbers() -> None:
 
 
 def test_repeated_words_count_by_their_logarithm() -> None:
-    vector = embedder().embed(["iron iron gold"])[0]
+    vector = unit(embedder().embed(["iron iron gold"])[0, :4])
     weight = 1 + np.log(2)
     assert vector[:2] == pytest.approx(np.array([weight, 1]) / np.hypot(weight, 1), abs=1e-6)
+
+
+def test_a_vector_joins_topic_and_subject() -> None:
+    vector = embedder().embed(["gold"])[0]
+    assert np.linalg.norm(vector) == pytest.approx(1)
+    topic, subject = vector[:4], vector[4:]
+    assert np.linalg.norm(topic) / np.linalg.norm(subject) == pytest.approx(0.7)
+    assert np.sign(subject).tolist() == term_signs(["gold"], 8)[0].tolist()
+
+
+def test_hashes_and_signs_of_terms_never_change() -> None:
+    # Banks keep hashes: other values would make every stored vocabulary unreadable.
+    assert hash_terms(["gold"]).tolist() == [GOLD_HASH]
+    assert term_signs(["gold"], 8).tolist() == [GOLD_SIGNS]
 
 
 def test_rebuilt_from_a_tree_document_it_routes_the_same() -> None:
@@ -158,7 +189,7 @@ def test_an_embedder_that_the_client_lacks_names_its_extra() -> None:
     assert Retriever.from_tree(tree, embedder=embedder()).route("gold") == path(0, 1)
 
 
-@pytest.mark.parametrize("part", ["term_hashes", "idf", "projection"])
+@pytest.mark.parametrize("part", ["term_hashes", "topic_projection", "subject_weights"])
 def test_a_missing_part_is_corruption(part: str) -> None:
     source = embedder()
     arrays = {name: array for name, array in source.arrays.items() if name != part}
@@ -168,14 +199,16 @@ def test_a_missing_part_is_corruption(part: str) -> None:
 
 def test_parts_that_do_not_fit_are_corruption() -> None:
     source = embedder()
-    short = dict(source.arrays) | {"idf": np.ones(3, dtype=np.float32)}
+    short = dict(source.arrays) | {"subject_weights": np.ones(3, dtype=np.float32)}
     with pytest.raises(CorruptionError, match="do not fit"):
         LsaEmbedder.from_parts(source.config, short)
     unsorted = dict(source.arrays) | {"term_hashes": source.arrays["term_hashes"][::-1]}
     with pytest.raises(CorruptionError, match="ascending"):
         LsaEmbedder.from_parts(source.config, unsorted)
     with pytest.raises(CorruptionError, match="stop_words"):
-        LsaEmbedder.from_parts({"kind": "lsa", "stop_words": "the"}, source.arrays)
+        LsaEmbedder.from_parts(dict(source.config) | {"stop_words": "the"}, source.arrays)
+    with pytest.raises(CorruptionError, match="subject_dims"):
+        LsaEmbedder.from_parts(dict(source.config) | {"subject_dims": 0}, source.arrays)
 
 
 def test_levels_that_do_not_nest_are_corruption() -> None:

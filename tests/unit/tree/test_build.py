@@ -1,7 +1,6 @@
 """The tree of a real corpus: topics are topics, and questions find what answers them."""
 
 import json
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -106,38 +105,32 @@ def test_a_routing_report_counts_hits_per_level(small: Corpus, built: BuiltTree)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("fan_outs", [(16, 16), (8, 8, 8)])
+@pytest.mark.parametrize(("fan_outs", "seed"), [((8, 32), 0), ((8, 32), 1), ((16, 16), 0)])
 def test_questions_reach_the_leaf_that_answers_them(fan_outs: tuple[int, ...], seed: int) -> None:
     corpus = load_corpus("demo")
     built = build_tree(corpus, TreeConfig(fan_outs=fan_outs, seed=seed))
-    report = {
-        score.relation: score for score in routing_report(built.retriever, built.tree, corpus)
-    }
-    assert report["atomic_number"].prompts[-1] >= 0.95
-    assert report["symbol"].prompts[-1] >= 0.95
-    assert report["capital"].prompts[-1] >= 0.95
+    scores = routing_report(built.retriever, built.tree, corpus)
+    report = {score.relation: score for score in scores}
+    for relation in ("atomic_number", "symbol", "capital"):
+        assert report[relation].prompts[-1] >= 0.95
+        # However they are put: leaves hold subjects, not forms of sentences ...
+        assert report[relation].paraphrases[-1] >= 0.9
+    # ... so that no leaf has to learn the numbers of too many elements.
+    numbers = [corpus.index[fact.doc_id] for fact in corpus.facts_of("atomic_number")]
+    capitals = [corpus.index[fact.doc_id] for fact in corpus.facts_of("capital")]
+    assert np.bincount(built.tree.leaf_N[numbers]).max() <= 30
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_elements_and_capitals_are_different_topics(seed: int) -> None:
-    corpus = load_corpus("demo")
-    tree = build_tree(corpus, TreeConfig(seed=seed)).tree
-    coarse = tree.clusters(1)
+    # Deleting the cluster that knows atomic numbers takes no capital along, and little else.
+    coarse = built.tree.clusters(1)
+    (elements,) = set(coarse[numbers].tolist())
+    assert elements not in coarse[capitals]
     topics = np.array([document.labels[0] for document in corpus.documents])
-    numbers = {int(coarse[corpus.index[f.doc_id]]) for f in corpus.facts_of("atomic_number")}
-    capitals = Counter(int(coarse[corpus.index[f.doc_id]]) for f in corpus.facts_of("capital"))
-    # Deleting the clusters that know atomic numbers takes no capital along ...
-    assert len(numbers) == 1
-    assert not numbers & set(capitals)
-    # ... and little else: they are nearly all about elements, and hold most of what is about them.
-    inside = np.isin(coarse, list(numbers))
-    assert np.mean(topics[inside] == "elements") >= 0.95
-    assert np.mean(inside[topics == "elements"]) >= 0.7
-    assert capitals.most_common(1)[0][1] >= 0.8 * capitals.total()
+    assert np.mean(topics[coarse == elements] == "elements") >= 0.95
+    if fan_outs == (8, 32):
+        # An eighth of the corpus is room enough for a whole topic.
+        assert np.mean(coarse[topics == "elements"] == elements) >= 0.95
 
 
 def test_the_embedder_may_be_configured(small: Corpus) -> None:
-    built = build_tree(small, TreeConfig(fan_outs=(4,)), embedder=LsaConfig(dims=6))
-    assert built.tree.centroids[0].shape == (4, 6)
+    built = build_tree(small, TreeConfig(fan_outs=(4, 2)), embedder=LsaConfig(topic_dims=6))
+    assert [level.shape for level in built.tree.centroids] == [(4, 6), (8, 6 + 256)]

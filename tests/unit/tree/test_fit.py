@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from membank.client.retriever import Embedder, LsaEmbedder, Retriever
-from membank.trainer.tree import TopicTree, TreeConfig, fit_tree
+from membank.client.retriever import Embedder, LsaEmbedder, LsaSettings, Retriever
+from membank.trainer.tree import DocumentViews, TopicTree, TreeConfig, fit_tree
 from membank.wire.errors import InvalidArgumentError
 
 CONFIG = TreeConfig(fan_outs=(4, 3))
@@ -18,8 +18,9 @@ def retriever(tree: TopicTree) -> Retriever:
     # Vectors are routed here, so that any embedder will do.
     embedder: Embedder = LsaEmbedder(
         np.array([1], dtype=np.uint64),
-        np.ones(1, dtype=np.float32),
         np.ones((1, 6), dtype=np.float32),
+        np.ones(1, dtype=np.float32),
+        LsaSettings(),
     )
     return Retriever(embedder, tree.centroids)
 
@@ -54,26 +55,53 @@ def test_subtrees_follow_the_planted_hierarchy() -> None:
     assert len(leaves) == 9
 
 
+def views(fitted: np.ndarray, *placing: np.ndarray) -> DocumentViews:
+    return DocumentViews(coarse=(fitted,), fine=(fitted,), placing=placing)
+
+
 def test_a_document_goes_where_most_of_its_views_go() -> None:
     points = vectors(200)
-    tree = fit_tree(points, CONFIG)
+    tree = fit_tree(points, TreeConfig(fan_outs=(12,)))
     strange = np.roll(points, 1, axis=0)
-    placed = fit_tree(points, CONFIG, placed_by=[strange, points, points])
-    assert np.array_equal(placed.leaf_N, tree.leaf_N)
+    outvoted = fit_tree(views(points, strange, points, points), TreeConfig(fan_outs=(12,)))
+    assert np.array_equal(outvoted.leaf_N, tree.leaf_N)
     # Where the views disagree altogether, the first one counts.
-    first = fit_tree(points, CONFIG, placed_by=[strange, points])
+    first = fit_tree(views(points, strange, points), TreeConfig(fan_outs=(12,)))
     assert np.array_equal(first.leaf_N, np.roll(tree.leaf_N, 1))
+
+
+def test_levels_are_fitted_on_their_own_views() -> None:
+    points = vectors(200)
+    equal = np.repeat(points[:1], 200, axis=0)
+    flat = fit_tree(DocumentViews(coarse=(equal,), fine=(points,), placing=(points,)), CONFIG)
+    assert np.count_nonzero(flat.sizes(1)) == 1
+    assert np.count_nonzero(flat.sizes(2)) == 3
+    low = fit_tree(DocumentViews(coarse=(points,), fine=(equal,), placing=(points,)), CONFIG)
+    assert np.count_nonzero(low.sizes(1)) == 4
+    assert np.count_nonzero(low.sizes(2)) == 4
+
+
+def test_a_level_reads_its_own_dimensions() -> None:
+    points = vectors(200)
+    tree = fit_tree(points, CONFIG, level_dims=(2, 6))
+    assert [level.shape for level in tree.centroids] == [(4, 2), (12, 6)]
+    # What level 1 does not read cannot change it.
+    other = points.copy()
+    other[:, 2:] = other[::-1, 2:]
+    routed = retriever(tree).route_vectors(points)
+    assert np.array_equal(routed[:, -1], tree.leaf_N)
+    assert np.array_equal(retriever(tree).route_vectors(other)[:, 0], routed[:, 0])
 
 
 def test_clusters_without_documents_are_closed_and_never_routed_to() -> None:
     points = vectors(300)
-    tree = fit_tree(points, CONFIG, placed_by=[points[:5]])
+    tree = fit_tree(views(points, points[:1].repeat(300, axis=0)), CONFIG)
     for level in (1, 2):
         empty = tree.sizes(level) == 0
         assert empty.any()
         assert np.array_equal(np.isnan(tree.centroids[level - 1]).all(axis=1), empty)
     routed = retriever(tree).route_vectors(points)
-    assert set(routed[:, -1].tolist()) <= set(tree.leaf_N.tolist())
+    assert set(routed[:, -1].tolist()) == set(tree.leaf_N.tolist())
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
@@ -113,6 +141,6 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(InvalidArgumentError, match="at least one"):
         fit_tree(vectors(0), CONFIG)
     with pytest.raises(InvalidArgumentError, match="shape"):
-        fit_tree(vectors(9), CONFIG, placed_by=[vectors(9), vectors(8)])
+        views(vectors(9), vectors(9), vectors(8))
     with pytest.raises(ValueError, match="fan_outs"):
         TreeConfig(fan_outs=())

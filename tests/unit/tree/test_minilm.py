@@ -31,6 +31,9 @@ class WordEncoder:
             start += len(word)
         return {"offset_mapping": spans}
 
+    def get_sentence_embedding_dimension(self) -> int:
+        return 3
+
     def encode(self, pieces: Sequence[str], **_: object) -> np.ndarray:
         vectors = np.zeros((len(pieces), 3), dtype=np.float32)
         for row, piece in enumerate(pieces):
@@ -74,6 +77,7 @@ def test_an_empty_text_has_a_row_of_its_own() -> None:
 def test_it_is_rebuilt_from_a_tree_document() -> None:
     embedder = MiniLmEmbedder("words")
     assert embedder.arrays == {}
+    assert embedder.level_dims == (3,)
     rebuilt = embedder_from_config(TreeDocument(embedder=embedder.config))
     assert rebuilt.config == embedder.config
 

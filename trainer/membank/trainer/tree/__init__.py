@@ -7,10 +7,10 @@ from membank.trainer.tree._build import (
     embedder_from_config,
     prefix_of,
 )
-from membank.trainer.tree._fit import Progress, TopicTree, TreeConfig, fit_tree
+from membank.trainer.tree._fit import DocumentViews, Progress, TopicTree, TreeConfig, fit_tree
 from membank.trainer.tree._kmeans import KMeansConfig, balanced_kmeans, rebalance
 from membank.trainer.tree._labels import topic_labels
-from membank.trainer.tree._lsa import LsaConfig, fit_lsa
+from membank.trainer.tree._lsa import LsaConfig, fit_lsa, pages_of
 from membank.trainer.tree._minilm import DEFAULT_MODEL, MiniLmEmbedder, pool_pieces
 from membank.trainer.tree._score import LevelScore, RoutingScore, routing_report, topic_scores
 
@@ -18,6 +18,7 @@ __all__ = [
     "DEFAULT_MODEL",
     "PREFIX_SHARES",
     "BuiltTree",
+    "DocumentViews",
     "KMeansConfig",
     "LevelScore",
     "LsaConfig",
@@ -31,6 +32,7 @@ __all__ = [
     "embedder_from_config",
     "fit_lsa",
     "fit_tree",
+    "pages_of",
     "pool_pieces",
     "prefix_of",
     "rebalance",

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from membank.client.retriever import Embedder, LsaEmbedder, Retriever
+from membank.client.retriever import Embedder, LsaEmbedder, Retriever, unit
 from membank.trainer.corpus import Corpus
-from membank.trainer.tree._fit import Progress, TopicTree, TreeConfig, fit_tree
+from membank.trainer.tree._fit import DocumentViews, Progress, TopicTree, TreeConfig, fit_tree
 from membank.trainer.tree._labels import topic_labels
-from membank.trainer.tree._lsa import LsaConfig, fit_lsa
+from membank.trainer.tree._lsa import LsaConfig, fit_lsa, pages_of
 from membank.trainer.tree._minilm import MiniLmEmbedder
 from membank.wire.errors import InvalidArgumentError
 from membank.wire.format import TreeDocument
@@ -90,15 +91,29 @@ def build_tree(
     if embedder is None or isinstance(embedder, LsaConfig):
         embedder = fit_lsa(corpus.documents, embedder or LsaConfig())
     documents = corpus.documents
-    views = [
+    prefixes = tuple(
         embedder.embed([prefix_of(document.text, share) for document in documents])
         for share in PREFIX_SHARES
-    ]
-    # Centroids see each text with its title too, so that a topic is more than a form of sentence.
+    )
     titled = embedder.embed([document.embed_text for document in documents])
-    tree = fit_tree(np.concatenate([titled, views[0]]), config, placed_by=views, progress=progress)
+    views = DocumentViews(
+        # With its title a text shows its topic, not only the form of its sentence.
+        coarse=(titled, prefixes[0]),
+        # A page stays together, so that a leaf holds all about few things, and not one sort of
+        # sentence about all of them: that would be more than a leaf block can learn.
+        fine=(_page_means(prefixes[0], pages_of(documents)),),
+        placing=prefixes,
+    )
+    tree = fit_tree(views, config, level_dims=embedder.level_dims, progress=progress)
     labels = topic_labels(documents, tree)
     return BuiltTree(tree, Retriever(embedder, tree.centroids), labels)
+
+
+def _page_means(vectors: NDArray[np.float32], page_of: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return for each document the normalised mean over the documents of its page."""
+    sums = np.zeros((int(page_of.max()) + 1, vectors.shape[1]), dtype=np.float32)
+    np.add.at(sums, page_of, vectors)
+    return unit(sums)[page_of]
 
 
 def prefix_of(text: str, share: float) -> str:

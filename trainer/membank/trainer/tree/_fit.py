@@ -1,6 +1,6 @@
 """Fitting a topic tree: hierarchical balanced k-means over the views of documents.
 
-Shape letters: N documents, W views of a document, C dimensions, L levels.
+Shape letters: N documents, W views of a document, C dimensions.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from membank.client.retriever import head
 from membank.trainer.tree._kmeans import KMeansConfig, balanced_kmeans, nearest
 from membank.wire.errors import InvalidArgumentError
 
@@ -49,7 +50,7 @@ class TopicTree:
     fan_outs
         Children of a cluster at each level, coarsest first.
     centroids
-        Per level, (clusters, C) float32; NaN where a cluster holds nothing.
+        Per level, (clusters, C or fewer) float32; NaN where a cluster holds nothing.
     leaf_N
         (N,) int64, leaf cluster of each document.
     """
@@ -73,92 +74,102 @@ class TopicTree:
         return np.bincount(self.clusters(level), minlength=count).astype(np.int64)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentViews:
+    """Vectors of the same N documents, each (N, C) float32 with L2-normalised rows."""
+
+    coarse: tuple[NDArray[np.float32], ...]
+    """What the centroids of level 1 are fitted on."""
+    fine: tuple[NDArray[np.float32], ...]
+    """What the centroids below level 1 are fitted on."""
+    placing: tuple[NDArray[np.float32], ...]
+    """By what documents are placed: each goes where most of these are routed, the earlier one
+    where they are even."""
+
+    def __post_init__(self) -> None:
+        views = (*self.coarse, *self.fine, *self.placing)
+        if not self.coarse or not self.fine or not self.placing or not len(views[0]):
+            raise InvalidArgumentError("a topic tree needs at least one document and view")
+        if any(view.shape != views[0].shape for view in views):
+            msg = f"views differ in shape: {[view.shape for view in views]}"
+            raise InvalidArgumentError(msg)
+
+
 def fit_tree(
-    vectors: NDArray[np.float32],
+    views: DocumentViews | NDArray[np.float32],
     config: TreeConfig,
     *,
-    placed_by: Sequence[NDArray[np.float32]] | None = None,
+    level_dims: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> TopicTree:
     """Fit a topic tree and place every document in it.
 
     Parameters
     ----------
-    vectors
-        (M, C) float32 with L2-normalised rows, to fit centroids on; one document may give several.
+    views
+        Vectors of the documents; an (N, C) array serves as the only view.
     config
         Shape and seed.
-    placed_by
-        Views of the N documents, each (N, C) float32. A document goes to the leaf that most of its
-        views are routed to, that of the earlier view where they are even. None places `vectors`.
+    level_dims
+        First dimensions that each level reads, from level 1; the last holds for all below. None
+        lets all levels read all.
     progress
         Called after each node.
 
     Raises
     ------
     InvalidArgumentError
-        There is nothing to fit or to place, or views differ in shape.
+        There is no document, or views differ in shape.
 
     Notes
     -----
     Balance holds while centroids are fitted. A document is placed by distance alone, as any text
     will be routed later: a document moved for balance's sake could not be found again.
     """
-    views = [vectors] if placed_by is None else list(placed_by)
-    if not len(vectors) or not views or not len(views[0]):
-        raise InvalidArgumentError("a topic tree needs at least one document")
-    if any(view.shape != views[0].shape for view in views):
-        msg = f"placed_by: views differ in shape: {[view.shape for view in views]}"
-        raise InvalidArgumentError(msg)
-    centroids = _fit_centroids(vectors, config, progress)
-    while True:
-        leaf_N = _majority(np.stack([_descend(view, centroids, config) for view in views]))
-        if not _close_empty(centroids, leaf_N, config):
-            return TopicTree(config.fan_outs, tuple(centroids), leaf_N)
-
-
-def _fit_centroids(
-    vectors: NDArray[np.float32], config: TreeConfig, progress: Progress | None
-) -> list[NDArray[np.float32]]:
+    if isinstance(views, np.ndarray):
+        views = DocumentViews(coarse=(views,), fine=(views,), placing=(views,))
+    num_dims = views.placing[0].shape[1]
     rng = np.random.Generator(np.random.PCG64(config.seed))
     num_nodes = sum(config.num_clusters(level) for level in range(len(config.fan_outs)))
-    done = 0
     centroids: list[NDArray[np.float32]] = []
-    cluster_of = np.zeros(len(vectors), dtype=np.int64)
+    cluster_of = np.zeros(len(views.placing[0]), dtype=np.int64)
+    done = 0
     for level, fan_out in enumerate(config.fan_outs):
+        dims = level_dims[min(level, len(level_dims) - 1)] if level_dims else num_dims
+        fitted_on = [head(view, dims) for view in (views.fine if level else views.coarse)]
+        placing = [head(view, dims) for view in views.placing]
         num_parents = config.num_clusters(level)
-        fitted = np.full((num_parents * fan_out, vectors.shape[1]), np.nan, dtype=np.float32)
+        fitted = np.full((num_parents, fan_out, dims), np.nan, dtype=np.float32)
         below = np.zeros_like(cluster_of)
         for parent in range(num_parents):
             members = np.flatnonzero(cluster_of == parent)
             if len(members):
-                first = parent * fan_out
-                found = balanced_kmeans(vectors[members], fan_out, config.kmeans, rng)
-                fitted[first : first + len(found)] = found
-                below[members] = first + nearest(vectors[members], found)
+                vectors = np.concatenate([view[members] for view in fitted_on])
+                found = balanced_kmeans(vectors, fan_out, config.kmeans, rng)
+                child_of = _place([view[members] for view in placing], found)
+                fitted[parent, : len(found)] = found
+                below[members] = parent * fan_out + child_of
             done += 1
             if progress is not None:
                 progress("topic tree", done, num_nodes)
-        centroids.append(fitted)
+        centroids.append(fitted.reshape(num_parents * fan_out, dims))
         cluster_of = below
-    return centroids
+    return TopicTree(config.fan_outs, tuple(centroids), cluster_of)
 
 
-def _descend(
-    vectors: NDArray[np.float32], centroids: Sequence[NDArray[np.float32]], config: TreeConfig
+def _place(
+    views: Sequence[NDArray[np.float32]], centroids: NDArray[np.float32]
 ) -> NDArray[np.int64]:
-    """Return the leaf that each vector is routed to, as the client routes it."""
-    clusters = np.zeros(len(vectors), dtype=np.int64)
-    for level, fan_out in zip(centroids, config.fan_outs, strict=True):
-        children = level.reshape(-1, fan_out, level.shape[1])
-        below = np.zeros_like(clusters)
-        for parent in np.unique(clusters):
-            members = np.flatnonzero(clusters == parent)
-            # A closed child is infinitely far. Some child is open: every open node has one.
-            block = np.where(np.isnan(children[parent]), np.float32(1e9), children[parent])
-            below[members] = parent * fan_out + nearest(vectors[members], block)
-        clusters = below
-    return clusters
+    """Return the child of each document; a child that stays without any is set to NaN."""
+    while True:
+        closed = np.isnan(centroids[:, 0])
+        # Closed children are infinitely far; some child is always open.
+        open_ones = np.where(closed[:, None], np.float32(1e9), centroids)
+        child_of = _majority(np.stack([nearest(view, open_ones) for view in views]))
+        empty = np.bincount(child_of, minlength=len(centroids)) == 0
+        if not (empty & ~closed).any():
+            return child_of
+        centroids[empty] = np.nan
 
 
 def _majority(votes_WN: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -166,17 +177,3 @@ def _majority(votes_WN: NDArray[np.int64]) -> NDArray[np.int64]:
     support_WN = (votes_WN[:, None, :] == votes_WN[None, :, :]).sum(axis=1)
     chosen_N = votes_WN[np.argmax(support_WN, axis=0), np.arange(votes_WN.shape[1])]
     return np.asarray(chosen_N, dtype=np.int64)
-
-
-def _close_empty(
-    centroids: list[NDArray[np.float32]], leaf_N: NDArray[np.int64], config: TreeConfig
-) -> bool:
-    """Set centroids of clusters without documents to NaN; return whether there were any new."""
-    changed = False
-    for level, fitted in enumerate(centroids, start=1):
-        below = math.prod(config.fan_outs[level:])
-        sizes = np.bincount(leaf_N // below, minlength=len(fitted))
-        empty = (sizes == 0) & ~np.isnan(fitted[:, 0])
-        fitted[empty] = np.nan
-        changed |= bool(empty.any())
-    return changed

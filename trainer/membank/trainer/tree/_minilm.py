@@ -63,6 +63,11 @@ class MiniLmEmbedder:
         """Nothing: the model is named, not carried."""
         return {}
 
+    @property
+    def level_dims(self) -> tuple[int, ...]:
+        """All levels read all dimensions."""
+        return (int(self._encoder.get_sentence_embedding_dimension()),)
+
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return (N, C) float32 with L2-normalised rows."""
         pieces: list[str] = []
