@@ -81,6 +81,7 @@ def make_world() -> World:
             LevelSpec(fan_out=2, block_width=4, learning_rate=1e-2),
             LevelSpec(fan_out=2, block_width=16, learning_rate=3e-2),
         ),
+        init_std=0.4,
         num_partitions=1,
     )
     torch.manual_seed(0)

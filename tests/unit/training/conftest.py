@@ -1,17 +1,14 @@
-"""A model, a bank and sequences small enough for a step in a few milliseconds."""
+"""One thread, and the tiny model, bank and sequences."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from membank.trainer.corpus import PackedSequences
-from membank.trainer.model import Anchor, AnchorConfig
-from membank.wire.spec import BankSpec, LevelSpec
-
-VOCAB = 32
-SEQ_LEN = 12
+from membank.trainer.model import Anchor
+from membank.wire.spec import BankSpec
+from tiny_training import tiny_anchor, tiny_sequences, tiny_spec
 
 
 @pytest.fixture(autouse=True)
@@ -21,42 +18,14 @@ def _one_thread() -> None:
 
 @pytest.fixture
 def spec() -> BankSpec:
-    return BankSpec(
-        name="tiny",
-        num_layers=2,
-        width=16,
-        levels=(
-            LevelSpec(fan_out=2, block_width=2, learning_rate=3e-3),
-            LevelSpec(fan_out=3, block_width=3, learning_rate=1e-2),
-        ),
-        init_std=0.2,
-        num_partitions=2,
-    )
+    return tiny_spec()
 
 
 @pytest.fixture
 def anchor(spec: BankSpec) -> Anchor:
-    torch.manual_seed(0)
-    config = AnchorConfig(
-        num_layers=spec.num_layers,
-        width=spec.width,
-        num_heads=2,
-        head_dim=8,
-        ffn_width=24,
-        vocab_size=VOCAB,
-        init_std=0.2,
-    )
-    return Anchor(config)
+    return tiny_anchor(spec)
 
 
 @pytest.fixture
 def sequences(spec: BankSpec) -> PackedSequences:
-    """30 sequences of two documents each, five per leaf; each leaf has tokens it likes."""
-    rng = np.random.Generator(np.random.PCG64(3))
-    leaf_N = np.repeat(np.arange(spec.num_clusters(2)), 5)
-    tokens_NT = rng.integers(0, 6, (len(leaf_N), SEQ_LEN)) + 5 * leaf_N[:, None]
-    doc_ids_NT = np.zeros((len(leaf_N), SEQ_LEN), np.int32)
-    doc_ids_NT[:, SEQ_LEN // 2 :] = 1
-    return PackedSequences(
-        tokens_NT.astype(np.int32), doc_ids_NT, leaf_N, np.zeros_like(doc_ids_NT)
-    )
+    return tiny_sequences(spec)

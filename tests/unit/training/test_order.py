@@ -22,7 +22,7 @@ def test_an_epoch_takes_every_sequence_once_and_the_next_in_another_order() -> N
     ]
     for rows in epochs:
         assert sorted(rows) == list(range(len(LEAVES)))
-    assert not np.array_equal(*epochs)
+    assert not np.array_equal(epochs[0], epochs[1])
 
 
 def test_batches_are_runs_of_one_leaf_side_by_side() -> None:

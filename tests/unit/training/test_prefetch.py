@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
 import torch
@@ -103,12 +103,12 @@ def test_blocks_that_nobody_writes_are_fetched_while_the_batch_computes(source: 
 def test_no_more_than_depth_batches_are_read_ahead(source: Recording) -> None:
     given: list[int] = []
 
-    def plan() -> object:
+    def plan() -> Iterator[list[BlockRef]]:
         for number, clusters in enumerate(PLAN):
             given.append(number)
             yield _refs(clusters)
 
-    with PrefetchingMemory(source, plan(), depth=2) as prefetching:  # type: ignore[arg-type]
+    with PrefetchingMemory(source, plan(), depth=2) as prefetching:
         prefetching.fetch(_refs(PLAN[0]))
         assert given == [0, 1, 2]
         prefetching.fetch(_refs(PLAN[1]))

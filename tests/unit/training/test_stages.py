@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class Killed(Exception):
     """Ends a run in its middle, as a signal would."""
 
 
-def _kill_at(step: int) -> object:
+def _kill_at(step: int) -> Callable[[Progress], None]:
     def on_progress(progress: Progress) -> None:
         if progress.step == step:
             raise Killed
@@ -44,7 +45,7 @@ def _kill_at(step: int) -> object:
     return on_progress
 
 
-def _ticking() -> object:
+def _ticking() -> Callable[[], float]:
     now = [0.0]
 
     def clock() -> float:
@@ -76,24 +77,28 @@ def test_stage_1_resumes_with_the_losses_of_an_uninterrupted_run(
     train_anchor(anchor, sequences, config, losses=tmp_path / "straight")
     straight = anchor_fingerprint(anchor)
 
-    paths = {"checkpoint": tmp_path / "state", "losses": tmp_path / "resumed"}
+    checkpoint, losses = tmp_path / "state", tmp_path / "resumed"
     anchor.load_state_dict(start)
     with pytest.raises(Killed):
         train_anchor(
             anchor,
             sequences,
             config,
-            **paths,
-            on_progress=_kill_at(11),  # type: ignore[arg-type]
-            clock=_ticking(),  # type: ignore[arg-type]
+            checkpoint=checkpoint,
+            losses=losses,
+            on_progress=_kill_at(11),
+            clock=_ticking(),
         )
     anchor.load_state_dict(start)  # a new process knows the start alone
-    result = train_anchor(anchor, sequences, config, **paths)
+    result = train_anchor(anchor, sequences, config, checkpoint=checkpoint, losses=losses)
     assert 0 < result.first_step <= 11
     assert _losses(tmp_path / "resumed") == _losses(tmp_path / "straight")
     assert anchor_fingerprint(anchor) == straight
     # And once more: nothing is left to do.
-    assert train_anchor(anchor, sequences, config, **paths).num_tokens == 0
+    assert (
+        train_anchor(anchor, sequences, config, checkpoint=checkpoint, losses=losses).num_tokens
+        == 0
+    )
     assert anchor_fingerprint(anchor) == straight
 
 
@@ -176,8 +181,8 @@ def test_stage_2_in_process_resumes_with_the_losses_of_an_uninterrupted_run(
             config,
             checkpoint=InProcessCheckpoint(tmp_path / "memory", first, every_steps=4),
             losses=tmp_path / "resumed",
-            on_progress=_kill_at(14),  # type: ignore[arg-type]
-            clock=_ticking(),  # type: ignore[arg-type]
+            on_progress=_kill_at(14),
+            clock=_ticking(),
         )
     second = InProcessMemory(spec)
     result = train_memories(
@@ -208,8 +213,8 @@ def test_a_worker_goes_on_from_its_position_with_the_bank_as_it_is(
             STAGE_2,
             checkpoint=position,
             losses=tmp_path / "resumed",
-            on_progress=_kill_at(14),  # type: ignore[arg-type]
-            clock=_ticking(),  # type: ignore[arg-type]
+            on_progress=_kill_at(14),
+            clock=_ticking(),
         )
     result = train_memories(
         anchor, bank, sequences, STAGE_2, checkpoint=position, losses=tmp_path / "resumed"
@@ -251,7 +256,7 @@ def test_refused_gradients_are_counted_and_too_many_end_the_stage(
         sequences,
         config,
         on_progress=withhold,
-        clock=_ticking(),  # type: ignore[arg-type]
+        clock=_ticking(),
     )
     assert result.num_steps == 30
     assert set(dict(result.refused)) <= {"BLOCK_WITHHELD"}
@@ -271,4 +276,4 @@ def test_refused_gradients_are_counted_and_too_many_end_the_stage(
 )
 def test_settings_out_of_range_name_the_field(field: str, value: float) -> None:
     with pytest.raises(InvalidArgumentError, match=field):
-        replace(STAGE_2, **{field: value})
+        replace(STAGE_2, **{field: value})  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from membank.trainer.training.checkpoint import (
     load_anchor,
     save_anchor,
 )
+from membank.trainer.training.generic import GenericTraining, train_generic
 from membank.trainer.training.in_process import InProcessMemory, generic_spec
 from membank.trainer.training.memory_stage import MemoryStageConfig, train_memories
 from membank.trainer.training.order import SequenceOrder
@@ -37,6 +38,7 @@ __all__ = [
     "AnchorStageConfig",
     "BatchMemory",
     "Fetched",
+    "GenericTraining",
     "InProcessCheckpoint",
     "InProcessMemory",
     "LossLog",
@@ -62,5 +64,6 @@ __all__ = [
     "save_anchor",
     "save_sequences",
     "train_anchor",
+    "train_generic",
     "train_memories",
 ]

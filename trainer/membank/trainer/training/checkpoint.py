@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -134,7 +135,9 @@ class StageCheckpoint(Protocol):
 
 
 class PositionCheckpoint:
-    """Keeps the position of a worker in a JSON file; its memories are in a served bank.
+    """Keeps the position of a worker, and its process id, in a JSON file.
+
+    The memories themselves are in a served bank.
 
     Parameters
     ----------
@@ -176,7 +179,8 @@ class PositionCheckpoint:
         del run  # the last acknowledgement wrote everything
 
     def _write(self, step: int, run: str) -> None:
-        write_json(self._path, {"step": step, "run": run, "run_id": self.run_id}, sync=False)
+        record = {"step": step, "run": run, "run_id": self.run_id, "pid": os.getpid()}
+        write_json(self._path, record, sync=False)
         self._step, self._run = step, run
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from membank.trainer.training.files import write_atomically
 from membank.wire.errors import CorruptionError, Reason
 
 Clock = Callable[[], float]
@@ -182,31 +183,32 @@ class LossRecord:
 
 
 class LossLog:
-    """Appends the loss of every step to a file of JSON lines.
+    """Appends the loss of every step to a file of JSON lines, each step once.
 
     Parameters
     ----------
     path
         The file; None keeps no record.
     first_step
-        Step that comes first. Records from it on are taken out: a resumed run does those steps
-        again.
+        Step that comes first. 0 begins the file anew. Otherwise records of steps that are done
+        again are kept: the first time is the one whose gradients count, or it gave the same.
     """
 
     def __init__(self, path: Path | None, *, first_step: int = 0) -> None:
         self._file = None
+        self._next_step = 0
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [r for r in read_losses(path) if r.step < first_step] if path.exists() else []
-        self._file = path.open("w", encoding="utf-8", buffering=1)
-        for record in kept:
-            self.add(record)
+        kept = read_losses(path) if first_step and path.exists() else []
+        write_atomically(path, "".join(_line(record) for record in kept).encode(), sync=False)
+        self._next_step = kept[-1].step + 1 if kept else 0
+        self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def add(self, record: LossRecord) -> None:
-        """Write one record."""
-        if self._file is not None:
-            self._file.write(json.dumps(asdict(record)) + "\n")
+        """Write one record, unless there is one of its step."""
+        if self._file is not None and record.step >= self._next_step:
+            self._file.write(_line(record))
+            self._next_step = record.step + 1
 
     def __enter__(self) -> Self:
         return self
@@ -219,6 +221,10 @@ class LossLog:
     ) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _line(record: LossRecord) -> str:
+    return json.dumps(asdict(record)) + "\n"
 
 
 def read_losses(path: Path) -> list[LossRecord]:
