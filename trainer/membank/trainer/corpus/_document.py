@@ -54,15 +54,6 @@ class Fact:
 class Corpus:
     """Documents in a fixed order, and facts that they state.
 
-    Parameters
-    ----------
-    name
-        Name of the corpus, kept with what is trained from it.
-    documents
-        The documents; their order is part of the corpus.
-    facts
-        Facts whose ``doc_id`` is in `documents`; empty for a plain text corpus.
-
     Raises
     ------
     InvalidArgumentError
@@ -70,8 +61,11 @@ class Corpus:
     """
 
     name: str
+    """Name of the corpus, kept with what is trained from it."""
     documents: tuple[Document, ...]
+    """The documents; their order is part of the corpus."""
     facts: tuple[Fact, ...] = ()
+    """Facts whose ``doc_id`` is in `documents`; empty for a plain text corpus."""
 
     def __post_init__(self) -> None:
         if len(self.index) != len(self.documents):

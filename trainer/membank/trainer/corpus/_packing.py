@@ -28,24 +28,16 @@ NO_LEAF = -1
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """Sequences of equal length, in the order in which they are to be trained on.
-
-    Parameters
-    ----------
-    tokens_NT
-        (N, T) int32, C-contiguous; the end-of-text token where a row is filled up.
-    doc_ids_NT
-        (N, T) int32; number of the segment within its row, -1 for filling.
-    leaf_N
-        (N,) int64; leaf cluster that all documents of the row belong to, or `NO_LEAF`.
-    source_NT
-        (N, T) int32; position of the document in the corpus, -1 for filling.
-    """
+    """Sequences of equal length, shuffled over all leaves."""
 
     tokens_NT: NDArray[np.int32]
+    """(N, T) int32, C-contiguous; the end-of-text token where a row is filled up."""
     doc_ids_NT: NDArray[np.int32]
+    """(N, T) int32; number of the segment within its row, -1 for filling."""
     leaf_N: NDArray[np.int64]
+    """(N,) int64; leaf cluster that all documents of the row belong to, or `NO_LEAF`."""
     source_NT: NDArray[np.int32]
+    """(N, T) int32; position of the document in the corpus, -1 for filling."""
 
     def __len__(self) -> int:
         return len(self.leaf_N)

@@ -29,21 +29,14 @@ beginnings are routed. No question need be known for that.
 
 @dataclass(frozen=True)
 class BuiltTree:
-    """A tree with its retriever and labels.
-
-    Parameters
-    ----------
-    tree
-        Centroids, and the leaf of each document.
-    retriever
-        Routes texts into `tree`.
-    labels
-        Label of each cluster that holds documents.
-    """
+    """A tree with its retriever and labels."""
 
     tree: TopicTree
+    """Centroids, and the leaf of each document."""
     retriever: Retriever
+    """Routes texts into `tree`."""
     labels: Mapping[BlockRef, str]
+    """Label of each cluster that holds documents."""
 
     def document(self) -> TreeDocument:
         """Return what a bank keeps of it."""

@@ -43,21 +43,14 @@ class TreeConfig:
 
 @dataclass(frozen=True)
 class TopicTree:
-    """A fitted tree.
-
-    Parameters
-    ----------
-    fan_outs
-        Children of a cluster at each level, coarsest first.
-    centroids
-        Per level, (clusters, C or fewer) float32; NaN where a cluster holds nothing.
-    leaf_N
-        (N,) int64, leaf cluster of each document.
-    """
+    """A fitted tree."""
 
     fan_outs: tuple[int, ...]
+    """Children of a cluster at each level, coarsest first."""
     centroids: tuple[NDArray[np.float32], ...]
+    """Per level, (clusters, C or fewer) float32; NaN where a cluster holds nothing."""
     leaf_N: NDArray[np.int64]
+    """(N,) int64, leaf cluster of each document."""
 
     @property
     def num_levels(self) -> int:
