@@ -6,9 +6,6 @@ import json
 import sys
 from collections.abc import Callable
 
-import click
-import typer
-
 from membank.cli.output import err_console
 from membank.wire.errors import (
     AccessDeniedError,
@@ -42,30 +39,21 @@ EXIT_CODES: dict[type[MembankError], int] = {
 }
 """Exit code of each leaf of the error tree; 2 is also click's for bad usage."""
 
-EXIT_INTERRUPTED = 130
 
+def run(app: Callable[[], object]) -> None:
+    """Run a typer app and end the process with the code of its outcome.
 
-def run(app: Callable[..., object]) -> None:
-    """Run a typer app and end the process with the code of its outcome."""
+    Typer itself reports wrong usage (2) and an interrupt (130).
+    """
     try:
-        code = app(standalone_mode=False)
+        app()
     except MembankError as err:
         report(err)
-        raise SystemExit(EXIT_CODES.get(type(err), 1)) from None
-    except click.exceptions.NoArgsIsHelpError as err:
-        err.show()
-        raise SystemExit(0) from None
-    except click.ClickException as err:
-        err.show()
-        raise SystemExit(err.exit_code) from None
-    except (KeyboardInterrupt, click.Abort, typer.Abort):
-        err_console.print("stopped; what was acknowledged is kept, run the same command to go on")
-        raise SystemExit(EXIT_INTERRUPTED) from None
+        raise SystemExit(EXIT_CODES[type(err)]) from None
     except BrokenPipeError:
         # The reader of our output (head, less) is gone; that is its decision, not a failure.
         sys.stderr.close()
         raise SystemExit(0) from None
-    raise SystemExit(code if isinstance(code, int) else 0)
 
 
 def report(err: MembankError) -> None:

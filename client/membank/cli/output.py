@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import (
@@ -20,10 +21,20 @@ from rich.progress import (
 )
 from rich.table import Table
 
-console = Console(highlight=False)
+_WIDTH_IN_FILES = 160
+"""Columns where output goes to a file or a pipe, which have no width of their own."""
+
+
+def _console(stream: TextIO, *, stderr: bool) -> Console:
+    return Console(
+        stderr=stderr, highlight=False, width=None if stream.isatty() else _WIDTH_IN_FILES
+    )
+
+
+console = _console(sys.stdout, stderr=False)
 """Standard output; rich leaves colours out where it is no terminal."""
 
-err_console = Console(stderr=True, highlight=False)
+err_console = _console(sys.stderr, stderr=True)
 """Standard error: progress, notices, errors."""
 
 JsonOption = Annotated[
@@ -42,7 +53,10 @@ def emit(payload: object, *, as_json: bool, render: Callable[[], None]) -> None:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> Table:
     """Build a table; columns whose name ends in ``>`` are right-aligned."""
-    built = Table(title=title or None, title_justify="left", header_style="bold")
+    built = Table(
+        title=title or None, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD,
+        pad_edge=False, padding=(0, 1),
+    )  # fmt: skip
     for column in columns:
         built.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left")
     for row in rows:
