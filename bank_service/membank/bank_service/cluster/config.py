@@ -1,0 +1,138 @@
+"""Settings of a service and the names that follow from them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from membank.bank_service.rpc.server import ServerConfig
+from membank.bank_service.shard.config import Durability, ShardConfig
+from membank.wire.errors import InvalidArgumentError, Reason
+
+NAMESPACE = "membank"
+"""Ray namespace of controllers and shards."""
+
+GATEWAY_MESSAGE_BYTES = 64 << 20
+"""Largest message of the gateway: `CreateBank` carries a whole tree document."""
+
+
+def default_runtime_dir() -> Path:
+    """Return where running services are noted, for `status` and `down`.
+
+    That is ``$MEMBANK_RUNTIME_DIR``, else ``membank`` in ``$XDG_RUNTIME_DIR``, else a directory of
+    this user among the temporary files.
+    """
+    if chosen := os.environ.get("MEMBANK_RUNTIME_DIR"):
+        return Path(chosen)
+    if base := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(base) / "membank"
+    return Path(tempfile.gettempdir()) / f"membank-{os.getuid()}"
+
+
+def canonical_url(url: str) -> str:
+    """Return the one spelling of a bank's URL: absolute paths for directories."""
+    path = url.removeprefix("file://")
+    if "://" in path:
+        return path.rstrip("/")
+    return str(Path(path).expanduser().resolve())
+
+
+def bank_key(url: str) -> str:
+    """Return a short name of the bank at `url`, for actors and files."""
+    return hashlib.sha256(canonical_url(url).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpConfig:
+    """What to start, and where."""
+
+    bank_url: str
+    """Directory or URL of the bank. Where there is none yet, the service waits for `CreateBank`.
+    A directory must be seen by every node that runs a shard."""
+    num_shards: int = 2
+    """Shard actors, 1..256, at most one per partition of the bank."""
+    host: str = "127.0.0.1"
+    """Address that the gateway binds. Off loopback, certificate, key and token file are needed."""
+    port: int = 7600
+    """Port of the gateway; 0 = any free one."""
+    tls_cert: Path | None = None
+    """PEM certificate chain, at this path on every node; None = no TLS."""
+    tls_key: Path | None = None
+    """PEM key of the certificate, at this path on every node."""
+    token_file: Path | None = None
+    """Who may call, at this path on every node; None = everybody on this machine."""
+    ray_address: str | None = None
+    """Ray to join: host:port, or "auto" for the one of this machine; None = start one."""
+    num_cpus: int | None = None
+    """Logical CPUs of a Ray that is started here; None = the cores, at least 4. The service
+    itself takes none of them."""
+    object_store_bytes: int = 200 << 20
+    """Shared memory of a Ray that is started here, at least 80 MiB."""
+    min_nodes: int = 1
+    """Ray nodes to wait for before shards are placed."""
+    runtime_dir: Path = field(default_factory=default_runtime_dir)
+    """Where the running service is noted, and where journals lie of banks that are no directory."""
+    resident_bytes: int = 1 << 30
+    """Bytes of blocks and optimizer state that each shard keeps in memory."""
+    durability: Durability = Durability.PROCESS
+    """What an acknowledged update survives."""
+    max_in_flight_bytes: int = 1 << 30
+    """Payload bytes that each server holds at one time; beyond, callers are told to retry."""
+    start_timeout_s: float = 90.0
+    """Longest wait for the service to answer, > 0."""
+
+    def __post_init__(self) -> None:
+        for name in ("tls_cert", "tls_key", "token_file", "runtime_dir"):
+            path = getattr(self, name)
+            if path is not None:
+                # Actors have another working directory.
+                object.__setattr__(self, name, Path(path).expanduser().absolute())
+        object.__setattr__(self, "bank_url", canonical_url(self.bank_url))
+        _require(1 <= self.num_shards <= 256, "num_shards", self.num_shards, "1..256")
+        _require(1 <= self.min_nodes <= 4096, "min_nodes", self.min_nodes, "1..4096")
+        _require(self.num_cpus is None or self.num_cpus >= 0, "num_cpus", self.num_cpus, ">= 0")
+        ok = self.object_store_bytes >= 80 << 20
+        _require(ok, "object_store_bytes", self.object_store_bytes, ">= 80 MiB")
+        ok = self.max_in_flight_bytes >= 1 << 20
+        _require(ok, "max_in_flight_bytes", self.max_in_flight_bytes, ">= 1 MiB")
+        _require(self.start_timeout_s > 0, "start_timeout_s", self.start_timeout_s, "> 0")
+        # Refused here, before anything is started.
+        self.gateway_config()
+
+    @property
+    def key(self) -> str:
+        """Short name of the bank."""
+        return bank_key(self.bank_url)
+
+    def gateway_config(self) -> ServerConfig:
+        """Return how the gateway listens; off loopback without TLS and tokens it does not."""
+        return ServerConfig(
+            host=self.host,
+            port=self.port,
+            tls_cert=self.tls_cert,
+            tls_key=self.tls_key,
+            token_file=self.token_file,
+            max_message_bytes=GATEWAY_MESSAGE_BYTES,
+        )
+
+    def shard_config(self) -> ShardConfig:
+        """Return the settings of each shard."""
+        is_directory = "://" not in self.bank_url
+        journal_dir = None if is_directory else str(self.runtime_dir / f"journal-{self.key}")
+        return ShardConfig(
+            durability=self.durability,
+            journal_dir=journal_dir,
+            resident_bytes=self.resident_bytes,
+        )
+
+
+def _require(ok: bool, name: str, value: object, accepted: str) -> None:
+    if not ok:
+        raise InvalidArgumentError(
+            f"{name} is {value!r}; accepted: {accepted}",
+            reason=Reason.BAD_CONFIG,
+            metadata={"field": name, "value": str(value)},
+        )

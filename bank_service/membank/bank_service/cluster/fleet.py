@@ -1,0 +1,307 @@
+"""The shard actors of one bank: made, watched, and told the placement."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from membank.bank_service.cluster.config import NAMESPACE, UpConfig
+from membank.bank_service.cluster.placement import PlacementTable, assign_partitions
+from membank.bank_service.cluster.shard_actor import RayShardHandle, ShardActor, call_actor
+from membank.bank_service.cluster.shard_server import ShardIdentity, ShardSettings
+from membank.bank_service.knowledge.shards import ShardMember
+from membank.bank_service.rpc.server import ServerConfig, is_loopback
+from membank.wire.errors import (
+    FailedPreconditionError,
+    InternalError,
+    MembankError,
+    Reason,
+    UnavailableError,
+)
+from membank.wire.records import Placement, ShardStats
+from membank.wire.spec import BankSpec
+
+if TYPE_CHECKING:
+    Actor = ray.actor.ActorHandle[ShardActor]
+
+_LOG = logging.getLogger(__name__)
+
+_PROBE_TIMEOUT_S = 10.0
+_REOPEN_BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+
+
+@dataclass(slots=True)
+class _ShardState:
+    """What the controller knows of one shard."""
+
+    settings: ShardSettings
+    node_id: str
+    actor: Actor
+    identity: ShardIdentity | None = None
+    alive: bool = False
+    num_restarts: int = 0
+    failures: int = 0
+    retry_at_s: float = 0.0
+
+
+class ShardFleet:
+    """Shard actors and their supervision.
+
+    Ray starts an actor again whose process died; `supervise` notices, tells everybody the new
+    endpoint, reopens what failed to open, and replaces what Ray gave up on. Actors are detached:
+    they outlive a controller, which finds them by name when it starts again.
+
+    Parameters
+    ----------
+    config
+        Settings of the service.
+    spec
+        Spec of the bank.
+    clock
+        Monotonic seconds.
+    """
+
+    # `_lock` guards the states' fields and is never held during a call to an actor.
+
+    def __init__(
+        self, config: UpConfig, spec: BankSpec, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._config = config
+        self._spec = spec
+        self._clock = clock
+        self._lock = threading.Lock()
+        shard_ids = [f"shard-{index}" for index in range(config.num_shards)]
+        self._partitions = assign_partitions(spec.num_partitions, shard_ids)
+        self._table = PlacementTable(self._partitions)
+        self._states: dict[str, _ShardState] = {}
+        self._told: dict[str, tuple[str, int]] = {}
+        self._started = threading.Event()
+
+    def start(self, timeout_s: float) -> None:
+        """Make the actors, or find them, and wait until all serve.
+
+        Raises
+        ------
+        MembankError
+            What kept a shard from opening its partitions.
+        UnavailableError
+            If a shard or node did not come up in time.
+        """
+        deadline = self._clock() + timeout_s
+        nodes = self._wait_for_nodes(deadline)
+        for index, shard_id in enumerate(self._partitions):
+            node_id, node_ip = nodes[index % len(nodes)]
+            settings = self._settings(shard_id, node_ip)
+            actor = self._make_actor(settings, node_id)
+            self._states[shard_id] = _ShardState(settings, node_id, actor)
+        for state in self._states.values():
+            remaining = max(deadline - self._clock(), 0.1)
+            identity = self._ask_identity(state, remaining)
+            self._note(state, identity)
+        self._tell_placement()
+        self._started.set()
+
+    def partitions_of(self, shard_id: str) -> tuple[int, ...]:
+        """Return the partitions that a shard owns."""
+        return self._partitions[shard_id]
+
+    def members(self) -> tuple[ShardMember, ...]:
+        """Return the shards, for transactions."""
+        return tuple(
+            ShardMember(
+                shard_id=shard_id,
+                partitions=state.settings.partitions,
+                handle=RayShardHandle(shard_id, lambda state=state: state.actor, self._spec),  # type: ignore[misc]  # a default binds the loop's variable
+            )
+            for shard_id, state in self._states.items()
+        )
+
+    def placement(self) -> Placement:
+        """Return the placement in force."""
+        return self._table.current()
+
+    def identities(self) -> dict[str, tuple[ShardIdentity | None, bool, int]]:
+        """Return identity, whether it answers, and number of restarts of each shard."""
+        with self._lock:
+            return {
+                shard_id: (state.identity, state.alive, state.num_restarts)
+                for shard_id, state in list(self._states.items())
+            }
+
+    def with_restarts(self, stats: Sequence[ShardStats]) -> tuple[ShardStats, ...]:
+        """Return `stats` with the numbers of restarts, which only the controller knows."""
+        return tuple(
+            dataclasses.replace(item, num_restarts=self._states[item.shard_id].num_restarts)
+            for item in stats
+        )
+
+    def supervise(self) -> None:
+        """Look after every shard once; never raises for what a shard does."""
+        if not self._started.is_set():
+            return
+        for shard_id, state in self._states.items():
+            try:
+                self._note(state, self._ask_identity(state, _PROBE_TIMEOUT_S))
+            except UnavailableError as err:
+                self._mark_down(state)
+                self._replace_if_dead(state)
+                _LOG.debug("%s: %s", shard_id, err)
+            except MembankError as err:
+                self._mark_down(state)
+                self._reopen(state, err)
+        self._tell_placement()
+
+    def stop(self, timeout_s: float) -> None:
+        """Drain and end every shard, by force where it does not end by itself."""
+        stops = []
+        for shard_id, state in self._states.items():
+            actor = state.actor
+            thread = threading.Thread(
+                target=self._stop_one, args=(shard_id, actor, timeout_s), daemon=True
+            )
+            thread.start()
+            stops.append(thread)
+        for thread in stops:
+            thread.join()
+
+    def _stop_one(self, shard_id: str, actor: Actor, timeout_s: float) -> None:
+        try:
+            call_actor(actor, "stop", timeout_s=timeout_s, who=shard_id)
+        except MembankError as err:
+            # Its acknowledged updates are in its journal; the next start recovers them.
+            _LOG.warning("%s did not stop by itself: %s", shard_id, err)
+        ray.kill(actor, no_restart=True)
+
+    def _settings(self, shard_id: str, node_ip: str) -> ShardSettings:
+        config = self._config
+        host = node_ip
+        if is_loopback(config.host):
+            if node_ip != ray.util.get_node_ip_address():
+                raise FailedPreconditionError(
+                    f"the service is bound to {config.host}, but Ray has the node {node_ip}: give "
+                    "--host with --tls-cert, --tls-key and --token-file to serve from several "
+                    "machines",
+                    reason=Reason.INSECURE_ENDPOINT,
+                    metadata={"node": node_ip},
+                )
+            host = config.host
+        return ShardSettings(
+            shard_id=shard_id,
+            bank_url=config.bank_url,
+            partitions=self._partitions[shard_id],
+            server=ServerConfig(
+                host=host,
+                tls_cert=config.tls_cert,
+                tls_key=config.tls_key,
+                token_file=config.token_file,
+            ),
+            shard=config.shard_config(),
+            max_in_flight_bytes=config.max_in_flight_bytes,
+        )
+
+    def _make_actor(self, settings: ShardSettings, node_id: str) -> Actor:
+        remote = ray.remote(ShardActor)
+        actor = remote.options(
+            name=shard_actor_name(self._config.key, settings.shard_id),
+            namespace=NAMESPACE,
+            get_if_exists=True,
+            lifetime="detached",
+            max_restarts=-1,
+            max_concurrency=16,
+            num_cpus=0,
+            # Soft: where the node is lost for good, the shard goes on elsewhere.
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=True),
+        ).remote(settings)
+        return cast("Actor", actor)
+
+    def _wait_for_nodes(self, deadline: float) -> list[tuple[str, str]]:
+        while True:
+            nodes = sorted(
+                (node["NodeManagerAddress"], node["NodeID"])
+                for node in ray.nodes()
+                if node["Alive"]
+            )
+            if len(nodes) >= self._config.min_nodes:
+                return [(node_id, address) for address, node_id in nodes]
+            if self._clock() > deadline:
+                raise UnavailableError(
+                    f"Ray has {len(nodes)} nodes, {self._config.min_nodes} are wanted; start more "
+                    "or give a smaller --nodes"
+                )
+            time.sleep(0.2)
+
+    def _ask_identity(self, state: _ShardState, timeout_s: float) -> ShardIdentity:
+        answer = call_actor(
+            state.actor, "identity", timeout_s=timeout_s, who=state.settings.shard_id
+        )
+        if not isinstance(answer, ShardIdentity):
+            raise InternalError(f"{state.settings.shard_id} answered {answer!r}")
+        return answer
+
+    def _note(self, state: _ShardState, identity: ShardIdentity) -> None:
+        with self._lock:
+            before = state.identity
+            state.identity, state.alive, state.failures = identity, True, 0
+            if before is not None and before.incarnation != identity.incarnation:
+                state.num_restarts += 1
+                _LOG.info("%s is back at %s", identity.shard_id, identity.endpoint)
+        self._table.set_endpoint(identity.shard_id, identity.endpoint)
+
+    def _mark_down(self, state: _ShardState) -> None:
+        with self._lock:
+            state.alive = False
+
+    def _replace_if_dead(self, state: _ShardState) -> None:
+        """Make a new actor where Ray has given up on the old one: its name is free then."""
+        try:
+            ray.get_actor(
+                shard_actor_name(self._config.key, state.settings.shard_id), namespace=NAMESPACE
+            )
+        except ValueError:
+            _LOG.warning("%s is gone; making it anew", state.settings.shard_id)
+            state.actor = self._make_actor(state.settings, state.node_id)
+
+    def _reopen(self, state: _ShardState, err: MembankError) -> None:
+        now = self._clock()
+        if now < state.retry_at_s:
+            return
+        backoff_s = _REOPEN_BACKOFF_S[min(state.failures, len(_REOPEN_BACKOFF_S) - 1)]
+        state.failures += 1
+        state.retry_at_s = now + backoff_s
+        _LOG.error("%s does not open: %s; trying again", state.settings.shard_id, err)
+        state.actor.open.remote()
+
+    def _tell_placement(self) -> None:
+        """Give the placement to every shard that has not been told this one in this life."""
+        placement = self._table.current()
+        for shard_id, state in self._states.items():
+            identity = state.identity
+            if identity is None or not state.alive:
+                continue
+            news = (identity.incarnation, placement.generation)
+            if self._told.get(shard_id) == news:
+                continue
+            try:
+                call_actor(
+                    state.actor,
+                    "set_placement",
+                    placement,
+                    timeout_s=_PROBE_TIMEOUT_S,
+                    who=shard_id,
+                )
+                self._told[shard_id] = news
+            except MembankError as err:
+                _LOG.debug("%s was not told the placement: %s", shard_id, err)
+
+
+def shard_actor_name(key: str, shard_id: str) -> str:
+    """Return the name of a shard's actor in Ray."""
+    return f"{key}-{shard_id}"

@@ -1,0 +1,234 @@
+"""What the gateway answers: nothing but `CreateBank` until there is a bank, then its operations."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from membank.bank_service.cluster.shard_server import server_version
+from membank.bank_service.knowledge.contract import AdminRequest, BankAdmin, ExportedPack
+from membank.bank_service.knowledge.operations import BankOperations
+from membank.bank_service.knowledge.revisions import RevisionLog
+from membank.bank_service.knowledge.shards import ShardDirectory, ShardGroup
+from membank.bank_service.knowledge.transactions import Coordinator
+from membank.bank_service.knowledge.trees import TreeStore
+from membank.bank_service.shard.contract import SetContent
+from membank.bank_service.store import Bank
+from membank.wire.errors import AlreadyExistsError, NotFoundError, Reason, UnavailableError
+from membank.wire.format import TreeDocument, decode_tree
+from membank.wire.records import (
+    AuditRecord,
+    BankInfo,
+    BankStats,
+    BlockDescription,
+    Placement,
+    ShardStats,
+    Snapshot,
+    Topic,
+    TransactionReport,
+)
+from membank.wire.spec import BankSpec, BlockRef
+
+
+class Fleet(ShardDirectory, Protocol):
+    """The shards that a gateway speaks for."""
+
+    def placement(self) -> Placement:
+        """Return the placement in force."""
+
+    def with_restarts(self, stats: Sequence[ShardStats]) -> tuple[ShardStats, ...]:
+        """Return `stats` with the numbers of restarts."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """All that exists once there is a bank."""
+
+    bank: Bank
+    fleet: Fleet
+    log: RevisionLog
+    trees: TreeStore
+    operations: BankAdmin
+
+
+class Gateway:
+    """A `BankAdmin` and a `BankSource` for one service.
+
+    Parameters
+    ----------
+    bank_url
+        Where the bank is, or will be.
+    start_fleet
+        Starts the shards of a bank; they serve when it returns.
+    check_spec
+        Raises for a bank that the service could not serve, before it is created.
+    """
+
+    # `_lock` makes creation and opening happen once; `_served` is replaced whole.
+
+    def __init__(
+        self,
+        bank_url: str,
+        start_fleet: Callable[[BankSpec], Fleet],
+        *,
+        check_spec: Callable[[BankSpec], None] = lambda spec: None,
+    ) -> None:
+        self._bank_url = bank_url
+        self._check_spec = check_spec
+        self._start_fleet = start_fleet
+        self._lock = threading.Lock()
+        self._served: _Served | None = None
+        self._waiting_for_bank = False
+
+    def open(self) -> bool:
+        """Serve the bank if there is one; return whether there is.
+
+        Raises
+        ------
+        MembankError
+            What keeps the bank or a shard from being opened.
+        """
+        with self._lock:
+            if self._served is None:
+                try:
+                    bank = Bank.open(self._bank_url)
+                except NotFoundError as err:
+                    if err.reason is not Reason.NOT_A_BANK:
+                        raise
+                    self._waiting_for_bank = True
+                    return False
+                self._served = self._serve(bank)
+            return True
+
+    @property
+    def has_bank(self) -> bool:
+        """Whether a bank is served."""
+        return self._served is not None
+
+    @property
+    def spec(self) -> BankSpec:
+        # docstring inherited
+        return self._admin().spec
+
+    def info(self) -> BankInfo:
+        """Return what clients must know before their first fetch."""
+        served = self._require()
+        record = served.log.committed
+        return BankInfo(
+            spec=served.bank.spec,
+            revision=record.revision,
+            placement=served.fleet.placement(),
+            tree_revision=record.tree_revision,
+            removal_revision=record.removal_revision,
+            server_version=server_version(),
+        )
+
+    def tree(self) -> bytes:
+        """Return the tree document in force."""
+        served = self._require()
+        return served.trees.read_bytes(served.log.committed.tree_revision)
+
+    def create_bank(self, request: AdminRequest, spec: BankSpec, tree: bytes) -> BankSpec:
+        """Create the bank and serve it."""
+        document = decode_tree(tree, key="of the request") if tree else None
+        self._check_spec(spec)
+        with self._lock:
+            if self._served is None:
+                self._served = self._serve(self._create(request, spec, document))
+                return self._served.bank.spec
+            served = self._served
+        return served.operations.create_bank(request, spec, tree)
+
+    def _create(self, request: AdminRequest, spec: BankSpec, document: TreeDocument | None) -> Bank:
+        try:
+            return Bank.create(
+                self._bank_url,
+                spec,
+                tree=document,
+                principal=request.principal,
+                request_id=request.request_id,
+            )
+        except AlreadyExistsError:
+            # By this very request, when its shards did not start?
+            bank = Bank.open(self._bank_url)
+            first = bank.record(0)
+            if first is None or first.request_id != request.request_id:
+                raise
+            return bank
+
+    # ---- passed on to the operations of the bank; docstrings inherited
+
+    def list_topics(
+        self, parent: BlockRef | None = None, *, depth: int = 0
+    ) -> tuple[tuple[Topic, ...], int]:
+        return self._admin().list_topics(parent, depth=depth)
+
+    def describe_blocks(self, refs: Sequence[BlockRef]) -> tuple[BlockDescription, ...]:
+        return self._admin().describe_blocks(refs)
+
+    def swap_blocks(
+        self, request: AdminRequest, contents: Sequence[SetContent]
+    ) -> TransactionReport:
+        return self._admin().swap_blocks(request, contents)
+
+    def withhold_topic(self, request: AdminRequest, topic: BlockRef) -> TransactionReport:
+        return self._admin().withhold_topic(request, topic)
+
+    def restore_topic(self, request: AdminRequest, topic: BlockRef) -> TransactionReport:
+        return self._admin().restore_topic(request, topic)
+
+    def delete_topic(self, request: AdminRequest, topic: BlockRef) -> TransactionReport:
+        return self._admin().delete_topic(request, topic)
+
+    def export_topic(self, topic: BlockRef, *, weights_only: bool = False) -> ExportedPack:
+        return self._admin().export_topic(topic, weights_only=weights_only)
+
+    def import_topic(
+        self, request: AdminRequest, pack: bytes
+    ) -> tuple[TransactionReport, BlockRef]:
+        return self._admin().import_topic(request, pack)
+
+    def create_snapshot(self, request: AdminRequest, name: str) -> Snapshot:
+        return self._admin().create_snapshot(request, name)
+
+    def list_snapshots(self) -> tuple[Snapshot, ...]:
+        return self._admin().list_snapshots()
+
+    def rollback(
+        self, request: AdminRequest, snapshot: str, topic: BlockRef | None = None
+    ) -> TransactionReport:
+        return self._admin().rollback(request, snapshot, topic)
+
+    def stats(self) -> BankStats:
+        stats = self._admin().stats()
+        shards = self._require().fleet.with_restarts(stats.shards)
+        return dataclasses.replace(stats, shards=shards)
+
+    def audit(self, limit: int) -> tuple[AuditRecord, ...]:
+        return self._admin().audit(limit)
+
+    def _admin(self) -> BankAdmin:
+        return self._require().operations
+
+    def _require(self) -> _Served:
+        if self._served is not None:
+            return self._served
+        if not self._waiting_for_bank:
+            raise UnavailableError("the service is starting; retry")
+        raise NotFoundError(
+            f"there is no bank at {self._bank_url} yet; create one with `membank create`",
+            reason=Reason.UNKNOWN_BANK,
+            metadata={"bank": self._bank_url},
+        )
+
+    def _serve(self, bank: Bank) -> _Served:
+        fleet = self._start_fleet(bank.spec)
+        log, trees = RevisionLog(bank), TreeStore(bank)
+        shards = ShardGroup(bank.spec, fleet)
+        coordinator = Coordinator(bank, shards, log=log, trees=trees)
+        coordinator.recover()
+        operations = BankOperations(bank, shards, coordinator, log=log, trees=trees)
+        return _Served(bank, fleet, log, trees, operations)

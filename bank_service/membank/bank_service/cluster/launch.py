@@ -1,0 +1,298 @@
+"""Start a service, look at it, stop it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from membank.bank_service.cluster import state
+from membank.bank_service.cluster.config import NAMESPACE, UpConfig, default_runtime_dir
+from membank.bank_service.cluster.controller import (
+    ControllerActor,
+    ControllerStatus,
+    ShardStatus,
+    bank_in_use,
+)
+from membank.bank_service.cluster.fleet import shard_actor_name
+from membank.bank_service.cluster.local_ray import (
+    LocalRay,
+    connected,
+    marked_processes,
+    start_ray,
+    stop_ray,
+)
+from membank.bank_service.cluster.shard_actor import call_actor
+from membank.bank_service.cluster.state import Endpoint
+from membank.bank_service.rpc.server import check_port_free, free_port
+from membank.wire.errors import MembankError, Reason, UnavailableError
+
+if TYPE_CHECKING:
+    Actor = ray.actor.ActorHandle[ControllerActor]
+
+_STATUS_TIMEOUT_S = 15.0
+_RAY_STOP_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceStatus:
+    """A running service."""
+
+    endpoint: Endpoint
+    """Where it is."""
+    has_bank: bool
+    """False while it waits for `CreateBank`."""
+    revision: int
+    """Newest committed revision; 0 without a bank."""
+    controller_pid: int
+    """Process of the controller; 0 where it does not answer."""
+    shards: tuple[ShardStatus, ...]
+    """Its shards; empty without a bank."""
+
+
+def up(config: UpConfig) -> Endpoint:
+    """Start a service and return once it answers.
+
+    Parameters
+    ----------
+    config
+        What to start.
+
+    Returns
+    -------
+    Endpoint
+        Where it is. It runs on when this process ends, until `down`.
+
+    Raises
+    ------
+    FailedPreconditionError
+        INSECURE_ENDPOINT, PORT_IN_USE, or BANK_IN_USE.
+    CorruptionError
+        If the bank is damaged.
+    UnavailableError
+        If Ray, a node or a shard does not come up in time; nothing is left running then.
+    """
+    _check_not_running(config)
+    # Found out before a Ray is started for nothing.
+    check_port_free(config.host, config.port)
+    deadline = time.monotonic() + config.start_timeout_s
+    local: LocalRay | None = None
+    if config.ray_address is None:
+        local = start_ray(
+            num_cpus=config.num_cpus,
+            object_store_bytes=config.object_store_bytes,
+            timeout_s=config.start_timeout_s,
+        )
+    try:
+        with connected(local.address if local else config.ray_address or "auto"):
+            endpoint = _start_controller(config, local, deadline)
+    except BaseException:
+        # Also on Ctrl-C: a Ray that nobody knows of would run for ever.
+        if local is not None:
+            stop_ray(local, timeout_s=_RAY_STOP_S)
+        raise
+    state.save(endpoint, config.runtime_dir)
+    return endpoint
+
+
+def status(*, bank_url: str | None = None, runtime_dir: Path | None = None) -> ServiceStatus:
+    """Return the state of a running service.
+
+    Parameters
+    ----------
+    bank_url
+        Its bank; None = the only service there is.
+    runtime_dir
+        Where services are noted; None = `default_runtime_dir`.
+
+    Returns
+    -------
+    ServiceStatus
+        Controller, shards and revision.
+
+    Raises
+    ------
+    UnavailableError
+        If none is running (NOT_RUNNING), or its controller does not answer.
+    """
+    folder = runtime_dir or default_runtime_dir()
+    endpoint = state.find(bank_url, folder)
+    _check_ray_lives(endpoint, folder)
+    with connected(endpoint.ray_address):
+        controller = _find_controller(endpoint.key)
+        if controller is None:
+            raise _not_running(endpoint)
+        return _status(endpoint, controller)
+
+
+def down(
+    *, bank_url: str | None = None, runtime_dir: Path | None = None, timeout_s: float = 30.0
+) -> ServiceStatus:
+    """Stop a service: calls under way are finished, shards closed, its own Ray ended.
+
+    Parameters
+    ----------
+    bank_url
+        Its bank; None = the only service there is.
+    runtime_dir
+        Where services are noted; None = `default_runtime_dir`.
+    timeout_s
+        How long gateway and shards are given before they are killed. What was acknowledged is
+        recovered at the next start in either case.
+
+    Returns
+    -------
+    ServiceStatus
+        What was stopped, as far as it still answered.
+
+    Raises
+    ------
+    UnavailableError
+        If none is running (NOT_RUNNING).
+    """
+    folder = runtime_dir or default_runtime_dir()
+    endpoint = state.find(bank_url, folder)
+    stopped = _nothing_left(endpoint)
+    try:
+        _check_ray_lives(endpoint, folder)
+        with connected(endpoint.ray_address):
+            stopped = _stop_actors(endpoint, timeout_s)
+    except UnavailableError:
+        # Its Ray is gone or does not answer; what is left of it is ended below.
+        pass
+    finally:
+        if endpoint.ray_mark is not None and endpoint.ray_dir is not None:
+            local = LocalRay(endpoint.ray_address, endpoint.ray_dir, endpoint.ray_mark)
+            stop_ray(local, timeout_s=_RAY_STOP_S)
+        state.forget(endpoint, folder)
+    return stopped
+
+
+def _check_not_running(config: UpConfig) -> None:
+    for endpoint in state.list_running(config.runtime_dir):
+        if endpoint.key != config.key:
+            continue
+        if endpoint.ray_mark is not None and not marked_processes(endpoint.ray_mark):
+            # The machine was restarted, or somebody killed it all.
+            state.forget(endpoint, config.runtime_dir)
+        elif endpoint.ray_mark is not None:
+            raise bank_in_use(config.bank_url)
+        # A service in a Ray of others is found there, by its name.
+
+
+def _start_controller(config: UpConfig, local: LocalRay | None, deadline: float) -> Endpoint:
+    if _find_controller(config.key) is not None:
+        raise bank_in_use(config.bank_url)
+    # Chosen here, so that a controller that is started again listens where the first one did.
+    config = dataclasses.replace(config, port=config.port or free_port(config.host))
+    node_id = ray.get_runtime_context().get_node_id()
+    controller = cast(
+        "Actor",
+        ray.remote(ControllerActor)
+        .options(
+            name=_controller_name(config.key),
+            namespace=NAMESPACE,
+            lifetime="detached",
+            max_restarts=-1,
+            max_concurrency=8,
+            num_cpus=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=True),
+        )
+        .remote(config),
+    )
+    try:
+        remaining = max(deadline - time.monotonic(), 1.0)
+        answer = call_actor(controller, "wait_ready", timeout_s=remaining, who="the controller")
+    except BaseException:
+        _stop_one(controller, config.key, config.num_shards, timeout_s=5.0)
+        raise
+    return Endpoint(
+        address=cast("ControllerStatus", answer).address,
+        bank_url=config.bank_url,
+        ray_address=ray.get_runtime_context().gcs_address,
+        ray_dir=None if local is None else local.folder,
+        ray_mark=None if local is None else local.mark,
+        num_shards=config.num_shards,
+    )
+
+
+def _stop_actors(endpoint: Endpoint, timeout_s: float) -> ServiceStatus:
+    controller = _find_controller(endpoint.key)
+    if controller is None:
+        _kill_shards(endpoint.key, endpoint.num_shards)
+        return _nothing_left(endpoint)
+    try:
+        stopped = _status(endpoint, controller)
+    except MembankError:
+        stopped = _nothing_left(endpoint)
+    _stop_one(controller, endpoint.key, endpoint.num_shards, timeout_s=timeout_s)
+    return stopped
+
+
+def _stop_one(controller: Actor, key: str, num_shards: int, *, timeout_s: float) -> None:
+    try:
+        call_actor(controller, "stop", timeout_s, timeout_s=timeout_s + 10.0, who="the controller")
+    except MembankError:
+        # It does not answer, or is being started again; it is killed, and so are its shards.
+        pass
+    finally:
+        ray.kill(controller, no_restart=True)
+        _kill_shards(key, num_shards)
+
+
+def _kill_shards(key: str, num_shards: int) -> None:
+    for index in range(num_shards):
+        try:
+            actor = ray.get_actor(shard_actor_name(key, f"shard-{index}"), namespace=NAMESPACE)
+        except ValueError:
+            continue
+        ray.kill(actor, no_restart=True)
+
+
+def _status(endpoint: Endpoint, controller: Actor) -> ServiceStatus:
+    answer = cast(
+        "ControllerStatus",
+        call_actor(controller, "status", timeout_s=_STATUS_TIMEOUT_S, who="the controller"),
+    )
+    return ServiceStatus(
+        endpoint=endpoint,
+        has_bank=answer.has_bank,
+        revision=answer.revision,
+        controller_pid=answer.pid,
+        shards=answer.shards,
+    )
+
+
+def _find_controller(key: str) -> Actor | None:
+    try:
+        return cast("Actor", ray.get_actor(_controller_name(key), namespace=NAMESPACE))
+    except ValueError:
+        return None
+
+
+def _controller_name(key: str) -> str:
+    return f"{key}-controller"
+
+
+def _check_ray_lives(endpoint: Endpoint, runtime_dir: Path) -> None:
+    # Asking a Ray that is gone takes half a minute; looking for its processes does not.
+    if endpoint.ray_mark is not None and not marked_processes(endpoint.ray_mark):
+        state.forget(endpoint, runtime_dir)
+        raise _not_running(endpoint)
+
+
+def _not_running(endpoint: Endpoint) -> UnavailableError:
+    return UnavailableError(
+        f"the service of {endpoint.bank_url} is not running any more; start it with `membank up`",
+        reason=Reason.NOT_RUNNING,
+        metadata={"bank": endpoint.bank_url},
+    )
+
+
+def _nothing_left(endpoint: Endpoint) -> ServiceStatus:
+    return ServiceStatus(endpoint=endpoint, has_bank=False, revision=0, controller_pid=0, shards=())

@@ -1,0 +1,295 @@
+"""The Ray actor of a shard, and the controller's end of the line to it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar, cast
+
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayActorError, RaySystemError, RayTaskError
+
+from membank.bank_service.cluster.shard_server import ShardIdentity, ShardServer, ShardSettings
+from membank.bank_service.shard.contract import (
+    BlockContent,
+    BlockOperation,
+    BlockStatus,
+    Prepared,
+    SetContent,
+)
+from membank.wire.errors import (
+    InternalError,
+    MembankError,
+    Reason,
+    UnavailableError,
+)
+from membank.wire.format import RevisionRecord
+from membank.wire.records import Placement, ShardStats
+from membank.wire.spec import BankSpec, BlockRef
+
+T = TypeVar("T")
+
+_LOG = logging.getLogger(__name__)
+
+_MESSAGE_BYTES = 16 << 20
+"""Content per actor call: Ray's object store is small and shared, a transaction may be large."""
+
+
+class ShardActor:
+    """Lifecycle of a `ShardServer` inside an actor; made remote by the controller.
+
+    Ray runs methods on several threads. The constructor never fails: an actor whose constructor
+    fails is not started again by Ray, and its error would reach the controller as text.
+    """
+
+    # `_lock` guards opening and stopping; `_staged` is used by the one coordinator alone.
+
+    def __init__(self, settings: ShardSettings) -> None:
+        logging.basicConfig(level=logging.INFO)
+        # Several shards share the cores of a machine; a thread pool in each only thrashes.
+        torch.set_num_threads(1)
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._server: ShardServer | None = None
+        self._error: MembankError | None = None
+        self._staged: dict[int, list[BlockOperation]] = {}
+        self.open()
+
+    def open(self) -> None:
+        """Open the shard unless it is open; what went wrong is told by `identity`."""
+        with self._lock:
+            if self._server is not None:
+                return
+            try:
+                node = ray.util.get_node_ip_address()
+                self._server = ShardServer(self._settings, node=node)
+                self._error = None
+            except MembankError as err:
+                self._error = err
+            except Exception as err:
+                _LOG.exception("shard %s did not open", self._settings.shard_id)
+                self._error = InternalError(f"{type(err).__name__}: {err}")
+
+    def identity(self) -> ShardIdentity:
+        """Return where the shard is found, or raise why it is not."""
+        return self._open_server().identity
+
+    def set_placement(self, placement: Placement) -> None:
+        """Pass the placement on to the server."""
+        self._open_server().set_placement(placement)
+
+    def revision(self) -> int:
+        """Return the newest revision that is installed."""
+        return self._open_server().shard.revision
+
+    def stage(self, revision: int, operations: Sequence[BlockOperation]) -> None:
+        """Keep a part of the operations of `revision` for `prepare`."""
+        self._staged.setdefault(revision, []).extend(operations)
+
+    def prepare(
+        self,
+        revision: int,
+        operations: Sequence[BlockOperation],
+        *,
+        all_partitions: bool,
+        dry_run: bool,
+    ) -> Prepared:
+        """Prepare what was staged and `operations`."""
+        staged = self._staged.pop(revision, [])
+        self._staged.clear()
+        return self._open_server().shard.prepare(
+            revision, [*staged, *operations], all_partitions=all_partitions, dry_run=dry_run
+        )
+
+    def commit(self, record: RevisionRecord) -> None:
+        """Commit a prepared transaction."""
+        self._open_server().shard.commit(record)
+
+    def abort(self, revision: int) -> None:
+        """Give up a prepared transaction."""
+        self._staged.clear()
+        self._open_server().shard.abort(revision)
+
+    def describe(self, refs: Sequence[BlockRef]) -> tuple[BlockStatus, ...]:
+        """Describe blocks."""
+        return self._open_server().shard.describe(refs)
+
+    def read(self, refs: Sequence[BlockRef]) -> tuple[BlockContent, ...]:
+        """Read blocks with their optimizer state."""
+        return tuple(self._open_server().shard.read(refs))
+
+    def stats(self) -> ShardStats:
+        """Return counters and sizes."""
+        return self._open_server().stats()
+
+    def stop(self) -> None:
+        """Drain and close."""
+        with self._lock:
+            if self._server is not None:
+                self._server.stop()
+
+    def _open_server(self) -> ShardServer:
+        with self._lock:
+            if self._server is None:
+                raise self._error or UnavailableError("the shard is starting; retry")
+            return self._server
+
+
+class RayShardHandle:
+    """A `ShardHandle` whose shard lives in an actor.
+
+    Parameters
+    ----------
+    shard_id
+        Identity of the shard, for errors.
+    actor
+        Returns the actor; asked for every call, as an actor may be replaced.
+    spec
+        Spec of the bank.
+    timeout_s
+        Longest wait for one call.
+    """
+
+    def __init__(
+        self,
+        shard_id: str,
+        actor: Callable[[], object],
+        spec: BankSpec,
+        *,
+        timeout_s: float = 120.0,
+    ) -> None:
+        self._shard_id = shard_id
+        self._actor = actor
+        self._spec = spec
+        self._timeout_s = timeout_s
+
+    @property
+    def revision(self) -> int:
+        # docstring inherited
+        return cast("int", self._call("revision"))
+
+    def prepare(
+        self,
+        revision: int,
+        operations: Sequence[BlockOperation],
+        *,
+        all_partitions: bool = False,
+        dry_run: bool = False,
+    ) -> Prepared:
+        # docstring inherited
+        *parts, last = _batches(operations, _operation_bytes) or [()]
+        for part in parts:
+            self._call("stage", revision, part)
+        answer = self._call(
+            "prepare", revision, last, all_partitions=all_partitions, dry_run=dry_run
+        )
+        return cast("Prepared", answer)
+
+    def commit(self, record: RevisionRecord) -> None:
+        # docstring inherited
+        self._call("commit", record)
+
+    def abort(self, revision: int) -> None:
+        # docstring inherited
+        self._call("abort", revision)
+
+    def describe(self, refs: Sequence[BlockRef]) -> tuple[BlockStatus, ...]:
+        # docstring inherited
+        return cast("tuple[BlockStatus, ...]", self._call("describe", tuple(refs)))
+
+    def read(self, refs: Sequence[BlockRef]) -> Iterator[BlockContent]:
+        # docstring inherited
+        def size(ref: BlockRef) -> int:
+            return self._spec.weight_bytes(ref.level) + self._spec.optimizer_bytes(ref.level)
+
+        for batch in _batches(refs, size):
+            yield from cast("tuple[BlockContent, ...]", self._call("read", batch))
+
+    def stats(self) -> ShardStats:
+        # docstring inherited
+        return cast("ShardStats", self._call("stats"))
+
+    def _call(self, method: str, *arguments: object, **options: object) -> object:
+        return call_actor(
+            self._actor(),
+            method,
+            *arguments,
+            options=options,
+            timeout_s=self._timeout_s,
+            who=f"shard {self._shard_id}",
+        )
+
+
+def call_actor(
+    actor: object,
+    method: str,
+    *arguments: object,
+    options: Mapping[str, object] | None = None,
+    timeout_s: float,
+    who: str,
+) -> object:
+    """Call a method of an actor, wait and return its result.
+
+    Parameters
+    ----------
+    actor
+        Handle of the actor.
+    method
+        Name of the method.
+    *arguments, options
+        Its arguments, by position and by name.
+    timeout_s
+        Longest wait.
+    who
+        Name of the actor, for errors.
+
+    Returns
+    -------
+    object
+        The result.
+
+    Raises
+    ------
+    UnavailableError
+        If the actor is dead, restarting or too slow; whether the call took effect is unknown.
+    MembankError
+        If the method raised one.
+    """
+    try:
+        reference = getattr(actor, method).remote(*arguments, **(options or {}))
+        return ray.get(reference, timeout=timeout_s)
+    except RayTaskError as err:
+        cause = err.cause
+        if isinstance(cause, MembankError):
+            raise cause from None
+        raise InternalError(f"{who}: {cause!r}") from err
+    except GetTimeoutError as err:
+        raise _unavailable(f"{who} did not answer within {timeout_s:g} s") from err
+    except (RayActorError, RaySystemError) as err:
+        raise _unavailable(f"{who} is down and being started again; retry") from err
+
+
+def _unavailable(message: str) -> UnavailableError:
+    return UnavailableError(message, reason=Reason.SHARD_UNAVAILABLE)
+
+
+def _operation_bytes(operation: BlockOperation) -> int:
+    if not isinstance(operation, SetContent):
+        return 0
+    return operation.weight.nbytes + sum(a.nbytes for a in operation.optimizer_state.values())
+
+
+def _batches(items: Sequence[T], size: Callable[[T], int]) -> list[tuple[T, ...]]:
+    """Split `items`, in order, into batches of about `_MESSAGE_BYTES`."""
+    batches: list[list[T]] = []
+    filled = 0
+    for item in items:
+        num_bytes = size(item)
+        if not batches or (filled and filled + num_bytes > _MESSAGE_BYTES):
+            batches.append([])
+            filled = 0
+        batches[-1].append(item)
+        filled += num_bytes
+    return [tuple(batch) for batch in batches]

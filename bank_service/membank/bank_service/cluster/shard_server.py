@@ -1,0 +1,166 @@
+"""A shard and its gRPC server in one process, without Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import uuid
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from membank.bank_service.knowledge.trees import TreeStore
+from membank.bank_service.rpc.block_servicer import BlockServicer
+from membank.bank_service.rpc.budget import ByteBudget
+from membank.bank_service.rpc.server import BankServer, ServerConfig, Service
+from membank.bank_service.shard import Shard, ShardConfig
+from membank.bank_service.store import Bank
+from membank.v1.block_service_pb2_grpc import add_BlockServiceServicer_to_server
+from membank.wire.errors import CorruptionError, NotFoundError, Reason, UnavailableError
+from membank.wire.format import RevisionRecord
+from membank.wire.records import BankInfo, Placement, ShardStats
+
+BLOCK_SERVICE = "membank.v1.BlockService"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardSettings:
+    """What one shard serves, and how."""
+
+    shard_id: str
+    """Identity of the shard."""
+    bank_url: str
+    """The bank."""
+    partitions: tuple[int, ...]
+    """Partitions it owns."""
+    server: ServerConfig
+    """How its server listens."""
+    shard: ShardConfig
+    """Settings of the engine."""
+    max_in_flight_bytes: int
+    """Payload bytes held at one time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardIdentity:
+    """Where one life of a shard is found."""
+
+    shard_id: str
+    """Identity of the shard."""
+    incarnation: str
+    """Random; another one after every restart."""
+    endpoint: str
+    """gRPC address, host:port."""
+    node: str
+    """Address of its machine."""
+    pid: int
+    """Its process."""
+
+
+class ShardServer:
+    """Opens a shard and serves it until `stop`.
+
+    Parameters
+    ----------
+    settings
+        What to serve.
+    node
+        Address of this machine, for `ShardIdentity`.
+    """
+
+    # `_placement` is replaced whole by one assignment; everything else is set once.
+
+    def __init__(self, settings: ShardSettings, *, node: str = "127.0.0.1") -> None:
+        self._settings = settings
+        self._bank = Bank.open(settings.bank_url)
+        self._trees = TreeStore(self._bank)
+        self._placement: Placement | None = None
+        self._stopping = threading.Lock()
+        self._stopped = False
+        self.shard = Shard.open(
+            self._bank,
+            shard_id=settings.shard_id,
+            partitions=settings.partitions,
+            config=settings.shard,
+        )
+        """The engine."""
+        servicer = BlockServicer(self.shard, self, ByteBudget(settings.max_in_flight_bytes))
+        service = Service(
+            BLOCK_SERVICE, lambda server: add_BlockServiceServicer_to_server(servicer, server)
+        )
+        self._server = BankServer(settings.server, [service], on_drain=servicer.drain)
+        try:
+            endpoint = self._server.start()
+        except Exception:
+            self.shard.close()
+            raise
+        self.identity = ShardIdentity(
+            shard_id=settings.shard_id,
+            incarnation=uuid.uuid4().hex,
+            endpoint=endpoint,
+            node=node,
+            pid=os.getpid(),
+        )
+        """Where this shard is found."""
+
+    def set_placement(self, placement: Placement) -> None:
+        """Take over the placement that clients are told."""
+        self._placement = placement
+
+    def info(self) -> BankInfo:
+        # docstring inherited
+        placement = self._placement
+        if placement is None:
+            raise UnavailableError("the shard does not know the placement yet; retry")
+        record = self._record()
+        return BankInfo(
+            spec=self._bank.spec,
+            revision=record.revision,
+            placement=placement,
+            tree_revision=record.tree_revision,
+            removal_revision=record.removal_revision,
+            server_version=server_version(),
+        )
+
+    def tree(self) -> bytes:
+        # docstring inherited
+        revision = self._record().tree_revision
+        try:
+            return self._trees.read_bytes(revision)
+        except NotFoundError:
+            # A transaction may have replaced the document since the record was looked up.
+            if self._record().tree_revision == revision:
+                raise
+            return self._trees.read_bytes(self._record().tree_revision)
+
+    def stats(self) -> ShardStats:
+        """Return the shard's statistics with its address."""
+        return dataclasses.replace(
+            self.shard.stats(), endpoint=self.identity.endpoint, pid=self.identity.pid
+        )
+
+    def stop(self) -> None:
+        """Drain the server, then close the shard; repeated calls have no effect."""
+        with self._stopping:
+            if not self._stopped:
+                self._stopped = True
+                self._server.stop()
+                self.shard.close()
+
+    def _record(self) -> RevisionRecord:
+        revision = self.shard.revision
+        record = self._bank.record(revision)
+        if record is None:
+            raise CorruptionError(
+                f"revision record {revision} of {self._bank.url} is missing; restore it from a copy",
+                reason=Reason.MANIFEST_CORRUPT,
+            )
+        return record
+
+
+def server_version() -> str:
+    """Return the version of the installed distribution."""
+    try:
+        return version("membank")
+    except PackageNotFoundError:
+        return "unknown"

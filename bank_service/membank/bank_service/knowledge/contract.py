@@ -1,0 +1,106 @@
+"""What an operator may ask of a bank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from membank.bank_service.shard.contract import SetContent
+from membank.wire.records import (
+    AuditRecord,
+    BankStats,
+    BlockDescription,
+    Snapshot,
+    Topic,
+    TransactionReport,
+)
+from membank.wire.spec import BankSpec, BlockRef
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdminRequest:
+    """Who asks for a change, and under which id."""
+
+    request_id: str
+    """Unique id (UUID); a retry carries the same and gets the first answer."""
+    principal: str
+    """Name of the caller, as written to the audit log."""
+    dry_run: bool = False
+    """True only reports what would change."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportedPack:
+    """A topic as a file."""
+
+    data: bytes
+    """The pack (`membank.wire.format.pack`)."""
+    revision: int
+    """Revision it was read at."""
+
+
+@runtime_checkable
+class BankAdmin(Protocol):
+    """Operations on one bank. Every change is one transaction across all shards.
+
+    Every method raises `NotFoundError` (UNKNOWN_BANK) while there is no bank, `create_bank` aside.
+    A change raises `ConflictError` where a version is not the expected one, and
+    `UnavailableError` where a shard cannot take part; in both cases nothing was changed. The one
+    exception is said in the message: a committed change whose shards have not all confirmed it
+    yet; the same request id asks for its answer again.
+    """
+
+    @property
+    def spec(self) -> BankSpec:
+        """Spec of the bank."""
+
+    def create_bank(self, request: AdminRequest, spec: BankSpec, tree: bytes) -> BankSpec:
+        """Create the bank with a tree document (b"" = none); return its spec with `bank_id`."""
+
+    def list_topics(
+        self, parent: BlockRef | None = None, *, depth: int = 0
+    ) -> tuple[tuple[Topic, ...], int]:
+        """Return `parent` (None = all) and `depth` levels under it (0 = all), and the revision."""
+
+    def describe_blocks(self, refs: Sequence[BlockRef]) -> tuple[BlockDescription, ...]:
+        """Return blocks in full, in the order asked."""
+
+    def swap_blocks(
+        self, request: AdminRequest, contents: Sequence[SetContent]
+    ) -> TransactionReport:
+        """Replace the content of blocks."""
+
+    def withhold_topic(self, request: AdminRequest, topic: BlockRef) -> TransactionReport:
+        """Hide a topic and everything under it from fetches and updates."""
+
+    def restore_topic(self, request: AdminRequest, topic: BlockRef) -> TransactionReport:
+        """End the withholding of a topic and everything under it."""
+
+    def delete_topic(self, request: AdminRequest, topic: BlockRef) -> TransactionReport:
+        """Destroy a topic and everything under it; returns once every owner has done so."""
+
+    def export_topic(self, topic: BlockRef, *, weights_only: bool = False) -> ExportedPack:
+        """Return a topic as a pack."""
+
+    def import_topic(
+        self, request: AdminRequest, pack: bytes
+    ) -> tuple[TransactionReport, BlockRef]:
+        """Install a pack; returns the topic it was installed under."""
+
+    def create_snapshot(self, request: AdminRequest, name: str) -> Snapshot:
+        """Pin the present state under `name`."""
+
+    def list_snapshots(self) -> tuple[Snapshot, ...]:
+        """Return the snapshots, oldest first."""
+
+    def rollback(
+        self, request: AdminRequest, snapshot: str, topic: BlockRef | None = None
+    ) -> TransactionReport:
+        """Bring the bank, or a topic, back to a snapshot; deleted blocks stay deleted."""
+
+    def stats(self) -> BankStats:
+        """Return counters and sizes."""
+
+    def audit(self, limit: int) -> tuple[AuditRecord, ...]:
+        """Return the newest `limit` audit records, newest first."""

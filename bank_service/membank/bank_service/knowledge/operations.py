@@ -1,0 +1,363 @@
+"""The operations of a bank: each is a plan for the coordinator, or a read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from membank.bank_service.knowledge import packs
+from membank.bank_service.knowledge.contract import AdminRequest, ExportedPack
+from membank.bank_service.knowledge.revisions import RevisionLog
+from membank.bank_service.knowledge.shards import ShardGroup
+from membank.bank_service.knowledge.topics import TopicCatalog
+from membank.bank_service.knowledge.transactions import Coordinator, Plan, report_of
+from membank.bank_service.knowledge.trees import TreeStore
+from membank.bank_service.shard.contract import (
+    BlockOperation,
+    Erase,
+    RestoreEntry,
+    SetContent,
+    SetState,
+)
+from membank.bank_service.store import Bank
+from membank.wire.errors import (
+    AlreadyExistsError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    Reason,
+)
+from membank.wire.format import Manifest, RevisionRecord
+from membank.wire.format.pack import decode_pack, encode_pack
+from membank.wire.records import (
+    AuditRecord,
+    BankStats,
+    BlockDescription,
+    Snapshot,
+    Topic,
+    TransactionReport,
+)
+from membank.wire.spec import NAME_PATTERN, BankSpec, BlockRef, BlockState
+
+_AUDIT_HIDES = frozenset({"changes"})
+"""Parts of a record's detail that are there for retries and too long for an account."""
+
+
+class BankOperations:
+    """A `BankAdmin` over a bank's storage and its shards.
+
+    Parameters
+    ----------
+    bank
+        The bank.
+    shards
+        All its shards.
+    coordinator
+        Runs the transactions.
+    log
+        The bank's records.
+    trees
+        The bank's tree documents.
+    clock
+        Seconds since 1970-01-01 UTC.
+    """
+
+    def __init__(
+        self,
+        bank: Bank,
+        shards: ShardGroup,
+        coordinator: Coordinator,
+        *,
+        log: RevisionLog,
+        trees: TreeStore,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._bank = bank
+        self._shards = shards
+        self._coordinator = coordinator
+        self._log = log
+        self._trees = trees
+        self._clock = clock
+        self._catalog = TopicCatalog(bank.spec, shards, log, trees)
+
+    @property
+    def spec(self) -> BankSpec:
+        # docstring inherited
+        return self._bank.spec
+
+    def create_bank(self, request: AdminRequest, spec: BankSpec, tree: bytes) -> BankSpec:
+        # docstring inherited
+        created = self._log.read(0)
+        if request.request_id and created.request_id == request.request_id:
+            return self.spec
+        raise AlreadyExistsError(
+            f"this service serves the bank {self.spec.name!r} already; start another for a new one",
+            reason=Reason.BANK_EXISTS,
+            metadata={"bank": self.spec.name},
+        )
+
+    # ---- reads
+
+    def list_topics(
+        self, parent: BlockRef | None = None, *, depth: int = 0
+    ) -> tuple[tuple[Topic, ...], int]:
+        # docstring inherited
+        return self._catalog.list(parent, depth=depth)
+
+    def describe_blocks(self, refs: Sequence[BlockRef]) -> tuple[BlockDescription, ...]:
+        # docstring inherited
+        return self._catalog.describe(refs)
+
+    def export_topic(self, topic: BlockRef, *, weights_only: bool = False) -> ExportedPack:
+        # docstring inherited
+        self.spec.check_ref(topic)
+        with self._coordinator.exclusive():
+            statuses = self._shards.describe(list(self.spec.subtree(topic)))
+            kept = [ref for ref, s in statuses.items() if s.state is not BlockState.DELETED]
+            if not kept:
+                raise _deleted(topic)
+            revision = self._log.committed.revision
+            tree = self._trees.read(self._log.committed.tree_revision)
+            pack = packs.make_pack(
+                self.spec,
+                topic,
+                self._shards.read(sorted(kept)),
+                tree,
+                revision=revision,
+                weights_only=weights_only,
+            )
+        return ExportedPack(data=encode_pack(pack), revision=revision)
+
+    def list_snapshots(self) -> tuple[Snapshot, ...]:
+        # docstring inherited
+        # A snapshot is pinned before its revision is committed; without the commit it is none.
+        return tuple(
+            sorted(
+                (s for s in self._bank.snapshots() if self._is_snapshot(s)),
+                key=lambda snapshot: snapshot.revision,
+            )
+        )
+
+    def stats(self) -> BankStats:
+        # docstring inherited
+        statuses = self._shards.describe(list(self.spec.blocks()))
+        return BankStats(
+            shards=self._shards.stats(),
+            revision=self._log.committed.revision,
+            num_blocks=self.spec.num_blocks,
+            num_blocks_written=sum(status.version > 0 for status in statuses.values()),
+        )
+
+    def audit(self, limit: int) -> tuple[AuditRecord, ...]:
+        # docstring inherited
+        return tuple(_audit_record(record) for record in self._log.newest(limit))
+
+    # ---- transactions
+
+    def swap_blocks(
+        self, request: AdminRequest, contents: Sequence[SetContent]
+    ) -> TransactionReport:
+        # docstring inherited
+        for content in contents:
+            self.spec.check_ref(content.ref)
+        detail = {"blocks": [str(content.ref) for content in contents]}
+        return self._run(
+            request, lambda: Plan(operation="swap", operations=contents, detail=detail)
+        )
+
+    def withhold_topic(self, request: AdminRequest, topic: BlockRef) -> TransactionReport:
+        # docstring inherited
+        return self._set_state(request, topic, "withhold", BlockState.WITHHELD)
+
+    def restore_topic(self, request: AdminRequest, topic: BlockRef) -> TransactionReport:
+        # docstring inherited
+        return self._set_state(request, topic, "restore", BlockState.ACTIVE)
+
+    def delete_topic(self, request: AdminRequest, topic: BlockRef) -> TransactionReport:
+        # docstring inherited
+        def plan() -> Plan:
+            refs = self._not_deleted(topic)
+            tree_revision = self._log.committed.tree_revision
+            tree = self._trees.read(tree_revision)
+            return Plan(
+                operation="delete",
+                operations=[Erase(ref=ref) for ref in refs],
+                detail={"topic": str(topic)},
+                # Even where nothing in it tells of the topic: the old one is destroyed for sure.
+                tree=tree.without_topic(self.spec, topic)
+                if tree.labels or tree.centroids
+                else None,
+            )
+
+        return self._run(request, plan)
+
+    def import_topic(
+        self, request: AdminRequest, pack: bytes
+    ) -> tuple[TransactionReport, BlockRef]:
+        # docstring inherited
+        decoded = decode_pack(pack)
+
+        def plan() -> Plan:
+            tree = self._trees.read(self._log.committed.tree_revision)
+            packs.check_pack(decoded, self.spec, tree)
+            return Plan(
+                operation="import",
+                operations=packs.contents_of(decoded),
+                detail={
+                    "topic": str(decoded.topic),
+                    "from_bank": decoded.spec.bank_id,
+                    "from_revision": decoded.revision,
+                },
+                tree=packs.tree_with(decoded, tree),
+            )
+
+        return self._run(request, plan), decoded.topic
+
+    def create_snapshot(self, request: AdminRequest, name: str) -> Snapshot:
+        # docstring inherited
+        if not NAME_PATTERN.fullmatch(name):
+            raise InvalidArgumentError(
+                f"snapshot name {name!r}: use lower case letters, digits, hyphens, at most 63"
+            )
+        create_time_s = self._clock()
+
+        def plan() -> Plan:
+            self._check_name_free(name)
+            return Plan(
+                operation="snapshot",
+                detail={"snapshot": name, "create_time_s": create_time_s},
+                all_partitions=True,
+                # Pinned first: between a commit and its pin, a shard could drop what it names.
+                before_commit=lambda revision: self._bank.create_snapshot(
+                    Snapshot(name=name, revision=revision, create_time_s=create_time_s)
+                ),
+            )
+
+        outcome = self._coordinator.run(request, plan)
+        revision = outcome.report.revision
+        if outcome.record is not None:
+            create_time_s = float(str(outcome.record.detail.get("create_time_s", create_time_s)))
+        return Snapshot(name=name, revision=revision, create_time_s=create_time_s)
+
+    def rollback(
+        self, request: AdminRequest, snapshot: str, topic: BlockRef | None = None
+    ) -> TransactionReport:
+        # docstring inherited
+        if topic is not None:
+            self.spec.check_ref(topic)
+
+        def plan() -> Plan:
+            pinned = self._bank.snapshot(snapshot)
+            if not self._is_snapshot(pinned):
+                raise NotFoundError(
+                    f"bank {self.spec.name} has no snapshot {snapshot!r}",
+                    reason=Reason.UNKNOWN_SNAPSHOT,
+                    metadata={"snapshot": snapshot},
+                )
+            return Plan(
+                operation="rollback",
+                operations=self._restore_entries(pinned, topic),
+                detail={"snapshot": snapshot, "topic": "" if topic is None else str(topic)},
+            )
+
+        return self._run(request, plan)
+
+    # ---- what plans are made of
+
+    def _run(self, request: AdminRequest, plan: Callable[[], Plan]) -> TransactionReport:
+        return self._coordinator.run(request, plan).report
+
+    def _set_state(
+        self, request: AdminRequest, topic: BlockRef, operation: str, state: BlockState
+    ) -> TransactionReport:
+        def plan() -> Plan:
+            refs = self._not_deleted(topic)
+            return Plan(
+                operation=operation,
+                operations=[SetState(ref=ref, state=state) for ref in refs],
+                detail={"topic": str(topic)},
+            )
+
+        return self._run(request, plan)
+
+    def _not_deleted(self, topic: BlockRef) -> list[BlockRef]:
+        self.spec.check_ref(topic)
+        statuses = self._shards.describe(list(self.spec.subtree(topic)))
+        refs = [ref for ref, s in statuses.items() if s.state is not BlockState.DELETED]
+        if not refs:
+            raise _deleted(topic)
+        return sorted(refs)
+
+    def _is_snapshot(self, snapshot: Snapshot) -> bool:
+        if snapshot.revision > self._log.last:
+            return False
+        record = self._log.read(snapshot.revision)
+        return record.committed and record.detail.get("snapshot") == snapshot.name
+
+    def _check_name_free(self, name: str) -> None:
+        try:
+            found = self._bank.snapshot(name)
+        except NotFoundError:
+            return
+        if not self._is_snapshot(found):
+            # Left by a transaction that was never committed.
+            self._bank.delete_snapshot(name)
+            return
+        raise AlreadyExistsError(
+            f"bank {self.spec.name} has a snapshot {name!r} already; choose another name",
+            reason=Reason.SNAPSHOT_EXISTS,
+            metadata={"snapshot": name},
+        )
+
+    def _restore_entries(self, snapshot: Snapshot, topic: BlockRef | None) -> list[BlockOperation]:
+        spec = self.spec
+        refs = list(spec.blocks() if topic is None else spec.subtree(topic))
+        erased = self._erased_since(snapshot.revision)
+        pinned: dict[int, Manifest | None] = {}
+        operations: list[BlockOperation] = []
+        for ref, status in sorted(self._shards.describe(refs).items()):
+            if status.state is BlockState.DELETED or ref in erased:
+                continue
+            partition = spec.partition_of(ref)
+            if partition not in pinned:
+                number = self._bank.named_manifest(snapshot.revision, partition)
+                pinned[partition] = self._bank.read_manifest(partition, number) if number else None
+            manifest = pinned[partition]
+            entry = None if manifest is None else manifest.entries.get(ref)
+            # A version is given once, so an equal one means that nothing has changed since.
+            if status.version != (0 if entry is None else entry.version):
+                number = 0 if manifest is None else manifest.number
+                operations.append(RestoreEntry(ref=ref, manifest=number))
+        return operations
+
+    def _erased_since(self, revision: int) -> set[BlockRef]:
+        # What was deleted after the snapshot stays out even if it was created anew since: a
+        # rollback cannot cross a delete.
+        erased: set[BlockRef] = set()
+        for record in self._log.committed_after(revision):
+            if record.operation == "delete":
+                erased.update(change.ref for change in report_of(record).changes)
+        return erased
+
+
+def _audit_record(record: RevisionRecord) -> AuditRecord:
+    detail = {key: value for key, value in record.detail.items() if key not in _AUDIT_HIDES}
+    changes = record.detail.get("changes")
+    if isinstance(changes, list):
+        detail["num_blocks"] = len(changes)
+    return AuditRecord(
+        revision=record.revision,
+        time_s=record.time_s,
+        principal=record.principal,
+        operation=record.operation if record.committed else "aborted",
+        request_id=record.request_id,
+        detail=detail,
+    )
+
+
+def _deleted(topic: BlockRef) -> FailedPreconditionError:
+    return FailedPreconditionError(
+        f"topic {topic} is deleted; only an import or a swap creates it anew",
+        reason=Reason.BLOCK_DELETED,
+        metadata={"topic": str(topic)},
+    )

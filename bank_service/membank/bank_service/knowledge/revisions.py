@@ -1,0 +1,158 @@
+"""The chain of revision records: what was done to a bank, by whom, and what is in force."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from membank.bank_service.store import Bank
+from membank.wire.errors import CorruptionError, Reason
+from membank.wire.format import RevisionRecord
+
+REMEMBERED_REQUESTS = 4096
+"""Newest records whose request ids are known; an older retry would be taken for a new request."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RevisionDraft:
+    """What a record says beside its place in the chain."""
+
+    operation: str
+    """What is done, such as "delete"."""
+    principal: str
+    """Who does it."""
+    request_id: str
+    """Id of the request."""
+    committed: bool = True
+    """False for a transaction that is given up."""
+    manifests: Mapping[int, int] = field(default_factory=dict)
+    """Manifest number of each partition that changes."""
+    changes_tree: bool = False
+    """True where a tree document was written for this revision."""
+    removes: bool = False
+    """True where a block is withheld or deleted by it."""
+    detail: Mapping[str, object] = field(default_factory=dict)
+    """What it is applied to, and the answer to a retry."""
+
+
+class RevisionLog:
+    """The records of one bank, with an index by request id. Threads: one writer, many readers.
+
+    Parameters
+    ----------
+    bank
+        The bank.
+    clock
+        Seconds since 1970-01-01 UTC.
+    """
+
+    # `_lock` guards the index and the two numbers, which `reload` and `append` replace together.
+
+    def __init__(self, bank: Bank, *, clock: Callable[[], float] = time.time) -> None:
+        self._bank = bank
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._by_request: OrderedDict[str, RevisionRecord] = OrderedDict()
+        self._last = -1
+        self._committed = self.read(0)
+        self.reload()
+
+    @property
+    def last(self) -> int:
+        """Number of the newest record, commit or abort."""
+        return self._last
+
+    @property
+    def committed(self) -> RevisionRecord:
+        """Newest record that is a commit: what is in force."""
+        return self._committed
+
+    def reload(self) -> None:
+        """Read what others, or an append whose answer was lost, may have added."""
+        last = self._bank.latest_number()
+        first = max(self._last + 1, last - REMEMBERED_REQUESTS + 1, 0)
+        for number in range(first, last + 1):
+            self._take(self.read(number))
+        number = last
+        while not self.read(number).committed:
+            number -= 1
+        with self._lock:
+            self._last, self._committed = last, self.read(number)
+
+    def read(self, revision: int) -> RevisionRecord:
+        """Return the record of `revision`.
+
+        Raises
+        ------
+        CorruptionError
+            If it is damaged, or gone.
+        """
+        record = self._bank.record(revision)
+        if record is None:
+            raise CorruptionError(
+                f"revision record {revision} of {self._bank.url} is missing; restore it from a copy",
+                reason=Reason.MANIFEST_CORRUPT,
+                metadata={"revision": str(revision)},
+            )
+        return record
+
+    def find(self, request_id: str) -> RevisionRecord | None:
+        """Return the commit that this request id made, or None."""
+        with self._lock:
+            return self._by_request.get(request_id)
+
+    def committed_after(self, revision: int) -> Iterator[RevisionRecord]:
+        """Yield the commits that came after `revision`, oldest first."""
+        for number in range(revision + 1, self._last + 1):
+            record = self.read(number)
+            if record.committed:
+                yield record
+
+    def newest(self, limit: int) -> tuple[RevisionRecord, ...]:
+        """Return the newest `limit` records, newest first."""
+        first = max(0, self._last - limit + 1)
+        return tuple(self.read(number) for number in range(self._last, first - 1, -1))
+
+    def append(self, draft: RevisionDraft) -> RevisionRecord:
+        """Create the next record; that it exists is the commit (or the abort).
+
+        Raises
+        ------
+        ConflictError
+            If somebody else created it first; what is in force has to be read again.
+        """
+        revision = self._last + 1
+        before = self._committed
+        record = self._bank.decide(
+            RevisionRecord(
+                revision=revision,
+                committed=draft.committed,
+                nonce="",
+                previous_sha256="",
+                operation=draft.operation,
+                principal=draft.principal,
+                request_id=draft.request_id,
+                time_s=self._clock(),
+                manifests=draft.manifests,
+                tree_revision=revision if draft.changes_tree else before.tree_revision,
+                removal_revision=revision if draft.removes else before.removal_revision,
+                detail=draft.detail,
+            )
+        )
+        self._take(record)
+        with self._lock:
+            self._last = revision
+            if record.committed:
+                self._committed = record
+        return record
+
+    def _take(self, record: RevisionRecord) -> None:
+        if not (record.committed and record.request_id):
+            return
+        with self._lock:
+            self._by_request[record.request_id] = record
+            while len(self._by_request) > REMEMBERED_REQUESTS:
+                self._by_request.popitem(last=False)

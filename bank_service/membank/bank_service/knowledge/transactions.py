@@ -1,0 +1,418 @@
+"""Transactions across shards: all of them take part, or nothing happened.
+
+The life of a transaction: every shard concerned prepares; the record of the next revision is
+created, which is the commit; every shard installs it. Whoever dies, and when:
+
+==========================================  ====================================================
+at that moment                              what holds afterwards
+==========================================  ====================================================
+a shard, before the record                  nothing happened: the others are told to give up
+the coordinator, before the record          nothing happened: `recover` claims the revision with
+                                            an abort record and tells the shards to give up
+the store, while the record is created      whatever the store says when it answers again
+a shard, after the record                   done: it reads the record when it starts again
+the coordinator, after the record           done: `recover` tells the shards
+==========================================  ====================================================
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from membank.bank_service.knowledge.contract import AdminRequest
+from membank.bank_service.knowledge.revisions import RevisionDraft, RevisionLog
+from membank.bank_service.knowledge.shards import (
+    ShardGroup,
+    ShardMember,
+    raise_first,
+    unreachable,
+)
+from membank.bank_service.knowledge.trees import TreeStore
+from membank.bank_service.shard.contract import BlockOperation, Prepared
+from membank.bank_service.store import Bank
+from membank.wire.errors import (
+    ConflictError,
+    InvalidArgumentError,
+    MembankError,
+    NotFoundError,
+    Reason,
+    UnavailableError,
+)
+from membank.wire.format import RevisionRecord, TreeDocument
+from membank.wire.records import BlockChange, TransactionReport
+from membank.wire.spec import BlockRef, BlockState
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CoordinatorConfig:
+    """Patience of the coordinator."""
+
+    lock_wait_s: float = 30.0
+    """Longest wait for the transaction before."""
+    commit_patience_s: float = 60.0
+    """Longest wait for shards to confirm a committed revision."""
+    commit_pause_s: float = 0.1
+    """Pause between two attempts to reach a shard."""
+
+    def __post_init__(self) -> None:
+        for name in ("lock_wait_s", "commit_patience_s", "commit_pause_s"):
+            value = getattr(self, name)
+            if not value >= 0:
+                raise InvalidArgumentError(f"{name} is {value}; accepted: >= 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a transaction is to do; made under the lock, from the state that it will change."""
+
+    operation: str
+    """Name in the audit log, such as "delete"."""
+    operations: Sequence[BlockOperation] = ()
+    """The steps, at most one per block."""
+    detail: Mapping[str, object] = field(default_factory=dict)
+    """What it is applied to; JSON-able, no content, no labels."""
+    tree: TreeDocument | None = None
+    """The tree document that comes into force with it; None = unchanged."""
+    all_partitions: bool = False
+    """True where partitions without an operation prepare too, so that all journals are folded."""
+    before_commit: Callable[[int], None] | None = None
+    """Called with the revision once all have prepared; an error gives the plan up."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What became of a transaction."""
+
+    report: TransactionReport
+    """What it did."""
+    record: RevisionRecord | None
+    """Its record; None for a dry run."""
+
+
+class Coordinator:
+    """Runs the transactions of one bank, one at a time.
+
+    Lock order: `_lock` is taken first and held for a whole transaction; shards and the revision
+    log have locks of their own below it.
+
+    Parameters
+    ----------
+    bank
+        The bank.
+    shards
+        All shards.
+    log
+        The bank's records.
+    trees
+        The bank's tree documents.
+    config
+        Patience.
+    sleep
+        Waits for some seconds.
+    clock
+        Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        bank: Bank,
+        shards: ShardGroup,
+        *,
+        log: RevisionLog,
+        trees: TreeStore,
+        config: CoordinatorConfig | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._bank = bank
+        self._shards = shards
+        self._log = log
+        self._trees = trees
+        self._config = config or CoordinatorConfig()
+        self._sleep = sleep
+        self._clock = clock
+        self._lock = threading.Lock()
+        # True while shards may hold something prepared, or lag, that nobody has settled.
+        self._unsettled = True
+        # True while somebody may yet create the record of the next revision: an earlier
+        # coordinator that is not quite dead, or a put whose answer was lost.
+        self._in_doubt = True
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Keep transactions out, for a read that must not straddle one.
+
+        Raises
+        ------
+        UnavailableError
+            If another transaction holds the bank for longer than the configured wait.
+        """
+        if not self._lock.acquire(timeout=self._config.lock_wait_s):
+            raise UnavailableError(
+                "another transaction is under way; retry when it is done",
+                reason=Reason.TRANSACTION_IN_PROGRESS,
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def run(self, request: AdminRequest, make_plan: Callable[[], Plan]) -> Outcome:
+        """Run one transaction, or return what it did before.
+
+        Parameters
+        ----------
+        request
+            Who asks, and under which id.
+        make_plan
+            Called under the lock, unless the request is a retry.
+
+        Returns
+        -------
+        Outcome
+            What was done, or would be.
+
+        Raises
+        ------
+        ConflictError
+            If a block has not the expected version; nothing was changed.
+        UnavailableError
+            If a shard or the store cannot take part; nothing was changed, unless the message says
+            that the revision is committed.
+        """
+        with self.exclusive():
+            # A shard aborts what it has held for too long, and such a record takes a number.
+            self._log.reload()
+            done = None if request.dry_run else self._log.find(request.request_id)
+            if done is not None:
+                return self._answer_again(request, done)
+            self._settle()
+            plan = make_plan()
+            return self._dry_run(plan) if request.dry_run else self._run(request, plan)
+
+    def recover(self) -> None:
+        """Settle what an earlier coordinator left: wholly done, or wholly undone."""
+        with self.exclusive():
+            self._unsettled = self._in_doubt = True
+            self._settle()
+
+    # ---- one transaction
+
+    def _dry_run(self, plan: Plan) -> Outcome:
+        revision = self._log.last + 1
+        prepared = raise_first(self._prepare(revision, plan, dry_run=True))
+        return Outcome(report=_report(self._log.committed.revision, prepared, True), record=None)
+
+    def _run(self, request: AdminRequest, plan: Plan) -> Outcome:
+        revision = self._log.last + 1
+        self._unsettled = True
+        results = self._prepare(revision, plan)
+        try:
+            prepared = raise_first(results)
+            manifests = {p: n for part in prepared for p, n in part.manifests.items()}
+            if plan.tree is not None:
+                self._trees.write(revision, plan.tree)
+            if plan.before_commit is not None:
+                plan.before_commit(revision)
+            report = _report(revision, prepared, False)
+            record = self._decide(_draft(request, plan, manifests, report))
+        except Exception:
+            self._give_up(revision)
+            done = self._log.find(request.request_id)
+            if done is None:
+                raise
+            # The store created the record, though it did not say so.
+            return Outcome(report=report_of(done), record=done)
+        self._install(record)
+        return Outcome(report=report, record=record)
+
+    def _prepare(
+        self, revision: int, plan: Plan, *, dry_run: bool = False
+    ) -> list[Prepared | Exception]:
+        refs = [operation.ref for operation in plan.operations]
+        if len(set(refs)) != len(refs):
+            raise InvalidArgumentError("a transaction names a block twice")
+        owners = self._shards.by_owner(refs)
+        operations = {operation.ref: operation for operation in plan.operations}
+        members = [
+            member
+            for member in self._shards.members()
+            if member.shard_id in owners or plan.all_partitions
+        ]
+
+        def prepare(member: ShardMember) -> Prepared:
+            mine = [operations[ref] for ref in owners.get(member.shard_id, ())]
+            return member.handle.prepare(
+                revision, mine, all_partitions=plan.all_partitions, dry_run=dry_run
+            )
+
+        return self._shards.call(members, prepare)
+
+    def _decide(self, draft: RevisionDraft) -> RevisionRecord:
+        try:
+            return self._log.append(draft)
+        except MembankError:
+            # Somebody else decided, or nobody knows: our put may yet arrive.
+            self._in_doubt = True
+            raise
+
+    def _give_up(self, revision: int) -> None:
+        try:
+            self._settle()
+        except MembankError as err:
+            # The caller hears of the first failure; this one is tried again before anything else.
+            _LOG.warning("revision %d is not settled yet: %s", revision, err)
+
+    def _answer_again(self, request: AdminRequest, record: RevisionRecord) -> Outcome:
+        if record.principal != request.principal:
+            raise ConflictError(
+                f"request id {request.request_id} was used by somebody else",
+                reason=Reason.TRANSACTION_CONFLICT,
+            )
+        self._settle()
+        return Outcome(report=report_of(record), record=record)
+
+    # ---- bringing shards and store to what the records say
+
+    def _settle(self) -> None:
+        """Make every shard and the trees agree with the records, after any failure."""
+        if not self._unsettled:
+            return
+        self._log.reload()
+        if self._in_doubt and self._is_unfinished():
+            self._claim()
+        self._in_doubt = False
+        revision = self._log.last + 1
+        raise_first(self._shards.call(self._shards.members(), lambda m: m.handle.abort(revision)))
+        self._install(self._log.committed)
+
+    def _is_unfinished(self) -> bool:
+        """Return whether a manifest of a revision without a record lies in the store."""
+        for partition in range(self._bank.spec.num_partitions):
+            numbers = self._bank.manifest_numbers(partition)
+            try:
+                manifest = self._bank.read_manifest(partition, numbers[-1]) if numbers else None
+            except NotFoundError:
+                continue  # a shard that starts just now has removed it
+            if manifest is not None and manifest.revision > self._log.last:
+                return True
+        return False
+
+    def _claim(self) -> None:
+        """Create the record of the unfinished revision as an abort, before a late commit can."""
+        try:
+            self._log.append(
+                RevisionDraft(
+                    operation="abort", principal="controller", request_id="", committed=False
+                )
+            )
+        except ConflictError:
+            # The commit came first after all.
+            self._log.reload()
+
+    def _install(self, record: RevisionRecord) -> None:
+        """Tell every shard of `record`, waiting for those that are down; then clear the trees."""
+        self._unsettled = True
+        deadline = self._clock() + self._config.commit_patience_s
+        while lagging := self._tell(record):
+            if self._clock() >= deadline:
+                raise unreachable(lagging, record.revision)
+            self._sleep(self._config.commit_pause_s)
+        self._trees.destroy_others(record.tree_revision)
+        self._unsettled = False
+
+    def _tell(self, record: RevisionRecord) -> list[str]:
+        members = self._shards.members()
+
+        def tell(member: ShardMember) -> None:
+            installed = member.handle.revision
+            for missed in self._log.committed_after(installed):
+                if missed.revision < record.revision:
+                    member.handle.commit(missed)
+            if installed < record.revision:
+                member.handle.commit(record)
+
+        lagging = []
+        for member, result in zip(members, self._shards.call(members, tell), strict=True):
+            if isinstance(result, UnavailableError):
+                lagging.append(member.shard_id)
+            elif isinstance(result, Exception):
+                raise result
+        return lagging
+
+
+def report_of(record: RevisionRecord) -> TransactionReport:
+    """Return the report of a committed transaction, from its record."""
+    changes = record.detail.get("changes")
+    destroyed = record.detail.get("num_slots_destroyed")
+    return TransactionReport(
+        revision=record.revision,
+        changes=tuple(
+            BlockChange(
+                ref=BlockRef(level, cluster),
+                version_before=version_before,
+                version_after=version_after,
+                state_before=BlockState(state_before),
+                state_after=BlockState(state_after),
+                num_bytes=num_bytes,
+            )
+            for (
+                level,
+                cluster,
+                version_before,
+                version_after,
+                state_before,
+                state_after,
+                num_bytes,
+            ) in (changes if isinstance(changes, list) else ())
+        ),
+        num_slots_destroyed=destroyed if isinstance(destroyed, int) else 0,
+    )
+
+
+def _report(revision: int, prepared: Sequence[Prepared], dry_run: bool) -> TransactionReport:
+    changes = sorted(
+        (change for part in prepared for change in part.changes), key=lambda change: change.ref
+    )
+    return TransactionReport(
+        revision=revision,
+        changes=tuple(changes),
+        dry_run=dry_run,
+        num_slots_destroyed=sum(part.num_slots_destroyed for part in prepared),
+    )
+
+
+def _draft(
+    request: AdminRequest, plan: Plan, manifests: Mapping[int, int], report: TransactionReport
+) -> RevisionDraft:
+    changes = [
+        [
+            *change.ref,
+            change.version_before,
+            change.version_after,
+            int(change.state_before),
+            int(change.state_after),
+            change.num_bytes,
+        ]
+        for change in report.changes
+    ]
+    return RevisionDraft(
+        operation=plan.operation,
+        principal=request.principal,
+        request_id=request.request_id,
+        manifests=manifests,
+        changes_tree=plan.tree is not None,
+        removes=any(change.state_after is not BlockState.ACTIVE for change in report.changes),
+        detail={
+            **plan.detail,
+            "changes": changes,
+            "num_slots_destroyed": report.num_slots_destroyed,
+        },
+    )

@@ -1,0 +1,254 @@
+"""Operations over gRPC: a thin skin around a `BankAdmin`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grpc
+
+from membank.bank_service.knowledge.contract import AdminRequest, BankAdmin
+from membank.bank_service.rpc.auth import current_principal
+from membank.bank_service.rpc.block_servicer import MAX_REFS, check_bank
+from membank.bank_service.rpc.budget import ByteBudget
+from membank.bank_service.rpc.interceptor import check_alive
+from membank.bank_service.shard.contract import SetContent
+from membank.v1 import admin_service_pb2 as pb
+from membank.v1 import types_pb2 as types_pb
+from membank.v1.admin_service_pb2_grpc import AdminServiceServicer
+from membank.wire import convert
+from membank.wire.crc import crc32c
+from membank.wire.errors import InvalidArgumentError, Reason
+from membank.wire.framing import Payload, PayloadAssembler, iter_chunks
+from membank.wire.spec import BankSpec, BlockRef, dtype_of
+
+_DEFAULT_AUDIT_RECORDS = 100
+_MAX_AUDIT_RECORDS = 10_000
+
+
+class AdminServicer(AdminServiceServicer):
+    """Serves the operations of one bank.
+
+    Parameters
+    ----------
+    admin
+        The operations.
+    budget
+        Bound on payload bytes in flight, shared by all calls.
+    """
+
+    def __init__(self, admin: BankAdmin, budget: ByteBudget) -> None:
+        self._admin = admin
+        self._budget = budget
+
+    # docstrings of the methods: admin_service.proto
+
+    def CreateBank(
+        self, request: pb.CreateBankRequest, context: grpc.ServicerContext
+    ) -> pb.CreateBankResponse:
+        check_alive(context)
+        if not request.HasField("spec"):
+            raise InvalidArgumentError("a bank needs its spec")
+        spec = self._admin.create_bank(
+            _request(request.request_id), convert.spec_from_pb(request.spec), request.tree
+        )
+        return pb.CreateBankResponse(spec=convert.spec_to_pb(spec))
+
+    def ListTopics(
+        self, request: pb.ListTopicsRequest, context: grpc.ServicerContext
+    ) -> pb.ListTopicsResponse:
+        self._open(request.bank, context)
+        parent = convert.ref_from_pb(request.parent) if request.HasField("parent") else None
+        topics, revision = self._admin.list_topics(parent, depth=request.depth)
+        return pb.ListTopicsResponse(
+            topics=[convert.topic_to_pb(topic) for topic in topics], revision=revision
+        )
+
+    def DescribeBlocks(
+        self, request: pb.DescribeBlocksRequest, context: grpc.ServicerContext
+    ) -> pb.DescribeBlocksResponse:
+        self._open(request.bank, context)
+        if len(request.refs) > MAX_REFS:
+            raise InvalidArgumentError(f"{len(request.refs)} blocks; at most {MAX_REFS}")
+        blocks = self._admin.describe_blocks(convert.refs_from_pb(request.refs))
+        return pb.DescribeBlocksResponse(
+            blocks=[convert.description_to_pb(block) for block in blocks]
+        )
+
+    def SwapBlocks(
+        self, request_iterator: Iterator[pb.SwapBlocksRequest], context: grpc.ServicerContext
+    ) -> pb.SwapBlocksResponse:
+        head = next(request_iterator, None)
+        if head is None or not head.headers:
+            raise InvalidArgumentError("the swap names no block in its first message")
+        spec = self._open(head.bank, context)
+        payloads = [_swap_payload(header, spec) for header in head.headers]
+        total = sum(payload.num_bytes for payload in payloads)
+        with self._budget.reserve(total, what="swap"):
+            assembler = PayloadAssembler(max_bytes=total)
+            for payload in payloads:
+                assembler.expect(payload)
+            assembler.feed(head.data)
+            for message in request_iterator:
+                assembler.feed(message.data)
+            contents = [
+                SetContent(
+                    ref=convert.ref_from_pb(header.ref),
+                    weight=buffer.view(spec.numpy_dtype).reshape(
+                        spec.block_shape(header.ref.level)
+                    ),
+                    expected_version=(
+                        header.expected_version_plus_one - 1
+                        if header.expected_version_plus_one
+                        else None
+                    ),
+                )
+                for header, buffer in zip(head.headers, assembler.finish(), strict=True)
+            ]
+            check_alive(context)
+            report = self._admin.swap_blocks(_request(head.request_id, head.dry_run), contents)
+        return pb.SwapBlocksResponse(report=convert.report_to_pb(report))
+
+    def WithholdTopic(
+        self, request: pb.WithholdTopicRequest, context: grpc.ServicerContext
+    ) -> pb.WithholdTopicResponse:
+        topic = self._topic(request.bank, request.topic, context)
+        report = self._admin.withhold_topic(_request(request.request_id, request.dry_run), topic)
+        return pb.WithholdTopicResponse(report=convert.report_to_pb(report))
+
+    def RestoreTopic(
+        self, request: pb.RestoreTopicRequest, context: grpc.ServicerContext
+    ) -> pb.RestoreTopicResponse:
+        topic = self._topic(request.bank, request.topic, context)
+        report = self._admin.restore_topic(_request(request.request_id, request.dry_run), topic)
+        return pb.RestoreTopicResponse(report=convert.report_to_pb(report))
+
+    def DeleteTopic(
+        self, request: pb.DeleteTopicRequest, context: grpc.ServicerContext
+    ) -> pb.DeleteTopicResponse:
+        topic = self._topic(request.bank, request.topic, context)
+        report = self._admin.delete_topic(_request(request.request_id, request.dry_run), topic)
+        return pb.DeleteTopicResponse(report=convert.report_to_pb(report))
+
+    def ExportTopic(
+        self, request: pb.ExportTopicRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.ExportTopicResponse]:
+        topic = self._topic(request.bank, request.topic, context)
+        pack = self._admin.export_topic(topic, weights_only=request.weights_only)
+        message = pb.ExportTopicResponse(
+            num_bytes=len(pack.data), crc32c=crc32c(pack.data), revision=pack.revision
+        )
+        for chunk in iter_chunks([pack.data]):
+            check_alive(context)
+            message.data = chunk
+            yield message
+            message = pb.ExportTopicResponse()
+
+    def ImportTopic(
+        self, request_iterator: Iterator[pb.ImportTopicRequest], context: grpc.ServicerContext
+    ) -> pb.ImportTopicResponse:
+        head = next(request_iterator, None)
+        if head is None:
+            raise InvalidArgumentError("the import is empty; its first message announces the pack")
+        self._open(head.bank, context)
+        with self._budget.reserve(head.num_bytes, what="import"):
+            assembler = PayloadAssembler(max_bytes=head.num_bytes)
+            assembler.expect(Payload(num_bytes=head.num_bytes, crc32c=head.crc32c, what="pack"))
+            assembler.feed(head.data)
+            for message in request_iterator:
+                assembler.feed(message.data)
+            (pack,) = assembler.finish()
+            check_alive(context)
+            report, topic = self._admin.import_topic(
+                _request(head.request_id, head.dry_run), pack.tobytes()
+            )
+        return pb.ImportTopicResponse(
+            report=convert.report_to_pb(report), topic=convert.ref_to_pb(topic)
+        )
+
+    def CreateSnapshot(
+        self, request: pb.CreateSnapshotRequest, context: grpc.ServicerContext
+    ) -> pb.CreateSnapshotResponse:
+        self._open(request.bank, context)
+        snapshot = self._admin.create_snapshot(_request(request.request_id), request.snapshot)
+        return pb.CreateSnapshotResponse(snapshot=convert.snapshot_to_pb(snapshot))
+
+    def ListSnapshots(
+        self, request: pb.ListSnapshotsRequest, context: grpc.ServicerContext
+    ) -> pb.ListSnapshotsResponse:
+        self._open(request.bank, context)
+        snapshots = self._admin.list_snapshots()
+        return pb.ListSnapshotsResponse(
+            snapshots=[convert.snapshot_to_pb(snapshot) for snapshot in snapshots]
+        )
+
+    def Rollback(
+        self, request: pb.RollbackRequest, context: grpc.ServicerContext
+    ) -> pb.RollbackResponse:
+        spec = self._open(request.bank, context)
+        topic = None
+        if request.HasField("topic"):
+            topic = convert.ref_from_pb(request.topic)
+            spec.check_ref(topic)
+        report = self._admin.rollback(
+            _request(request.request_id, request.dry_run), request.snapshot, topic
+        )
+        return pb.RollbackResponse(report=convert.report_to_pb(report))
+
+    def GetStats(
+        self, request: pb.GetStatsRequest, context: grpc.ServicerContext
+    ) -> pb.GetStatsResponse:
+        self._open(request.bank, context)
+        return convert.stats_to_pb(self._admin.stats())
+
+    def ListAuditRecords(
+        self, request: pb.ListAuditRecordsRequest, context: grpc.ServicerContext
+    ) -> pb.ListAuditRecordsResponse:
+        self._open(request.bank, context)
+        limit = min(request.limit or _DEFAULT_AUDIT_RECORDS, _MAX_AUDIT_RECORDS)
+        return pb.ListAuditRecordsResponse(
+            records=[convert.audit_to_pb(record) for record in self._admin.audit(limit)]
+        )
+
+    def _open(self, bank: str, context: grpc.ServicerContext) -> BankSpec:
+        check_alive(context)
+        spec = self._admin.spec
+        check_bank(bank, spec)
+        return spec
+
+    def _topic(
+        self, bank: str, message: types_pb.BlockRef, context: grpc.ServicerContext
+    ) -> BlockRef:
+        topic = convert.ref_from_pb(message)
+        self._open(bank, context).check_ref(topic)
+        return topic
+
+
+def _request(request_id: str, dry_run: bool = False) -> AdminRequest:
+    if not request_id and not dry_run:
+        raise InvalidArgumentError(
+            "a change needs a request id (UUID), so that a retry is harmless"
+        )
+    return AdminRequest(
+        request_id=request_id, principal=current_principal.get().name, dry_run=dry_run
+    )
+
+
+def _swap_payload(header: pb.SwapHeader, spec: BankSpec) -> Payload:
+    ref = convert.ref_from_pb(header.ref)
+    spec.check_ref(ref)
+    dtype = convert.dtype_from_pb(header.dtype) or spec.dtype
+    if dtype != spec.dtype:
+        raise InvalidArgumentError(
+            f"content of block {ref} is {dtype}; the bank keeps {spec.dtype}: convert it first",
+            reason=Reason.BAD_DTYPE,
+            metadata={"block": str(ref), "dtype": dtype},
+        )
+    expected = spec.block_params(ref.level) * dtype_of(dtype).itemsize
+    if header.num_bytes != expected:
+        raise InvalidArgumentError(
+            f"content of block {ref} has {header.num_bytes} bytes; its shape "
+            f"{spec.block_shape(ref.level)} takes {expected}",
+            reason=Reason.BAD_SHAPE,
+            metadata={"block": str(ref)},
+        )
+    return Payload(num_bytes=header.num_bytes, crc32c=header.crc32c, what=f"content of {ref}")

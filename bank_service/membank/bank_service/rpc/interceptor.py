@@ -1,0 +1,143 @@
+"""What happens around every call: who calls, may they, and how errors leave the server."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import grpc
+
+from membank.bank_service.rpc.auth import (
+    METHOD_ROLES,
+    Authenticator,
+    Principal,
+    current_principal,
+    require_role,
+)
+from membank.wire.errors import DeadlineError, InternalError, MembankError, to_status
+
+_LOG = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    # Generic in its stubs alone. One interceptor serves methods of all message types.
+    _Handler = grpc.RpcMethodHandler[Any, Any]
+
+_Behavior = Callable[[object, grpc.ServicerContext], object]
+_StreamBehavior = Callable[[object, grpc.ServicerContext], Iterator[object]]
+
+_HEALTH_PREFIX = "/grpc.health.v1.Health/"
+
+
+class CallInterceptor(grpc.ServerInterceptor):
+    """Authenticates calls, checks roles and turns errors into statuses.
+
+    A `MembankError` becomes its status. Anything else is a defect: the caller learns a request id,
+    the log holds the traceback under it, and nothing of the inside leaks.
+
+    Parameters
+    ----------
+    authenticator
+        Tells who calls.
+    """
+
+    def __init__(self, authenticator: Authenticator) -> None:
+        self._authenticator = authenticator
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], _Handler | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler | None:
+        # docstring inherited
+        handler = continuation(handler_call_details)
+        method = handler_call_details.method
+        # Probes of load balancers carry no token, and health tells nothing about the bank.
+        if handler is None or method.startswith(_HEALTH_PREFIX):
+            return handler
+        return self._guard(handler, method)
+
+    def _guard(self, handler: _Handler, method: str) -> _Handler:
+        # Of the four attributes of a handler, one holds its behaviour.
+        single = handler.unary_unary or handler.stream_unary
+        stream = handler.unary_stream or handler.stream_stream
+        if single is not None:
+            guarded: object = self._single(cast("_Behavior", single), method)
+        else:
+            guarded = self._stream(cast("_StreamBehavior", stream), method)
+        make = {
+            (False, False): grpc.unary_unary_rpc_method_handler,
+            (False, True): grpc.unary_stream_rpc_method_handler,
+            (True, False): grpc.stream_unary_rpc_method_handler,
+            (True, True): grpc.stream_stream_rpc_method_handler,
+        }[handler.request_streaming, handler.response_streaming]
+        return make(
+            cast("Any", guarded),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    def _single(self, behavior: _Behavior, method: str) -> _Behavior:
+        def guarded(request: object, context: grpc.ServicerContext) -> object:
+            with self._call(method, context) as principal:
+                token = current_principal.set(principal)
+                try:
+                    return behavior(request, context)
+                finally:
+                    current_principal.reset(token)
+
+        return guarded
+
+    def _stream(self, behavior: _StreamBehavior, method: str) -> _StreamBehavior:
+        # No principal here: a generator may be finished on another thread than it began on.
+        def guarded(request: object, context: grpc.ServicerContext) -> Iterator[object]:
+            with self._call(method, context):
+                yield from behavior(request, context)
+
+        return guarded
+
+    @contextmanager
+    def _call(self, method: str, context: grpc.ServicerContext) -> Iterator[Principal]:
+        try:
+            principal = self._authenticator.authenticate(context.invocation_metadata())
+            if method in METHOD_ROLES:
+                require_role(principal, method)
+            yield principal
+        except MembankError as err:
+            context.abort_with_status(to_status(err))
+        except grpc.RpcError:
+            # The request stream broke: the caller is gone, and so is whoever would read a status.
+            context.abort(grpc.StatusCode.CANCELLED, "the request stream ended early")
+        except Exception:
+            if not _is_ours(method):
+                raise
+            request_id = uuid.uuid4().hex
+            _LOG.exception("%s failed, request %s", method, request_id)
+            context.abort_with_status(to_status(_internal(method, request_id)))
+
+
+def check_alive(context: grpc.ServicerContext) -> None:
+    """Raise unless somebody still waits for the answer.
+
+    Raises
+    ------
+    DeadlineError
+        If the call was cancelled or its deadline passed.
+    """
+    if not context.is_active():
+        raise DeadlineError("the caller cancelled or its deadline passed; nothing was done")
+
+
+def _is_ours(method: str) -> bool:
+    # grpc's own services (reflection) abort by raising a bare Exception.
+    return method in METHOD_ROLES
+
+
+def _internal(method: str, request_id: str) -> InternalError:
+    return InternalError(
+        f"{method.rsplit('/', 1)[-1]} failed inside the server; "
+        f"its log has the cause under request {request_id}",
+        metadata={"request_id": request_id},
+    )
