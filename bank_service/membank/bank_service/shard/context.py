@@ -9,8 +9,8 @@ from pathlib import Path
 from threading import Lock
 
 from membank.bank_service.shard.config import ShardConfig
-from membank.bank_service.shard.optimizer import BlockOptimizer
 from membank.bank_service.shard.residency import Residency
+from membank.bank_service.shard.update_rule import UpdateRule
 from membank.bank_service.shard.watch import WatchHub
 from membank.bank_service.store.bank import Bank
 from membank.bank_service.store.journal import LogFile, PosixLogFile
@@ -24,7 +24,7 @@ class ShardContext:
     """The bank."""
     config: ShardConfig
     """Settings."""
-    optimizer: BlockOptimizer
+    rule: UpdateRule
     """Applies gradients."""
     residency: Residency
     """Decides what stays in memory."""

@@ -17,9 +17,6 @@ from membank.bank_service.shard.content import (
     INITIAL_ENTRY,
     BlockRecord,
     Content,
-    content_crcs,
-    initial_content,
-    zero_state,
 )
 from membank.bank_service.shard.context import ShardContext
 from membank.bank_service.shard.optimizer import kernel_fingerprint
@@ -42,10 +39,10 @@ from membank.wire.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from membank.wire.format import NO_SLOT, Entry, Manifest
+from membank.wire.format import Entry, Manifest
 from membank.wire.format.manifest import AppliedRequest
 from membank.wire.records import BlockEvent, Gradient, Update, UpdateResult
-from membank.wire.spec import Array, BlockRef, BlockState, Role
+from membank.wire.spec import Array, BlockRef, BlockState
 
 _LOG = logging.getLogger(__name__)
 
@@ -115,6 +112,7 @@ class Partition:
         self.revision = revision
         self._context = context
         self._spec = context.bank.spec
+        self._rule = context.rule
         self._kernel = kernel_fingerprint()
         self._writer = RLock()
         self._released = Condition(self._writer)
@@ -136,32 +134,6 @@ class Partition:
     def held(self) -> Hold | None:
         """The transaction that holds updates back, if any."""
         return self._held
-
-    # ---- loading
-
-    def load(self, ref: BlockRef, record: BlockRecord, roles: Sequence[Role]) -> Content:
-        """Return the content of `record` with at least `roles`, from memory, slot or seed.
-
-        Raises
-        ------
-        CorruptionError
-            If the slot is missing or damaged; also if it was reused since `record` was current.
-        """
-        content = record.content
-        if content is None:
-            content = initial_content(self._spec, ref) if record.is_initial else Content({}, 0)
-        missing = [role for role in roles if role not in content.arrays]
-        if not missing:
-            return content
-        arrays: dict[Role, Array] = dict(content.arrays)
-        if record.is_initial:
-            arrays |= zero_state(self._spec, ref)
-            return Content(arrays, content.weight_crc)
-        crcs = dict(zip(self._spec.roles, record.entry.crcs, strict=True))
-        for role in missing:
-            slot = record.entry.slot
-            arrays[role] = self.store.arrays.read(ref.level, slot, role, crcs[role])
-        return Content(arrays, crcs[Role.WEIGHT])
 
     def keep(self, ref: BlockRef, record: BlockRecord, content: Content) -> None:
         """Keep a loaded content in memory, if `record` still is what is known of `ref`."""
@@ -207,7 +179,7 @@ class Partition:
         staged = []
         for applied in frame.gradients:
             record = self.record(applied.ref)
-            found = self._compute(applied.ref, record, applied.values, frame.learning_rate_scale)
+            found = self._apply(applied.ref, record, applied.values, frame.learning_rate_scale)
             if found is None or (found[0].version, found[0].crcs) != (
                 applied.version,
                 applied.crcs,
@@ -220,9 +192,9 @@ class Partition:
     def _stage(self, update: Update, gradient: Gradient) -> _Staged | UpdateResult:
         ref = gradient.ref
         record = self.record(ref)
-        if (reason := self._refusal(record.entry, gradient.base_version)) is not None:
+        if (reason := self._rule.refusal(record.entry, gradient.base_version)) is not None:
             return _refused(ref, record.entry, reason)
-        found = self._compute(ref, record, gradient.values, update.learning_rate_scale)
+        found = self._apply(ref, record, gradient.values, update.learning_rate_scale)
         if found is None:
             return _refused(ref, record.entry, Reason.NOT_FINITE)
         entry, content = found
@@ -230,35 +202,11 @@ class Partition:
         result = UpdateResult(ref=ref, accepted=True, version=entry.version)
         return _Staged(result, entry, content, applied)
 
-    def _refusal(self, entry: Entry, base_version: int) -> Reason | None:
-        if entry.state is BlockState.WITHHELD:
-            return Reason.BLOCK_WITHHELD
-        if entry.state is BlockState.DELETED:
-            return Reason.BLOCK_DELETED
-        if base_version > entry.version:
-            return Reason.VERSION_MISMATCH
-        # A base from before the last administrative change belongs to other content: applying
-        # it could carry a deleted topic into the one imported in its place.
-        if entry.version - base_version > min(self._spec.max_staleness, entry.updates):
-            return Reason.STALE_VERSION
-        return None
-
-    def _compute(
+    def _apply(
         self, ref: BlockRef, record: BlockRecord, values: Array, scale: float
     ) -> tuple[Entry, Content] | None:
-        before = record.entry
-        content = self.load(ref, record, self._spec.roles)
-        after = self._context.optimizer.apply(ref.level, content, before.step, values, scale)
-        if after is None:
-            return None
-        entry = Entry(
-            slot=NO_SLOT,
-            version=before.version + 1,
-            step=before.step + 1,
-            updates=before.updates + 1,
-            crcs=content_crcs(self._spec, after.arrays),
-        )
-        return entry, after
+        content = self.store.load_content(ref, record, self._spec.roles)
+        return self._rule.apply(ref, record.entry, content, values, scale)
 
     def _install(
         self,

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from membank.bank_service.shard.content import Content
+from membank.bank_service.shard.content import (
+    BlockRecord,
+    Content,
+    initial_content,
+    zero_state,
+)
 from membank.bank_service.store.arrays import SlotArrays
 from membank.bank_service.store.bank import Bank
 from membank.wire.errors import (
@@ -18,7 +23,7 @@ from membank.wire.errors import (
 )
 from membank.wire.format import NO_SLOT, Entry, Manifest, encode_manifest
 from membank.wire.format.layout import manifest_key
-from membank.wire.spec import BlockRef, BlockState, Role
+from membank.wire.spec import Array, BlockRef, BlockState, Role
 
 SlotName = tuple[int, int]
 """Level and slot."""
@@ -35,7 +40,7 @@ class LoadedManifests:
 
 
 class PartitionStore:
-    """Slots and manifests of one partition. Used by one thread at a time, but for `arrays`.
+    """Slots and manifests of one partition. Used by one thread at a time, but for `load_content`.
 
     Slots are created, never overwritten, and their numbers are not used again: an owner that was
     replaced without knowing it can thus neither damage nor remove what its successor wrote.
@@ -51,13 +56,12 @@ class PartitionStore:
     def __init__(self, bank: Bank, partition: int) -> None:
         self._bank = bank
         self._partition = partition
-        self.arrays = SlotArrays(bank.objects, bank.spec, partition)
-        """The partition's slots."""
+        self._arrays = SlotArrays(bank.objects, bank.spec, partition)
         self._slots_of: dict[int, frozenset[SlotName]] = {}
         self._next_slot: dict[int, int] = {}
         self._next_number = 1
 
-    def load(self) -> LoadedManifests:
+    def load_manifests(self) -> LoadedManifests:
         """Find the manifest in force, and remove those that were prepared and given up.
 
         Raises
@@ -84,19 +88,42 @@ class PartitionStore:
             self.drop(number)
         return LoadedManifests(current, undecided)
 
+    def load_content(self, ref: BlockRef, record: BlockRecord, roles: Sequence[Role]) -> Content:
+        """Return the content of `record` with at least `roles`, from memory, slot or seed.
+
+        Raises
+        ------
+        CorruptionError
+            If the slot is missing or damaged; also if it was removed since `record` was current.
+        """
+        spec = self._bank.spec
+        content = record.content
+        if content is None:
+            content = initial_content(spec, ref) if record.is_initial else Content({}, 0)
+        missing = [role for role in roles if role not in content.arrays]
+        if not missing:
+            return content
+        arrays: dict[Role, Array] = dict(content.arrays)
+        if record.is_initial:
+            return Content(arrays | zero_state(spec, ref), content.weight_crc)
+        crcs = dict(zip(spec.roles, record.entry.crcs, strict=True))
+        for role in missing:
+            arrays[role] = self._arrays.read(ref.level, record.entry.slot, role, crcs[role])
+        return Content(arrays, crcs[Role.WEIGHT])
+
     def write_block(self, ref: BlockRef, content: Content, crcs: tuple[int, ...]) -> int:
         """Write a block with its optimizer state to a fresh slot, durably, and return the slot."""
         while True:
             slot = self._next_slot.get(ref.level, 0)
             self._next_slot[ref.level] = slot + 1
-            self.arrays.reserve(ref.level, slot)
+            self._arrays.reserve(ref.level, slot)
             written: list[Role] = []
             try:
                 for role, crc in zip(self._bank.spec.roles, crcs, strict=True):
-                    self.arrays.write(ref.level, slot, role, content.arrays[role], crc)
+                    self._arrays.write(ref.level, slot, role, content.arrays[role], crc)
                     written.append(role)
             except MembankError as err:
-                self.arrays.delete(ref.level, slot, written)
+                self._arrays.delete(ref.level, slot, written)
                 # Left by a writer that died before it published: take the next one.
                 if not isinstance(err, AlreadyExistsError):
                     raise
@@ -156,7 +183,7 @@ class PartitionStore:
     def release(self, slots: Iterable[SlotName]) -> None:
         """Remove slots that no manifest names."""
         for level, slot in slots:
-            self.arrays.delete(level, slot)
+            self._arrays.delete(level, slot)
 
     def retained(self, revision: int, num_revisions: int) -> set[int]:
         """Return the manifests that the newest revisions up to `revision`, or snapshots, need."""
@@ -198,13 +225,13 @@ class PartitionStore:
             return 0
         doomed = {slot for manifest in affected for slot in _slots(manifest, deleted)}
         for level, slot in doomed:
-            self.arrays.delete(level, slot)
+            self._arrays.delete(level, slot)
         # What a crashed writer left in slots that no manifest names may be of these blocks too.
         used = set().union(*self._slots_of.values())
         for level in {ref.level for ref in deleted}:
-            for slot in self.arrays.stored_slots(level):
+            for slot in self._arrays.stored_slots(level):
                 if (level, slot) not in used:
-                    self.arrays.delete(level, slot)
+                    self._arrays.delete(level, slot)
         for manifest in affected:
             scrubbed = replace(manifest, entries=_scrubbed(manifest.entries, deleted))
             key = manifest_key(self._partition, manifest.number)

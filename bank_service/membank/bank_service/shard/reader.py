@@ -123,7 +123,7 @@ class BlockReader:
                 continue
             if len(capture.arrays) < len(roles):
                 try:
-                    content = capture.partition.load(ref, record, roles)
+                    content = capture.partition.store.load_content(ref, record, roles)
                 except CorruptionError:
                     if self._moved_on(ref, capture):
                         return None

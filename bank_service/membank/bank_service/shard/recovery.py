@@ -105,7 +105,7 @@ def open_partition(context: ShardContext, number: int, folder: Path, revision: i
         open_file=context.open_log_file,
     )
     store = PartitionStore(context.bank, number)
-    loaded = store.load()
+    loaded = store.load_manifests()
     before = loaded.current or _empty_manifest(number)
     _check_continuity(journal, before, folder)
     epoch = max(journal.epoch, before.epoch) + 1

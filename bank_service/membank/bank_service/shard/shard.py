@@ -24,12 +24,13 @@ from membank.bank_service.shard.contract import (
     Subscription,
 )
 from membank.bank_service.shard.draft import check_array
-from membank.bank_service.shard.optimizer import BlockOptimizer, convert
+from membank.bank_service.shard.optimizer import convert
 from membank.bank_service.shard.participant import Participant, owned
 from membank.bank_service.shard.partition import Partition
 from membank.bank_service.shard.reader import BlockReader, LoadedBlock
 from membank.bank_service.shard.recovery import PartitionLock, journal_folder, open_partition
 from membank.bank_service.shard.residency import Residency
+from membank.bank_service.shard.update_rule import UpdateRule
 from membank.bank_service.shard.watch import WatchHub
 from membank.bank_service.store.bank import Bank
 from membank.bank_service.store.journal import LogFile, PosixLogFile
@@ -129,7 +130,7 @@ class Shard:
         context = ShardContext(
             bank=bank,
             config=config,
-            optimizer=BlockOptimizer(bank.spec),
+            rule=UpdateRule(bank.spec),
             residency=Residency(config.resident_bytes),
             hub=WatchHub(config.watch_queue_events),
             clock=clock,

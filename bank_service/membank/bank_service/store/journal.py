@@ -376,6 +376,8 @@ class Journal:
             self.torn_tail = TornTail(str(path), end, len(data) - end)
             _LOG.warning("cut %d bytes of an unfinished write off %s", len(data) - end, path)
         if segment is None:
+            if not last:
+                raise _corrupt(path, 0, "empty, and a later segment exists")
             path.unlink()
             return
         if end < len(data):

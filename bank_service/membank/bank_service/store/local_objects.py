@@ -46,12 +46,12 @@ class LocalObjects:
 
     def get(self, key: str) -> bytes:
         # docstring inherited
-        with self._translated(key):
+        with self._translated(key, reading=True):
             return self._path(key).read_bytes()
 
     def get_range(self, key: str, start: int, end: int) -> bytes:
         # docstring inherited
-        with self._translated(key), self._path(key).open("rb") as file:
+        with self._translated(key, reading=True), self._path(key).open("rb") as file:
             return os.pread(file.fileno(), max(end - start, 0), start)
 
     def put(self, key: str, data: bytes, *, durable: bool = False) -> None:
@@ -85,13 +85,14 @@ class LocalObjects:
         return self.root / key
 
     @contextmanager
-    def _translated(self, key: str) -> Iterator[None]:
+    def _translated(self, key: str, *, reading: bool = False) -> Iterator[None]:
         try:
             yield
-        except IsADirectoryError as err:
-            raise storage_error(FileNotFoundError(), f"{self.root}/{key}") from err
         except OSError as err:
-            raise storage_error(err, f"{self.root}/{key}") from err
+            # Folders are no objects, and files have no objects below them.
+            absent = reading and isinstance(err, IsADirectoryError | NotADirectoryError)
+            cause = FileNotFoundError() if absent else err
+            raise storage_error(cause, f"{self.root}/{key}") from err
 
     def _write(self, key: str, data: bytes, *, durable: bool, exclusive: bool) -> None:
         target = self._path(key)

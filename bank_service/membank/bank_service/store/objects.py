@@ -22,7 +22,7 @@ from membank.wire.errors import (
 )
 
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR})
 _PUBLISH_ATTEMPTS = 4
 
 
@@ -140,7 +140,7 @@ def storage_error(err: Exception, what: str) -> MembankError:
         )
     if number in _REFUSED or isinstance(err, PermissionError):
         return FailedPreconditionError(
-            f"the storage refuses access to {what} ({err}); check its permissions",
+            f"the storage refuses access to {what} ({err}); check the path and its permissions",
             reason=Reason.STORE_FAILED,
             metadata=metadata,
         )
