@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -26,7 +26,7 @@ from membank.wire.errors import (
     Reason,
     UnavailableError,
 )
-from membank.wire.records import Placement, ShardStats
+from membank.wire.records import Placement
 from membank.wire.spec import BankSpec
 
 if TYPE_CHECKING:
@@ -119,7 +119,12 @@ class ShardFleet:
             ShardMember(
                 shard_id=shard_id,
                 partitions=state.settings.partitions,
-                handle=RayShardHandle(shard_id, lambda state=state: state.actor, self._spec),  # type: ignore[misc]  # a default binds the loop's variable
+                handle=RayShardHandle(
+                    shard_id,
+                    functools.partial(getattr, state, "actor"),
+                    self._spec,
+                    num_restarts=functools.partial(getattr, state, "num_restarts"),
+                ),
             )
             for shard_id, state in self._states.items()
         )
@@ -135,13 +140,6 @@ class ShardFleet:
                 shard_id: (state.identity, state.alive, state.num_restarts)
                 for shard_id, state in list(self._states.items())
             }
-
-    def with_restarts(self, stats: Sequence[ShardStats]) -> tuple[ShardStats, ...]:
-        """Return `stats` with the numbers of restarts, which only the controller knows."""
-        return tuple(
-            dataclasses.replace(item, num_restarts=self._states[item.shard_id].num_restarts)
-            for item in stats
-        )
 
     def supervise(self) -> None:
         """Look after every shard once; never raises for what a shard does."""

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from membank.bank_service.cluster.shard_server import server_version
-from membank.bank_service.knowledge.contract import AdminRequest, BankAdmin, ExportedPack
+from membank.bank_service.knowledge.contract import AdminRequest, BankAdmin
 from membank.bank_service.knowledge.operations import BankOperations
 from membank.bank_service.knowledge.revisions import RevisionLog
 from membank.bank_service.knowledge.shards import ShardDirectory, ShardGroup
 from membank.bank_service.knowledge.transactions import Coordinator
 from membank.bank_service.knowledge.trees import TreeStore
-from membank.bank_service.shard.contract import SetContent
 from membank.bank_service.store import Bank
 from membank.wire.errors import AlreadyExistsError, NotFoundError, Reason, UnavailableError
 from membank.wire.format import TreeDocument, decode_tree
 from membank.wire.records import (
-    AuditRecord,
     BankInfo,
-    BankStats,
-    BlockDescription,
     Placement,
-    ShardStats,
-    Snapshot,
-    Topic,
-    TransactionReport,
 )
-from membank.wire.spec import BankSpec, BlockRef
+from membank.wire.spec import BankSpec
 
 
 class Fleet(ShardDirectory, Protocol):
@@ -38,9 +29,6 @@ class Fleet(ShardDirectory, Protocol):
 
     def placement(self) -> Placement:
         """Return the placement in force."""
-
-    def with_restarts(self, stats: Sequence[ShardStats]) -> tuple[ShardStats, ...]:
-        """Return `stats` with the numbers of restarts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +43,7 @@ class _Served:
 
 
 class Gateway:
-    """A `BankAdmin` and a `BankSource` for one service.
+    """A `BankHost` and a `BankSource` for one service.
 
     Parameters
     ----------
@@ -108,11 +96,6 @@ class Gateway:
         """Whether a bank is served."""
         return self._served is not None
 
-    @property
-    def spec(self) -> BankSpec:
-        # docstring inherited
-        return self._admin().spec
-
     def info(self) -> BankInfo:
         """Return what clients must know before their first fetch."""
         served = self._require()
@@ -140,7 +123,14 @@ class Gateway:
                 self._served = self._serve(self._create(request, spec, document))
                 return self._served.bank.spec
             served = self._served
-        return served.operations.create_bank(request, spec, tree)
+        if _is_made_by(served.bank, request):
+            return served.bank.spec
+        raise AlreadyExistsError(
+            f"this service serves the bank {served.bank.spec.name!r} already; start another one "
+            "for a new bank",
+            reason=Reason.BANK_EXISTS,
+            metadata={"bank": served.bank.spec.name},
+        )
 
     def _create(self, request: AdminRequest, spec: BankSpec, document: TreeDocument | None) -> Bank:
         try:
@@ -152,65 +142,14 @@ class Gateway:
                 request_id=request.request_id,
             )
         except AlreadyExistsError:
-            # By this very request, when its shards did not start?
             bank = Bank.open(self._bank_url)
-            first = bank.record(0)
-            if first is None or first.request_id != request.request_id:
+            if not _is_made_by(bank, request):
                 raise
+            # By this very request, but then its shards did not start.
             return bank
 
-    # ---- passed on to the operations of the bank; docstrings inherited
-
-    def list_topics(
-        self, parent: BlockRef | None = None, *, depth: int = 0
-    ) -> tuple[tuple[Topic, ...], int]:
-        return self._admin().list_topics(parent, depth=depth)
-
-    def describe_blocks(self, refs: Sequence[BlockRef]) -> tuple[BlockDescription, ...]:
-        return self._admin().describe_blocks(refs)
-
-    def swap_blocks(
-        self, request: AdminRequest, contents: Sequence[SetContent]
-    ) -> TransactionReport:
-        return self._admin().swap_blocks(request, contents)
-
-    def withhold_topic(self, request: AdminRequest, topic: BlockRef) -> TransactionReport:
-        return self._admin().withhold_topic(request, topic)
-
-    def restore_topic(self, request: AdminRequest, topic: BlockRef) -> TransactionReport:
-        return self._admin().restore_topic(request, topic)
-
-    def delete_topic(self, request: AdminRequest, topic: BlockRef) -> TransactionReport:
-        return self._admin().delete_topic(request, topic)
-
-    def export_topic(self, topic: BlockRef, *, weights_only: bool = False) -> ExportedPack:
-        return self._admin().export_topic(topic, weights_only=weights_only)
-
-    def import_topic(
-        self, request: AdminRequest, pack: bytes
-    ) -> tuple[TransactionReport, BlockRef]:
-        return self._admin().import_topic(request, pack)
-
-    def create_snapshot(self, request: AdminRequest, name: str) -> Snapshot:
-        return self._admin().create_snapshot(request, name)
-
-    def list_snapshots(self) -> tuple[Snapshot, ...]:
-        return self._admin().list_snapshots()
-
-    def rollback(
-        self, request: AdminRequest, snapshot: str, topic: BlockRef | None = None
-    ) -> TransactionReport:
-        return self._admin().rollback(request, snapshot, topic)
-
-    def stats(self) -> BankStats:
-        stats = self._admin().stats()
-        shards = self._require().fleet.with_restarts(stats.shards)
-        return dataclasses.replace(stats, shards=shards)
-
-    def audit(self, limit: int) -> tuple[AuditRecord, ...]:
-        return self._admin().audit(limit)
-
-    def _admin(self) -> BankAdmin:
+    def operations(self) -> BankAdmin:
+        """Return the operations of the bank."""
         return self._require().operations
 
     def _require(self) -> _Served:
@@ -232,3 +171,8 @@ class Gateway:
         coordinator.recover()
         operations = BankOperations(bank, shards, coordinator, log=log, trees=trees)
         return _Served(bank, fleet, log, trees, operations)
+
+
+def _is_made_by(bank: Bank, request: AdminRequest) -> bool:
+    first = bank.record(0)
+    return first is not None and bool(request.request_id) and first.request_id == request.request_id

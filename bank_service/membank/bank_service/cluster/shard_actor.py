@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -148,6 +149,8 @@ class RayShardHandle:
         Returns the actor; asked for every call, as an actor may be replaced.
     spec
         Spec of the bank.
+    num_restarts
+        Returns how often the shard came back, which it does not know itself.
     timeout_s
         Longest wait for one call.
     """
@@ -158,11 +161,13 @@ class RayShardHandle:
         actor: Callable[[], object],
         spec: BankSpec,
         *,
+        num_restarts: Callable[[], int] = lambda: 0,
         timeout_s: float = 120.0,
     ) -> None:
         self._shard_id = shard_id
         self._actor = actor
         self._spec = spec
+        self._num_restarts = num_restarts
         self._timeout_s = timeout_s
 
     @property
@@ -209,7 +214,8 @@ class RayShardHandle:
 
     def stats(self) -> ShardStats:
         # docstring inherited
-        return cast("ShardStats", self._call("stats"))
+        stats = cast("ShardStats", self._call("stats"))
+        return dataclasses.replace(stats, num_restarts=self._num_restarts())
 
     def _call(self, method: str, *arguments: object, **options: object) -> object:
         return call_actor(

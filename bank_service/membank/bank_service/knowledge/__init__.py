@@ -1,6 +1,11 @@
 """What operators do: transactions across shards, removal, packs, snapshots, the audit log."""
 
-from membank.bank_service.knowledge.contract import AdminRequest, BankAdmin, ExportedPack
+from membank.bank_service.knowledge.contract import (
+    AdminRequest,
+    BankAdmin,
+    BankHost,
+    ExportedPack,
+)
 from membank.bank_service.knowledge.operations import BankOperations
 from membank.bank_service.knowledge.revisions import RevisionLog
 from membank.bank_service.knowledge.shards import (
@@ -15,6 +20,7 @@ from membank.bank_service.knowledge.trees import TreeStore
 __all__ = [
     "AdminRequest",
     "BankAdmin",
+    "BankHost",
     "BankOperations",
     "Coordinator",
     "CoordinatorConfig",

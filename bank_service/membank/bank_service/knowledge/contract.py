@@ -44,7 +44,6 @@ class ExportedPack:
 class BankAdmin(Protocol):
     """Operations on one bank. Every change is one transaction across all shards.
 
-    Every method raises `NotFoundError` (UNKNOWN_BANK) while there is no bank, `create_bank` aside.
     A change raises `ConflictError` where a version is not the expected one, and
     `UnavailableError` where a shard cannot take part; in both cases nothing was changed. The one
     exception is said in the message: a committed change whose shards have not all confirmed it
@@ -54,9 +53,6 @@ class BankAdmin(Protocol):
     @property
     def spec(self) -> BankSpec:
         """Spec of the bank."""
-
-    def create_bank(self, request: AdminRequest, spec: BankSpec, tree: bytes) -> BankSpec:
-        """Create the bank with a tree document (b"" = none); return its spec with `bank_id`."""
 
     def list_topics(
         self, parent: BlockRef | None = None, *, depth: int = 0
@@ -104,3 +100,17 @@ class BankAdmin(Protocol):
 
     def audit(self, limit: int) -> tuple[AuditRecord, ...]:
         """Return the newest `limit` audit records, newest first."""
+
+
+@runtime_checkable
+class BankHost(Protocol):
+    """A service that has a bank, or waits for one to be created."""
+
+    def create_bank(self, request: AdminRequest, spec: BankSpec, tree: bytes) -> BankSpec:
+        """Create the bank with a tree document (b"" = none); return its spec with `bank_id`.
+
+        `AlreadyExistsError` (BANK_EXISTS) if there is one, unless this request made it.
+        """
+
+    def operations(self) -> BankAdmin:
+        """Return the operations of the bank; `NotFoundError` (UNKNOWN_BANK) while there is none."""

@@ -85,17 +85,6 @@ class BankOperations:
         # docstring inherited
         return self._bank.spec
 
-    def create_bank(self, request: AdminRequest, spec: BankSpec, tree: bytes) -> BankSpec:
-        # docstring inherited
-        created = self._log.read(0)
-        if request.request_id and created.request_id == request.request_id:
-            return self.spec
-        raise AlreadyExistsError(
-            f"this service serves the bank {self.spec.name!r} already; start another for a new one",
-            reason=Reason.BANK_EXISTS,
-            metadata={"bank": self.spec.name},
-        )
-
     # ---- reads
 
     def list_topics(

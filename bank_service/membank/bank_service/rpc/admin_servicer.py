@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import grpc
 
-from membank.bank_service.knowledge.contract import AdminRequest, BankAdmin
+from membank.bank_service.knowledge.contract import AdminRequest, BankAdmin, BankHost
 from membank.bank_service.rpc.auth import current_principal
 from membank.bank_service.rpc.block_servicer import MAX_REFS, check_bank
 from membank.bank_service.rpc.budget import ByteBudget
@@ -30,25 +30,24 @@ class AdminServicer(AdminServiceServicer):
 
     Parameters
     ----------
-    admin
-        The operations.
+    host
+        Has the bank, or waits for it.
     budget
         Bound on payload bytes in flight, shared by all calls.
     """
 
-    def __init__(self, admin: BankAdmin, budget: ByteBudget) -> None:
-        self._admin = admin
+    def __init__(self, host: BankHost, budget: ByteBudget) -> None:
+        self._host = host
         self._budget = budget
-
-    # docstrings of the methods: admin_service.proto
 
     def CreateBank(
         self, request: pb.CreateBankRequest, context: grpc.ServicerContext
     ) -> pb.CreateBankResponse:
+        # docstring inherited
         check_alive(context)
         if not request.HasField("spec"):
             raise InvalidArgumentError("a bank needs its spec")
-        spec = self._admin.create_bank(
+        spec = self._host.create_bank(
             _request(request.request_id), convert.spec_from_pb(request.spec), request.tree
         )
         return pb.CreateBankResponse(spec=convert.spec_to_pb(spec))
@@ -56,9 +55,10 @@ class AdminServicer(AdminServiceServicer):
     def ListTopics(
         self, request: pb.ListTopicsRequest, context: grpc.ServicerContext
     ) -> pb.ListTopicsResponse:
-        self._open(request.bank, context)
+        # docstring inherited
+        admin = self._open(request.bank, context)
         parent = convert.ref_from_pb(request.parent) if request.HasField("parent") else None
-        topics, revision = self._admin.list_topics(parent, depth=request.depth)
+        topics, revision = admin.list_topics(parent, depth=request.depth)
         return pb.ListTopicsResponse(
             topics=[convert.topic_to_pb(topic) for topic in topics], revision=revision
         )
@@ -66,10 +66,11 @@ class AdminServicer(AdminServiceServicer):
     def DescribeBlocks(
         self, request: pb.DescribeBlocksRequest, context: grpc.ServicerContext
     ) -> pb.DescribeBlocksResponse:
-        self._open(request.bank, context)
+        # docstring inherited
+        admin = self._open(request.bank, context)
         if len(request.refs) > MAX_REFS:
             raise InvalidArgumentError(f"{len(request.refs)} blocks; at most {MAX_REFS}")
-        blocks = self._admin.describe_blocks(convert.refs_from_pb(request.refs))
+        blocks = admin.describe_blocks(convert.refs_from_pb(request.refs))
         return pb.DescribeBlocksResponse(
             blocks=[convert.description_to_pb(block) for block in blocks]
         )
@@ -77,10 +78,12 @@ class AdminServicer(AdminServiceServicer):
     def SwapBlocks(
         self, request_iterator: Iterator[pb.SwapBlocksRequest], context: grpc.ServicerContext
     ) -> pb.SwapBlocksResponse:
+        # docstring inherited
         head = next(request_iterator, None)
         if head is None or not head.headers:
             raise InvalidArgumentError("the swap names no block in its first message")
-        spec = self._open(head.bank, context)
+        admin = self._open(head.bank, context)
+        spec = admin.spec
         payloads = [_swap_payload(header, spec) for header in head.headers]
         total = sum(payload.num_bytes for payload in payloads)
         with self._budget.reserve(total, what="swap"):
@@ -105,35 +108,43 @@ class AdminServicer(AdminServiceServicer):
                 for header, buffer in zip(head.headers, assembler.finish(), strict=True)
             ]
             check_alive(context)
-            report = self._admin.swap_blocks(_request(head.request_id, head.dry_run), contents)
+            report = admin.swap_blocks(_request(head.request_id, head.dry_run), contents)
         return pb.SwapBlocksResponse(report=convert.report_to_pb(report))
 
     def WithholdTopic(
         self, request: pb.WithholdTopicRequest, context: grpc.ServicerContext
     ) -> pb.WithholdTopicResponse:
-        topic = self._topic(request.bank, request.topic, context)
-        report = self._admin.withhold_topic(_request(request.request_id, request.dry_run), topic)
+        # docstring inherited
+        admin = self._open(request.bank, context)
+        topic = _topic(request.topic, admin.spec)
+        report = admin.withhold_topic(_request(request.request_id, request.dry_run), topic)
         return pb.WithholdTopicResponse(report=convert.report_to_pb(report))
 
     def RestoreTopic(
         self, request: pb.RestoreTopicRequest, context: grpc.ServicerContext
     ) -> pb.RestoreTopicResponse:
-        topic = self._topic(request.bank, request.topic, context)
-        report = self._admin.restore_topic(_request(request.request_id, request.dry_run), topic)
+        # docstring inherited
+        admin = self._open(request.bank, context)
+        topic = _topic(request.topic, admin.spec)
+        report = admin.restore_topic(_request(request.request_id, request.dry_run), topic)
         return pb.RestoreTopicResponse(report=convert.report_to_pb(report))
 
     def DeleteTopic(
         self, request: pb.DeleteTopicRequest, context: grpc.ServicerContext
     ) -> pb.DeleteTopicResponse:
-        topic = self._topic(request.bank, request.topic, context)
-        report = self._admin.delete_topic(_request(request.request_id, request.dry_run), topic)
+        # docstring inherited
+        admin = self._open(request.bank, context)
+        topic = _topic(request.topic, admin.spec)
+        report = admin.delete_topic(_request(request.request_id, request.dry_run), topic)
         return pb.DeleteTopicResponse(report=convert.report_to_pb(report))
 
     def ExportTopic(
         self, request: pb.ExportTopicRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.ExportTopicResponse]:
-        topic = self._topic(request.bank, request.topic, context)
-        pack = self._admin.export_topic(topic, weights_only=request.weights_only)
+        # docstring inherited
+        admin = self._open(request.bank, context)
+        topic = _topic(request.topic, admin.spec)
+        pack = admin.export_topic(topic, weights_only=request.weights_only)
         message = pb.ExportTopicResponse(
             num_bytes=len(pack.data), crc32c=crc32c(pack.data), revision=pack.revision
         )
@@ -146,10 +157,11 @@ class AdminServicer(AdminServiceServicer):
     def ImportTopic(
         self, request_iterator: Iterator[pb.ImportTopicRequest], context: grpc.ServicerContext
     ) -> pb.ImportTopicResponse:
+        # docstring inherited
         head = next(request_iterator, None)
         if head is None:
             raise InvalidArgumentError("the import is empty; its first message announces the pack")
-        self._open(head.bank, context)
+        admin = self._open(head.bank, context)
         with self._budget.reserve(head.num_bytes, what="import"):
             assembler = PayloadAssembler(max_bytes=head.num_bytes)
             assembler.expect(Payload(num_bytes=head.num_bytes, crc32c=head.crc32c, what="pack"))
@@ -158,7 +170,7 @@ class AdminServicer(AdminServiceServicer):
                 assembler.feed(message.data)
             (pack,) = assembler.finish()
             check_alive(context)
-            report, topic = self._admin.import_topic(
+            report, topic = admin.import_topic(
                 _request(head.request_id, head.dry_run), pack.tobytes()
             )
         return pb.ImportTopicResponse(
@@ -168,15 +180,17 @@ class AdminServicer(AdminServiceServicer):
     def CreateSnapshot(
         self, request: pb.CreateSnapshotRequest, context: grpc.ServicerContext
     ) -> pb.CreateSnapshotResponse:
-        self._open(request.bank, context)
-        snapshot = self._admin.create_snapshot(_request(request.request_id), request.snapshot)
+        # docstring inherited
+        admin = self._open(request.bank, context)
+        snapshot = admin.create_snapshot(_request(request.request_id), request.snapshot)
         return pb.CreateSnapshotResponse(snapshot=convert.snapshot_to_pb(snapshot))
 
     def ListSnapshots(
         self, request: pb.ListSnapshotsRequest, context: grpc.ServicerContext
     ) -> pb.ListSnapshotsResponse:
-        self._open(request.bank, context)
-        snapshots = self._admin.list_snapshots()
+        # docstring inherited
+        admin = self._open(request.bank, context)
+        snapshots = admin.list_snapshots()
         return pb.ListSnapshotsResponse(
             snapshots=[convert.snapshot_to_pb(snapshot) for snapshot in snapshots]
         )
@@ -184,12 +198,12 @@ class AdminServicer(AdminServiceServicer):
     def Rollback(
         self, request: pb.RollbackRequest, context: grpc.ServicerContext
     ) -> pb.RollbackResponse:
-        spec = self._open(request.bank, context)
+        # docstring inherited
+        admin = self._open(request.bank, context)
         topic = None
         if request.HasField("topic"):
-            topic = convert.ref_from_pb(request.topic)
-            spec.check_ref(topic)
-        report = self._admin.rollback(
+            topic = _topic(request.topic, admin.spec)
+        report = admin.rollback(
             _request(request.request_id, request.dry_run), request.snapshot, topic
         )
         return pb.RollbackResponse(report=convert.report_to_pb(report))
@@ -197,30 +211,31 @@ class AdminServicer(AdminServiceServicer):
     def GetStats(
         self, request: pb.GetStatsRequest, context: grpc.ServicerContext
     ) -> pb.GetStatsResponse:
-        self._open(request.bank, context)
-        return convert.stats_to_pb(self._admin.stats())
+        # docstring inherited
+        admin = self._open(request.bank, context)
+        return convert.stats_to_pb(admin.stats())
 
     def ListAuditRecords(
         self, request: pb.ListAuditRecordsRequest, context: grpc.ServicerContext
     ) -> pb.ListAuditRecordsResponse:
-        self._open(request.bank, context)
+        # docstring inherited
+        admin = self._open(request.bank, context)
         limit = min(request.limit or _DEFAULT_AUDIT_RECORDS, _MAX_AUDIT_RECORDS)
         return pb.ListAuditRecordsResponse(
-            records=[convert.audit_to_pb(record) for record in self._admin.audit(limit)]
+            records=[convert.audit_to_pb(record) for record in admin.audit(limit)]
         )
 
-    def _open(self, bank: str, context: grpc.ServicerContext) -> BankSpec:
+    def _open(self, bank: str, context: grpc.ServicerContext) -> BankAdmin:
         check_alive(context)
-        spec = self._admin.spec
-        check_bank(bank, spec)
-        return spec
+        admin = self._host.operations()
+        check_bank(bank, admin.spec)
+        return admin
 
-    def _topic(
-        self, bank: str, message: types_pb.BlockRef, context: grpc.ServicerContext
-    ) -> BlockRef:
-        topic = convert.ref_from_pb(message)
-        self._open(bank, context).check_ref(topic)
-        return topic
+
+def _topic(message: types_pb.BlockRef, spec: BankSpec) -> BlockRef:
+    topic = convert.ref_from_pb(message)
+    spec.check_ref(topic)
+    return topic
 
 
 def _request(request_id: str, dry_run: bool = False) -> AdminRequest:
