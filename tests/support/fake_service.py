@@ -34,7 +34,13 @@ from membank.wire.errors import (
     UnavailableError,
     to_status,
 )
-from membank.wire.framing import MAX_MESSAGE_BYTES, Payload, PayloadAssembler, iter_chunks
+from membank.wire.framing import (
+    MAX_MESSAGE_BYTES,
+    WATCH_ON_KEY,
+    Payload,
+    PayloadAssembler,
+    iter_chunks,
+)
 from membank.wire.records import Gradient, Update
 from membank.wire.spec import Array, BlockRef, BlockState, dtype_of
 
@@ -211,7 +217,7 @@ class FakeBlockServicer(_Servicer, BlockServiceServicer):
             convert.refs_from_pb(request.refs), admin_only=request.admin_only
         )
         context.add_callback(subscription.close)
-        context.send_initial_metadata(())
+        context.send_initial_metadata(((WATCH_ON_KEY, "1"),))
         while not subscription.is_closed:
             events, num_dropped = subscription.next_events(0.5)
             if events or num_dropped:

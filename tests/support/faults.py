@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections import deque
 from enum import Enum, auto
@@ -38,7 +39,7 @@ class FaultScript:
 
     def __init__(self) -> None:
         self._faults: dict[str, deque[Fault | None]] = {}
-        self._lock = threading.Lock()
+        self._called = threading.Condition()
         self.calls: list[str] = []
         self.request_ids: list[str] = []
         self.refs: list[tuple[object, ...]] = []
@@ -50,11 +51,21 @@ class FaultScript:
 
     def take(self, method: str) -> Fault | None:
         """Note a call, and return what happens to it."""
-        with self._lock:
+        with self._called:
             self.calls.append(method)
+            self._called.notify_all()
             planned = self._faults.get(method)
             return planned.popleft() if planned else None
 
     def num_calls(self, method: str) -> int:
         """Return the number of calls of `method`."""
         return self.calls.count(method)
+
+    async def wait_for(self, method: str, count: int = 1) -> None:
+        """Wait until `method` was called `count` times in all."""
+        await asyncio.to_thread(self._wait_for, method, count)
+
+    def _wait_for(self, method: str, count: int) -> None:
+        with self._called:
+            if not self._called.wait_for(lambda: self.num_calls(method) >= count, timeout=10):
+                raise TimeoutError(f"{method} was called {self.num_calls(method)} times")

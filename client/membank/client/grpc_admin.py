@@ -114,7 +114,7 @@ class GrpcAdminTransport:
             weights, bank=self._bank, expected=expected, request_id=request_id, dry_run=dry_run
         )
         call = self._admin.SwapBlocks(requests, timeout=timeout_s, metadata=self._channel.metadata)
-        return report_from_pb((await self._channel.unary("SwapBlocks", call)).report)
+        return report_from_pb((await self._channel.upload("SwapBlocks", call)).report)
 
     async def withhold(
         self, topic: BlockRef, *, request_id: str, dry_run: bool, timeout_s: float
@@ -173,7 +173,7 @@ class GrpcAdminTransport:
         )
         call = self._admin.ImportTopic(requests, timeout=timeout_s, metadata=self._channel.metadata)
         try:
-            answer = await self._channel.unary("ImportTopic", call)
+            answer = await self._channel.upload("ImportTopic", call)
         except BaseException:
             if failures:
                 raise failures[0] from None

@@ -7,12 +7,13 @@ import ipaddress
 import ssl
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
 
 from membank.client.config import ClientConfig, TlsConfig
+from membank.client.grpc_status import ServedStatus
 from membank.wire.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
@@ -84,6 +85,17 @@ class GrpcChannel:
             return await call
         except grpc.aio.AioRpcError as err:
             raise self._decoded(err, method) from err
+        except asyncio.CancelledError:
+            self._raise_if_closed(method)
+            raise
+
+    async def upload(self, method: str, call: grpc.aio.StreamUnaryCall[Any, T]) -> T:
+        """Await a call that sends a stream and has one answer; errors as for `unary`."""
+        status = ServedStatus(call)
+        try:
+            return await call
+        except grpc.aio.AioRpcError as err:
+            raise self._decoded(status.error_or(err), method) from err
         except asyncio.CancelledError:
             self._raise_if_closed(method)
             raise

@@ -13,6 +13,7 @@ from membank.client.transport import Connector, FetchAnswer, PushAnswer, WatchAn
 from membank.v1 import block_service_pb2 as block_pb
 from membank.v1.block_service_pb2_grpc import BlockServiceStub
 from membank.wire.convert import dtype_to_pb, event_from_pb, info_from_pb, ref_to_pb, result_from_pb
+from membank.wire.framing import WATCH_ON_KEY
 from membank.wire.records import BankInfo, Update
 from membank.wire.spec import BlockRef
 
@@ -99,7 +100,7 @@ class GrpcTransport(GrpcAdminTransport):
             timeout=timeout_s,
             metadata=self._channel.metadata,
         )
-        answer = await self._channel.unary("PushUpdates", call)
+        answer = await self._channel.upload("PushUpdates", call)
         return PushAnswer(
             results=tuple(map(result_from_pb, answer.results)), duplicate=answer.duplicate
         )
@@ -114,9 +115,10 @@ class GrpcTransport(GrpcAdminTransport):
         # No deadline: the keepalive ends a watch whose other end is gone.
         call = self._blocks.WatchBlocks(request, metadata=self._channel.metadata)
         try:
-            # A shard sends its initial metadata as soon as the subscription is on.
-            await self._channel.unary("WatchBlocks", call.initial_metadata())
-            yield WatchAnswer(events=())
+            # A shard sends this as soon as the subscription is on; a call that failed sends none.
+            metadata = await self._channel.unary("WatchBlocks", call.initial_metadata())
+            if WATCH_ON_KEY in dict(metadata):
+                yield WatchAnswer(events=())
             async for message in self._channel.stream("WatchBlocks", call):
                 yield WatchAnswer(
                     events=tuple(map(event_from_pb, message.events)),

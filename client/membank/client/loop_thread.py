@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import os
 import threading
 from collections.abc import Coroutine
@@ -12,6 +13,9 @@ from typing import Any, TypeVar
 from membank.wire.errors import FailedPreconditionError
 
 T = TypeVar("T")
+
+_STOP_TIMEOUT_S = 2.0
+"""A call that does not end must not keep the process from ending."""
 
 
 class LoopThread:
@@ -34,6 +38,9 @@ class LoopThread:
             raise FailedPreconditionError(
                 "a sync client was called on its own event loop; use AsyncBankClient there"
             )
+        if self._loop.is_closed():
+            coroutine.close()
+            raise FailedPreconditionError("the process is ending; no call is made any more")
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
@@ -43,10 +50,22 @@ class LoopThread:
             raise
 
     def stop(self) -> None:
-        """Stop the loop and wait for its thread."""
+        """End what still runs on the loop, then the loop and its thread."""
+        ended = asyncio.run_coroutine_threadsafe(_end_all(), self._loop)
+        with contextlib.suppress(TimeoutError):
+            ended.result(_STOP_TIMEOUT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._thread.join(_STOP_TIMEOUT_S)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+
+async def _end_all() -> None:
+    # What asyncio.run does at its end; without it, tasks that are destroyed complain at exit.
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 _lock = threading.Lock()

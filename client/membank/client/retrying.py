@@ -115,8 +115,12 @@ async def call_with_retries(
 
     async def once() -> T:
         nonlocal failure
-        if failure is not None and recover is not None:
-            await recover(failure)
+        if failure is not None:
+            if deadline.left_s() <= 0:
+                # Why nothing came of it says more than that time ran out.
+                raise failure
+            if recover is not None:
+                await recover(failure)
         try:
             return await attempt(deadline.remaining_s(what))
         except MembankError as err:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Coroutine, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
@@ -164,7 +164,9 @@ class BankClient:
             while (item := self._run(next_or_none())) is not None:
                 yield item
         finally:
-            self._run(changes.aclose())
+            # After a fork, or while the process ends, there is no loop left to close it on.
+            with suppress(FailedPreconditionError):
+                self._run(changes.aclose())
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:

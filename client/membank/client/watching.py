@@ -85,12 +85,13 @@ class _Watch:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._ended: list[asyncio.Task[None]] = []
         self._not_on_yet: set[str] = set()
+        self._is_on = False
 
     def follow_placement(self, *, is_gap: bool) -> None:
         """Watch the shards that serve the blocks now, and no others."""
         parts = self._group()
-        if not is_gap:
-            self._not_on_yet = set(parts)
+        if not self._is_on:
+            self._not_on_yet = (self._not_on_yet & set(parts)) | (set(parts) - set(self._parts))
         for endpoint, part in parts.items():
             if self._parts.get(endpoint) != part:
                 self._end(endpoint)
@@ -130,7 +131,7 @@ class _Watch:
                         num_failures = 0
                         await self._say_on(endpoint, is_gap=is_gap)
                         is_gap = False
-                        if answer.events or answer.num_dropped:
+                        if self._is_on and (answer.events or answer.num_dropped):
                             item = Changes(events=answer.events, is_gap=answer.num_dropped > 0)
                             await self.queue.put(item)
             except MembankError as err:
@@ -146,12 +147,14 @@ class _Watch:
                 return
 
     async def _say_on(self, endpoint: str, *, is_gap: bool) -> None:
-        if is_gap:
-            await self.queue.put(Changes(is_gap=True))
-        if endpoint in self._not_on_yet:
-            self._not_on_yet.discard(endpoint)
-            if not self._not_on_yet:
-                await self.queue.put(Changes())
+        if self._is_on:
+            if is_gap:
+                await self.queue.put(Changes(is_gap=True))
+            return
+        self._not_on_yet.discard(endpoint)
+        if not self._not_on_yet:
+            self._is_on = True
+            await self.queue.put(Changes())
 
     async def _find_shards_again(self, error: MembankError) -> None:
         seen = self._shards.num_refreshes

@@ -18,6 +18,10 @@ CHUNK_BYTES = 1 << 20
 MAX_MESSAGE_BYTES = 8 << 20
 """Largest message either end accepts; headers of 65,536 blocks take about 3 MiB."""
 
+WATCH_ON_KEY = "membank-watch-on"
+"""Key in the initial metadata of `WatchBlocks`: from now on no change is missed. An empty initial
+metadata says nothing, since a call that failed has one too."""
+
 
 def iter_chunks(buffers: Iterable[Buffer], *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
     """Cut the concatenation of `buffers` into chunks of `chunk_bytes`, the last one shorter.
