@@ -66,7 +66,7 @@ proto-check: $(PROTO_VENV)/.stamp ## fail if the generated code is stale or the 
 
 wheel: setup ## build the wheel into dist/
 	rm -rf dist
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python -m hatchling build --target wheel
 
 demo: setup ## the whole story on this machine, report in runs/demo (FAST=1: smaller, no claims)
 	$(BIN)/membank demo --out runs/demo $(if $(FAST),--fast)
