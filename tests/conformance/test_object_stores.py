@@ -103,6 +103,14 @@ def test_put_replaces(subject: Subject, durable: bool) -> None:
     assert subject.read_raw("k") == b"second"
 
 
+def test_sync_keeps_what_was_put(subject: Subject) -> None:
+    subject.store.put("s/1", b"1")
+    subject.store.put_if_absent("t/2", b"2")
+    subject.store.sync([])
+    subject.store.sync(["s/1", "t/2"])
+    assert (subject.read_raw("s/1"), subject.read_raw("t/2")) == (b"1", b"2")
+
+
 def test_empty_object(subject: Subject) -> None:
     subject.store.put("empty", b"")
     assert subject.store.get("empty") == b""
@@ -116,13 +124,15 @@ def test_get_range(subject: Subject, start: int, end: int, expected: bytes) -> N
     assert subject.store.get_range("present", start, end) == expected
 
 
-@pytest.mark.parametrize("read", ["get", "get_range"])
-def test_missing_object(subject: Subject, read: str) -> None:
+def test_missing_object(subject: Subject) -> None:
     with pytest.raises(NotFoundError) as caught:
-        if read == "get":
-            subject.store.get("no/such")
-        else:
-            subject.store.get_range("no/such", 0, 1)
+        subject.store.get("no/such")
+    assert caught.value.reason is Reason.OBJECT_MISSING
+
+
+def test_range_of_a_missing_object(subject: Subject) -> None:
+    with pytest.raises(NotFoundError) as caught:
+        subject.store.get_range("no/such", 0, 1)
     assert caught.value.reason is Reason.OBJECT_MISSING
 
 

@@ -278,6 +278,7 @@ class Partition:
                 assert record.content is not None
                 slot = self.store.write_block(ref, record.content, record.entry.crcs)
                 slotted[ref] = replace(record, entry=replace(record.entry, slot=slot))
+            self.store.sync((ref.level, r.entry.slot) for ref, r in slotted.items())
             yield slotted
         except (ResourceExhaustedError, FailedPreconditionError):
             # Surely not published, and the space may be needed. After any other error the

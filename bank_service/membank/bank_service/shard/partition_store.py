@@ -112,7 +112,10 @@ class PartitionStore:
         return Content(arrays, crcs[Role.WEIGHT])
 
     def write_block(self, ref: BlockRef, content: Content, crcs: tuple[int, ...]) -> int:
-        """Write a block with its optimizer state to a fresh slot, durably, and return the slot."""
+        """Write a block with its optimizer state to a fresh slot and return the slot.
+
+        It is not durable before `sync`.
+        """
         while True:
             slot = self._next_slot.get(ref.level, 0)
             self._next_slot[ref.level] = slot + 1
@@ -129,6 +132,10 @@ class PartitionStore:
                     raise
             else:
                 return slot
+
+    def sync(self, slots: Iterable[SlotName]) -> None:
+        """Make slots survive the loss of power."""
+        self._arrays.sync(slots)
 
     def publish(self, manifest: Manifest) -> Manifest:
         """Publish `manifest` under the next number, with a fresh nonce, and return it so.

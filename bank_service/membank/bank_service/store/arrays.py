@@ -8,7 +8,7 @@ copy and a third of a millisecond more. Whether the codecs are those is checked 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from threading import Lock
 
 import zarr
@@ -75,7 +75,7 @@ class SlotArrays:
             self._capacity[level] = grown
 
     def write(self, level: int, slot: int, role: Role, array: Array, crc: int) -> None:
-        """Write one role of a block, durably; the slot must be reserved.
+        """Write one role of a block to a reserved slot; it is not durable before `sync`.
 
         Raises
         ------
@@ -84,7 +84,17 @@ class SlotArrays:
             without knowing it cannot overwrite a slot of its successor.
         """
         key = slot_key(self._partition, level, role, slot)
-        self._objects.put_if_absent(key, encode_slot(array, crc), durable=True)
+        self._objects.put_if_absent(key, encode_slot(array, crc))
+
+    def sync(self, slots: Iterable[tuple[int, int]]) -> None:
+        """Make slots, given as (level, slot), survive the loss of power."""
+        self._objects.sync(
+            [
+                slot_key(self._partition, level, role, slot)
+                for level, slot in slots
+                for role in self._spec.roles
+            ]
+        )
 
     def read(self, level: int, slot: int, role: Role, crc: int) -> Array:
         """Return one role of a block, checked.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import fsspec
@@ -72,6 +72,10 @@ class FsspecObjects:
                 if self._fs.exists(path):
                     raise FileExistsError(path) from err
                 raise
+
+    def sync(self, keys: Sequence[str]) -> None:
+        # docstring inherited
+        return
 
     def list(self, prefix: str) -> builtins.list[str]:
         # docstring inherited

@@ -8,7 +8,8 @@ import os
 import shutil
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
@@ -17,6 +18,7 @@ from membank.bank_service.store.objects import check_key, storage_error
 
 _SCRATCH = ".tmp"
 _LOCK_NAME = "lock"
+_SYNC_THREADS = 8
 
 
 class LocalObjects:
@@ -64,6 +66,22 @@ class LocalObjects:
         with self._translated(key):
             self._write(key, data, durable=durable, exclusive=True)
 
+    def sync(self, keys: Sequence[str]) -> None:
+        # docstring inherited
+        if not keys:
+            return
+        paths = [self._path(key) for key in keys]
+        folders = {path.parent for path in paths}
+        # Side by side, so that the file system commits many files at once: 256 files of 100 kB
+        # took 0.2 s, against 1.3 s one after the other (ext4).
+        with (
+            self._translated(f"{keys[0]} ... {keys[-1]}"),
+            ThreadPoolExecutor(_SYNC_THREADS) as pool,
+        ):
+            builtins.list(pool.map(_sync_file, paths))
+            # Folders after their files: a name that survives must not lead to nothing.
+            builtins.list(pool.map(sync_folder, folders))
+
     def list(self, prefix: str) -> builtins.list[str]:
         # docstring inherited
         top = self._path(prefix) if prefix else self.root
@@ -102,7 +120,7 @@ class LocalObjects:
                 write_fully(file.fileno(), [data])
                 if durable:
                     os.fdatasync(file.fileno())
-            _make_folder(target.parent, durable=durable)
+            _make_folder(target.parent)
             if exclusive:
                 os.link(scratch, target)
             else:
@@ -159,14 +177,22 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _make_folder(folder: Path, *, durable: bool) -> None:
+def _sync_file(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fdatasync(handle)
+    finally:
+        os.close(handle)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make `folder` and those above it, so that they survive a loss of power."""
     if folder.is_dir():
         return
-    _make_folder(folder.parent, durable=durable)
+    _make_folder(folder.parent)
     with suppress(FileExistsError):
         folder.mkdir()
-    if durable:
-        sync_folder(folder.parent)
+    sync_folder(folder.parent)
 
 
 def _open_lock(path: Path) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import uuid
+from collections.abc import Sequence
 from typing import Protocol
 
 from membank.wire.errors import (
@@ -54,6 +55,9 @@ class ObjectStore(Protocol):
 
     def put_if_absent(self, key: str, data: bytes, *, durable: bool = False) -> None:
         """Create an object; raise `AlreadyExistsError` if there is one."""
+
+    def sync(self, keys: Sequence[str]) -> None:
+        """Make objects that were put survive the loss of power, many at the price of few."""
 
     def list(self, prefix: str) -> list[str]:
         """Return the keys that begin with ``prefix + "/"``, sorted; "" lists everything."""

@@ -1,0 +1,186 @@
+"""The shard's optimizers are torch's, step for step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from membank.bank_service.shard.content import Content, content_crcs, initial_content, zero_state
+from membank.bank_service.shard.optimizer import BlockOptimizer, as_array, as_tensor, convert
+from membank.wire.spec import Array, BankSpec, BlockRef, OptimizerKind, OptimizerSpec, Role
+from tiny_bank import gradient_for, tiny_spec
+
+REF = BlockRef(1, 1)
+SPECS = {
+    "adamw": OptimizerSpec(kind=OptimizerKind.ADAMW, weight_decay=0.1),
+    "adagrad": OptimizerSpec(kind=OptimizerKind.ADAGRAD, eps=1e-6, weight_decay=0.01),
+    "sgd": OptimizerSpec(kind=OptimizerKind.SGD, beta1=0.0, weight_decay=0.01),
+    "momentum": OptimizerSpec(kind=OptimizerKind.SGD, beta1=0.9),
+}
+
+
+def _assert_close(found: Array, expected: object) -> None:
+    np.testing.assert_allclose(
+        found.astype(np.float32), np.asarray(expected, np.float32), rtol=1e-5, atol=1e-7
+    )
+
+
+def _spec(name: str, dtype: str = "float32") -> BankSpec:
+    base = tiny_spec(dtype=dtype)
+    return BankSpec(
+        name="x",
+        num_layers=base.num_layers,
+        width=base.width,
+        levels=base.levels,
+        dtype=dtype,
+        optimizer=SPECS[name],
+    )
+
+
+def _start(spec: BankSpec) -> Content:
+    initial = initial_content(spec, REF)
+    return Content({**initial.arrays, **zero_state(spec, REF)}, initial.weight_crc)
+
+
+def _torch_optimizer(spec: BankSpec, weight: torch.nn.Parameter) -> torch.optim.Optimizer:
+    rate, own = spec.levels[0].learning_rate, spec.optimizer
+    match own.kind:
+        case OptimizerKind.ADAMW:
+            return torch.optim.AdamW(
+                [weight], rate, (own.beta1, own.beta2), own.eps, own.weight_decay
+            )
+        case OptimizerKind.ADAGRAD:
+            return torch.optim.Adagrad([weight], rate, weight_decay=own.weight_decay, eps=own.eps)
+        case OptimizerKind.SGD:
+            return torch.optim.SGD(
+                [weight], rate, momentum=own.beta1, weight_decay=own.weight_decay
+            )
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_ten_steps_are_those_of_torch(name: str) -> None:
+    spec = _spec(name)
+    content = _start(spec)
+    parameter = torch.nn.Parameter(torch.from_numpy(content.weight.copy()))
+    reference = _torch_optimizer(spec, parameter)
+    optimizer = BlockOptimizer(spec)
+    for step in range(10):
+        gradient = gradient_for(spec, REF, step)
+        after = optimizer.apply(1, content, step, gradient, 1.0)
+        assert after is not None
+        content = after
+        parameter.grad = torch.from_numpy(gradient.copy())
+        reference.step()
+        _assert_close(content.weight, parameter.detach().numpy())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_weights_are_updated_in_float32_and_rounded_once(dtype: str) -> None:
+    spec = _spec("adamw", dtype)
+    content = _start(spec)
+    gradient = gradient_for(spec, REF, 1)
+    after = BlockOptimizer(spec).apply(1, content, 0, gradient, 1.0)
+    assert after is not None
+    parameter = torch.nn.Parameter(torch.from_numpy(content.weight.astype(np.float32)))
+    parameter.grad = torch.from_numpy(gradient.copy())
+    _torch_optimizer(spec, parameter).step()
+    expected = parameter.detach().to(getattr(torch, dtype))
+    assert torch.equal(as_tensor(after.weight), expected)
+    assert after.arrays[Role.EXP_AVG].dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_gradients_are_widened(dtype: str) -> None:
+    spec = _spec("adamw")
+    narrow = gradient_for(spec, REF, 3, dtype)
+    one = BlockOptimizer(spec).apply(1, _start(spec), 0, narrow, 1.0)
+    two = BlockOptimizer(spec).apply(1, _start(spec), 0, narrow.astype(np.float32), 1.0)
+    assert one is not None
+    assert two is not None
+    np.testing.assert_array_equal(one.weight, two.weight)
+
+
+def test_the_scale_multiplies_the_rate() -> None:
+    spec = _spec("sgd")
+    content, gradient = _start(spec), gradient_for(spec, REF, 4)
+    optimizer = BlockOptimizer(spec)
+    still = optimizer.apply(1, content, 0, gradient, 0.0)
+    half = optimizer.apply(1, content, 0, gradient, 0.5)
+    assert still is not None
+    assert half is not None
+    np.testing.assert_array_equal(still.weight, content.weight)
+    weight = content.weight.astype(np.float32)
+    expected = weight - 0.05 * (gradient.astype(np.float32) + 0.01 * weight)
+    _assert_close(half.weight, expected)
+
+
+def test_the_present_content_is_not_touched() -> None:
+    spec = _spec("adamw")
+    content = _start(spec)
+    before = content_crcs(spec, content.arrays)
+    after = BlockOptimizer(spec).apply(1, content, 0, gradient_for(spec, REF, 5), 1.0)
+    assert after is not None
+    assert content_crcs(spec, content.arrays) == before
+    for role, array in after.arrays.items():
+        assert not np.shares_memory(array, content.arrays[role])
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_gradient_that_is_not_finite_is_refused(name: str, value: float) -> None:
+    spec = _spec(name)
+    gradient = gradient_for(spec, REF, 6)
+    gradient[0, 0, 0, 0] = value
+    assert BlockOptimizer(spec).apply(1, _start(spec), 0, gradient, 1.0) is None
+    # A learning rate of zero must not hide it from the weight alone.
+    assert BlockOptimizer(spec).apply(1, _start(spec), 0, gradient, 0.0) is None
+
+
+def test_overflow_of_the_state_is_refused() -> None:
+    spec = _spec("adamw")
+    gradient = np.full(spec.block_shape(1), 1e30, np.float32)
+    assert BlockOptimizer(spec).apply(1, _start(spec), 0, gradient, 1.0) is None
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_bits_do_not_depend_on_the_number_of_threads(name: str) -> None:
+    spec = BankSpec(
+        name="odd",
+        num_layers=3,
+        width=1023,
+        levels=(tiny_spec().levels[0],),
+        optimizer=SPECS[name],
+    )
+    ref = BlockRef(1, 0)
+    content = initial_content(spec, ref)
+    content = Content({**content.arrays, **zero_state(spec, ref)}, content.weight_crc)
+    results: list[Array] = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            after = BlockOptimizer(spec).apply(1, content, 3, gradient_for(spec, ref, 1), 1.0)
+            assert after is not None
+            results.append(after.weight)
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_views_between_numpy_and_torch_keep_the_bits(name: str) -> None:
+    array = gradient_for(tiny_spec(), REF, 1, name)
+    array.flags.writeable = False
+    back = as_array(as_tensor(array), array.dtype)
+    assert back.dtype == array.dtype
+    assert back.tobytes() == array.tobytes()
+
+
+def test_convert_rounds_to_nearest_even_as_numpy_does() -> None:
+    array = gradient_for(tiny_spec(), REF, 2)
+    for name in ("bfloat16", "float16"):
+        dtype = np.dtype(name)
+        assert convert(array, dtype).tobytes() == array.astype(dtype).tobytes()
+    assert convert(array, array.dtype) is array
