@@ -25,11 +25,12 @@ from membank.bank_service.shard.contract import (
     BlockOperation,
     BlockStatus,
     Prepared,
+    PushResult,
 )
 from membank.bank_service.store import Bank, LocalObjects, ObjectStore
 from membank.wire.errors import UnavailableError
 from membank.wire.format import RevisionRecord, TreeDocument
-from membank.wire.records import Gradient, PushResult, ShardStats, Update
+from membank.wire.records import Gradient, ShardStats, Update
 from membank.wire.spec import Array, BankSpec, BlockRef, LevelSpec
 
 T = TypeVar("T")

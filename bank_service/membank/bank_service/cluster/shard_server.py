@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import threading
+import time
 import uuid
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +22,9 @@ from membank.wire.errors import CorruptionError, NotFoundError, Reason, Unavaila
 from membank.wire.format import RevisionRecord
 from membank.wire.records import BankInfo, Placement, ShardStats
 
+_LOG = logging.getLogger(__name__)
+
+_SETTLE_EVERY_S = 5.0
 BLOCK_SERVICE = "membank.v1.BlockService"
 
 
@@ -94,6 +99,11 @@ class ShardServer:
         except Exception:
             self.shard.close()
             raise
+        self._ended = threading.Event()
+        self._housekeeper = threading.Thread(
+            target=self._keep_house, name="membank-housekeeper", daemon=True
+        )
+        self._housekeeper.start()
         self.identity = ShardIdentity(
             shard_id=settings.shard_id,
             incarnation=uuid.uuid4().hex,
@@ -145,7 +155,18 @@ class ShardServer:
             if not self._stopped:
                 self._stopped = True
                 self._server.stop()
+                self._ended.set()
+                self._housekeeper.join()
                 self.shard.close()
+
+    def _keep_house(self) -> None:
+        # A coordinator that died must not keep trainers out of a partition for ever.
+        while not self._ended.wait(_SETTLE_EVERY_S):
+            try:
+                self.shard.settle(time.monotonic())
+            except Exception:
+                # It is tried again; the thread must not end with the first failure.
+                _LOG.exception("%s could not settle transactions", self._settings.shard_id)
 
     def _record(self) -> RevisionRecord:
         revision = self.shard.revision

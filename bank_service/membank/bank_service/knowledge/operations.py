@@ -150,9 +150,7 @@ class BankOperations:
         for content in contents:
             self.spec.check_ref(content.ref)
         detail = {"blocks": [str(content.ref) for content in contents]}
-        return self._run(
-            request, lambda: Plan(operation="swap", operations=contents, detail=detail)
-        )
+        return self._run(request, "swap", lambda: Plan(operations=contents, detail=detail))
 
     def withhold_topic(self, request: AdminRequest, topic: BlockRef) -> TransactionReport:
         # docstring inherited
@@ -169,7 +167,6 @@ class BankOperations:
             tree_revision = self._log.committed.tree_revision
             tree = self._trees.read(tree_revision)
             return Plan(
-                operation="delete",
                 operations=[Erase(ref=ref) for ref in refs],
                 detail={"topic": str(topic)},
                 # Even where nothing in it tells of the topic: the old one is destroyed for sure.
@@ -178,7 +175,7 @@ class BankOperations:
                 else None,
             )
 
-        return self._run(request, plan)
+        return self._run(request, "delete", plan)
 
     def import_topic(
         self, request: AdminRequest, pack: bytes
@@ -190,7 +187,6 @@ class BankOperations:
             tree = self._trees.read(self._log.committed.tree_revision)
             packs.check_pack(decoded, self.spec, tree)
             return Plan(
-                operation="import",
                 operations=packs.contents_of(decoded),
                 detail={
                     "topic": str(decoded.topic),
@@ -200,7 +196,7 @@ class BankOperations:
                 tree=packs.tree_with(decoded, tree),
             )
 
-        return self._run(request, plan), decoded.topic
+        return self._run(request, "import", plan), decoded.topic
 
     def create_snapshot(self, request: AdminRequest, name: str) -> Snapshot:
         # docstring inherited
@@ -213,7 +209,6 @@ class BankOperations:
         def plan() -> Plan:
             self._check_name_free(name)
             return Plan(
-                operation="snapshot",
                 detail={"snapshot": name, "create_time_s": create_time_s},
                 all_partitions=True,
                 # Pinned first: between a commit and its pin, a shard could drop what it names.
@@ -222,7 +217,7 @@ class BankOperations:
                 ),
             )
 
-        outcome = self._coordinator.run(request, plan)
+        outcome = self._coordinator.run(request, "snapshot", plan)
         revision = outcome.report.revision
         if outcome.record is not None:
             create_time_s = float(str(outcome.record.detail.get("create_time_s", create_time_s)))
@@ -244,17 +239,18 @@ class BankOperations:
                     metadata={"snapshot": snapshot},
                 )
             return Plan(
-                operation="rollback",
                 operations=self._restore_entries(pinned, topic),
                 detail={"snapshot": snapshot, "topic": "" if topic is None else str(topic)},
             )
 
-        return self._run(request, plan)
+        return self._run(request, "rollback", plan)
 
     # ---- what plans are made of
 
-    def _run(self, request: AdminRequest, plan: Callable[[], Plan]) -> TransactionReport:
-        return self._coordinator.run(request, plan).report
+    def _run(
+        self, request: AdminRequest, operation: str, plan: Callable[[], Plan]
+    ) -> TransactionReport:
+        return self._coordinator.run(request, operation, plan).report
 
     def _set_state(
         self, request: AdminRequest, topic: BlockRef, operation: str, state: BlockState
@@ -262,12 +258,11 @@ class BankOperations:
         def plan() -> Plan:
             refs = self._not_deleted(topic)
             return Plan(
-                operation=operation,
                 operations=[SetState(ref=ref, state=state) for ref in refs],
                 detail={"topic": str(topic)},
             )
 
-        return self._run(request, plan)
+        return self._run(request, operation, plan)
 
     def _not_deleted(self, topic: BlockRef) -> list[BlockRef]:
         self.spec.check_ref(topic)

@@ -130,8 +130,15 @@ class ShardGroup:
         All calls have ended when it returns, so that no late one can cross what follows.
         """
         futures = [self._pool.submit(function, member) for member in members]
-        # A member's failure must not hide what became of the others.
-        return [future.exception() or future.result() for future in futures]  # type: ignore[misc]
+        results: list[T | Exception] = []
+        for future in futures:
+            error = future.exception()
+            if isinstance(error, Exception):
+                # A member's failure must not hide what became of the others.
+                results.append(error)
+            else:
+                results.append(future.result())
+        return results
 
     def describe(self, refs: Sequence[BlockRef]) -> dict[BlockRef, BlockStatus]:
         """Return the status of blocks, asking their owners."""

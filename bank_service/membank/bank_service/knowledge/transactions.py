@@ -72,8 +72,6 @@ class CoordinatorConfig:
 class Plan:
     """What a transaction is to do; made under the lock, from the state that it will change."""
 
-    operation: str
-    """Name in the audit log, such as "delete"."""
     operations: Sequence[BlockOperation] = ()
     """The steps, at most one per block."""
     detail: Mapping[str, object] = field(default_factory=dict)
@@ -164,13 +162,15 @@ class Coordinator:
         finally:
             self._lock.release()
 
-    def run(self, request: AdminRequest, make_plan: Callable[[], Plan]) -> Outcome:
+    def run(self, request: AdminRequest, operation: str, make_plan: Callable[[], Plan]) -> Outcome:
         """Run one transaction, or return what it did before.
 
         Parameters
         ----------
         request
             Who asks, and under which id.
+        operation
+            Name in the audit log, such as "delete".
         make_plan
             Called under the lock, unless the request is a retry.
 
@@ -183,6 +183,8 @@ class Coordinator:
         ------
         ConflictError
             If a block has not the expected version; nothing was changed.
+        InvalidArgumentError
+            If the request id was used for something else.
         UnavailableError
             If a shard or the store cannot take part; nothing was changed, unless the message says
             that the revision is committed.
@@ -192,10 +194,10 @@ class Coordinator:
             self._log.reload()
             done = None if request.dry_run else self._log.find(request.request_id)
             if done is not None:
-                return self._answer_again(request, done)
+                return self._answer_again(request, operation, done)
             self._settle()
             plan = make_plan()
-            return self._dry_run(plan) if request.dry_run else self._run(request, plan)
+            return self._dry_run(plan) if request.dry_run else self._run(request, operation, plan)
 
     def recover(self) -> None:
         """Settle what an earlier coordinator left: wholly done, or wholly undone."""
@@ -210,7 +212,7 @@ class Coordinator:
         prepared = raise_first(self._prepare(revision, plan, dry_run=True))
         return Outcome(report=_report(self._log.committed.revision, prepared, True), record=None)
 
-    def _run(self, request: AdminRequest, plan: Plan) -> Outcome:
+    def _run(self, request: AdminRequest, operation: str, plan: Plan) -> Outcome:
         revision = self._log.last + 1
         self._unsettled = True
         results = self._prepare(revision, plan)
@@ -222,7 +224,7 @@ class Coordinator:
             if plan.before_commit is not None:
                 plan.before_commit(revision)
             report = _report(revision, prepared, False)
-            record = self._decide(_draft(request, plan, manifests, report))
+            record = self._decide(_draft(request, operation, plan, manifests, report))
         except Exception:
             self._give_up(revision)
             done = self._log.find(request.request_id)
@@ -270,11 +272,18 @@ class Coordinator:
             # The caller hears of the first failure; this one is tried again before anything else.
             _LOG.warning("revision %d is not settled yet: %s", revision, err)
 
-    def _answer_again(self, request: AdminRequest, record: RevisionRecord) -> Outcome:
+    def _answer_again(
+        self, request: AdminRequest, operation: str, record: RevisionRecord
+    ) -> Outcome:
         if record.principal != request.principal:
             raise ConflictError(
                 f"request id {request.request_id} was used by somebody else",
                 reason=Reason.TRANSACTION_CONFLICT,
+            )
+        if record.operation != operation:
+            raise InvalidArgumentError(
+                f"request id {request.request_id} was used for {record.operation!r} before; "
+                "give every request an id of its own"
             )
         self._settle()
         return Outcome(report=report_of(record), record=record)
@@ -390,7 +399,11 @@ def _report(revision: int, prepared: Sequence[Prepared], dry_run: bool) -> Trans
 
 
 def _draft(
-    request: AdminRequest, plan: Plan, manifests: Mapping[int, int], report: TransactionReport
+    request: AdminRequest,
+    operation: str,
+    plan: Plan,
+    manifests: Mapping[int, int],
+    report: TransactionReport,
 ) -> RevisionDraft:
     changes = [
         [
@@ -404,7 +417,7 @@ def _draft(
         for change in report.changes
     ]
     return RevisionDraft(
-        operation=plan.operation,
+        operation=operation,
         principal=request.principal,
         request_id=request.request_id,
         manifests=manifests,
