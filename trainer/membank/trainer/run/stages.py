@@ -30,7 +30,6 @@ from membank.trainer.training import (
     ProgressCallback,
     ServedMemory,
     StageResult,
-    generic_spec,
     load_sequences,
     save_anchor,
     train_anchor,
@@ -42,7 +41,7 @@ from membank.trainer.training.ray_train import (
     train_served,
 )
 from membank.trainer.tree import embedder_from_config
-from membank.wire.spec import BankSpec, BlockRef
+from membank.wire.spec import BlockRef
 
 
 def run_stage1(
@@ -105,17 +104,9 @@ def run_generic(
     return train_generic(training, on_progress=on_progress)
 
 
-def control_spec(config: RunConfig) -> BankSpec:
-    """Return the spec of the control's own bank: fan-out 1 at every level."""
-    rates = (config.generic_learning_rate,) * len(config.block_widths)
-    return generic_spec(config.bank_spec(fingerprint=""), learning_rates=rates)
-
-
-def load_generic(run: RunDirectory, config: RunConfig) -> InProcessMemory:
+def load_generic(run: RunDirectory) -> InProcessMemory:
     """Return the trained control."""
-    memory = InProcessMemory(control_spec(config))
-    memory.load(run.generic_dir / "generic.safetensors")
-    return memory
+    return InProcessMemory.load(run.generic_dir / "generic.safetensors")
 
 
 class Evaluator:
@@ -132,7 +123,7 @@ class Evaluator:
         self._corpus: Corpus = run.corpus()
         self._tokenizer = run.tokenizer()
         self._anchor = run.anchor()
-        self._generic = load_generic(run, config) if _exists(run.generic_dir) else None
+        self._generic = load_generic(run) if _exists(run.generic_dir) else None
         self._leaves = [int(leaf) for leaf in _as_list(run.read_json(run.leaves_file))]
 
     @property
