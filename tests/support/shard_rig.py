@@ -314,7 +314,8 @@ def full_tree(spec: BankSpec) -> TreeDocument:
         num_documents={ref: 10 + ref.cluster for ref in spec.blocks()},
         centroids=tuple(centroids),
         embedder={"kind": "test", "dims": 3},
-        arrays={"projection": rng.standard_normal((3, 3)).astype(np.float32)},
+        # The same for every shape of bank: it is one retriever.
+        arrays={"projection": np.eye(3, dtype=np.float32)},
     )
 
 

@@ -1,0 +1,272 @@
+"""The data path over a real gRPC server on loopback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from rpc_rig import RpcRig, error_of
+from shard_rig import RIG_SPEC, asked
+
+from membank.v1 import block_service_pb2 as pb
+from membank.v1 import types_pb2 as types_pb
+from membank.wire.crc import crc32c
+from membank.wire.errors import MembankError, Reason
+from membank.wire.format import decode_tree
+from membank.wire.framing import CHUNK_BYTES
+from membank.wire.spec import Array, BlockRef, BlockState
+
+TOPIC, LEAF = BlockRef(1, 1), BlockRef(2, 2)
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[RpcRig]:
+    with RpcRig(tmp_path / "bank") as rig:
+        yield rig
+
+
+def to_pb(ref: BlockRef) -> types_pb.BlockRef:
+    return types_pb.BlockRef(level=ref.level, cluster=ref.cluster)
+
+
+def fetch(
+    rig: RpcRig, refs: Sequence[BlockRef], **fields: object
+) -> tuple[list[types_pb.BlockHeader], bytes, int]:
+    request = pb.FetchBlocksRequest(refs=[to_pb(ref) for ref in refs], **fields)  # type: ignore[arg-type]
+    headers: list[types_pb.BlockHeader] = []
+    data, revisions = b"", []
+    for message in rig.blocks.FetchBlocks(request):
+        headers.extend(message.headers)
+        data += message.data
+        revisions.append(message.revision)
+    return headers, data, revisions[0]
+
+
+def push_messages(
+    gradients: dict[BlockRef, Array], *, request_id: str = "p1", chunk_bytes: int = 64
+) -> Iterator[pb.PushUpdatesRequest]:
+    yield pb.PushUpdatesRequest(
+        request_id=request_id,
+        headers=[
+            pb.UpdateHeader(
+                ref=to_pb(ref),
+                base_version=0,
+                dtype=types_pb.DATA_TYPE_FLOAT32,
+                num_bytes=array.nbytes,
+                crc32c=crc32c(array),
+            )
+            for ref, array in gradients.items()
+        ],
+    )
+    data = b"".join(array.tobytes() for array in gradients.values())
+    for start in range(0, len(data), chunk_bytes):
+        yield pb.PushUpdatesRequest(data=data[start : start + chunk_bytes])
+
+
+def ones(ref: BlockRef) -> Array:
+    return np.ones(RIG_SPEC.block_shape(ref.level), np.float32)
+
+
+def failure(rig: RpcRig, messages: Iterable[pb.PushUpdatesRequest]) -> MembankError:
+    with pytest.raises(grpc.RpcError) as caught:
+        rig.blocks.PushUpdates(iter(messages))
+    return error_of(caught.value)
+
+
+def test_fetch_sends_headers_and_bytes_of_every_block(rig: RpcRig) -> None:
+    refs = [LEAF, TOPIC]
+    headers, data, revision = fetch(rig, refs)
+    assert revision == 0
+    assert [(h.ref.level, h.ref.cluster) for h in headers] == [tuple(ref) for ref in refs]
+    expected = b"".join(
+        block.weight.tobytes()
+        for block in rig.shard.fetch(refs).blocks
+        if block.weight is not None
+    )
+    assert data == expected
+    first = headers[0]
+    assert crc32c(data[: first.num_bytes]) == first.crc32c
+    assert tuple(first.shape) == RIG_SPEC.block_shape(2)
+
+
+def test_a_small_fetch_is_one_message(rig: RpcRig) -> None:
+    request = pb.FetchBlocksRequest(refs=[to_pb(TOPIC), to_pb(LEAF)])
+    assert len(list(rig.blocks.FetchBlocks(request))) == 1
+
+
+def test_a_held_version_costs_a_header(rig: RpcRig) -> None:
+    headers, data, _ = fetch(rig, [TOPIC, LEAF], held_version_plus_one=[1, 0])
+    assert headers[0].unchanged
+    assert headers[0].num_bytes == 0
+    assert not headers[1].unchanged
+    assert len(data) == headers[1].num_bytes
+
+
+def test_fetch_converts_to_the_dtype_asked_for(rig: RpcRig) -> None:
+    headers, data, _ = fetch(rig, [TOPIC], dtype=types_pb.DATA_TYPE_BFLOAT16)
+    assert headers[0].dtype == types_pb.DATA_TYPE_BFLOAT16
+    assert len(data) == RIG_SPEC.block_params(1) * 2
+
+
+def test_a_withheld_block_has_a_header_and_no_bytes(rig: RpcRig) -> None:
+    rig.bank.operations.withhold_topic(asked("r1"), TOPIC)
+    headers, data, revision = fetch(rig, [TOPIC])
+    assert headers[0].state == BlockState.WITHHELD
+    assert (data, revision) == (b"", 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"refs": [types_pb.BlockRef(level=1, cluster=99)]}, Reason.UNKNOWN_CLUSTER),
+        ({"refs": [types_pb.BlockRef(level=9, cluster=0)]}, Reason.UNKNOWN_LEVEL),
+        ({"bank": "other"}, Reason.UNKNOWN_BANK),
+        ({"refs": [to_pb(TOPIC)], "held_version_plus_one": [1, 2]}, Reason.BAD_ARGUMENT),
+        ({"refs": [to_pb(TOPIC)], "min_revision": 7}, Reason.BEHIND_REVISION),
+        ({"refs": [to_pb(TOPIC)] * 65_537}, Reason.MESSAGE_TOO_LARGE),
+        ({"refs": [to_pb(TOPIC)], "dtype": 77}, Reason.BAD_DTYPE),
+    ],
+)
+def test_a_wrong_fetch_is_a_typed_error(
+    rig: RpcRig, fields: dict[str, object], reason: Reason
+) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        list(rig.blocks.FetchBlocks(pb.FetchBlocksRequest(**fields)))  # type: ignore[arg-type]
+    assert error_of(caught.value).reason is reason
+
+
+def test_push_applies_gradients_that_come_in_pieces(rig: RpcRig) -> None:
+    before = rig.bank.weight(TOPIC)
+    answer = rig.blocks.PushUpdates(push_messages({TOPIC: ones(TOPIC), LEAF: ones(LEAF)}))
+    assert [(r.accepted, r.version) for r in answer.results] == [(True, 1), (True, 1)]
+    assert not np.array_equal(rig.bank.weight(TOPIC), before)
+
+
+def test_a_repeated_push_is_not_applied_again(rig: RpcRig) -> None:
+    rig.blocks.PushUpdates(push_messages({TOPIC: ones(TOPIC)}))
+    answer = rig.blocks.PushUpdates(push_messages({TOPIC: ones(TOPIC)}))
+    assert answer.duplicate
+    assert rig.bank.status(TOPIC).version == 1
+
+
+def test_wrong_pushes_change_nothing(rig: RpcRig) -> None:
+    good = list(push_messages({TOPIC: ones(TOPIC)}))
+    head = good[0]
+
+    def changed(**fields: object) -> pb.PushUpdatesRequest:
+        message = pb.PushUpdatesRequest()
+        message.CopyFrom(head)
+        for name, value in fields.items():
+            setattr(message, name, value)
+        return message
+
+    damaged = pb.PushUpdatesRequest(data=good[1].data[:-1] + b"\1")
+    short = pb.PushUpdatesRequest()
+    short.CopyFrom(head)
+    short.headers[0].num_bytes -= 4
+    untyped = pb.PushUpdatesRequest()
+    untyped.CopyFrom(head)
+    untyped.headers[0].dtype = types_pb.DATA_TYPE_UNSPECIFIED
+    twice = pb.PushUpdatesRequest()
+    twice.CopyFrom(head)
+    twice.headers.append(head.headers[0])
+    cases: list[tuple[list[pb.PushUpdatesRequest], Reason]] = [
+        ([], Reason.BAD_ARGUMENT),
+        ([changed(request_id=""), *good[1:]], Reason.BAD_ARGUMENT),
+        ([changed(bank="other"), *good[1:]], Reason.UNKNOWN_BANK),
+        ([changed(learning_rate_scale=float("nan")), *good[1:]], Reason.BAD_ARGUMENT),
+        ([pb.PushUpdatesRequest(request_id="p1")], Reason.BAD_ARGUMENT),
+        (good[:-1], Reason.BAD_ARGUMENT),
+        ([*good, pb.PushUpdatesRequest(data=b"more")], Reason.BAD_ARGUMENT),
+        ([head, damaged, *good[2:]], Reason.CHECKSUM_MISMATCH),
+        ([short, *good[1:]], Reason.BAD_SHAPE),
+        ([untyped, *good[1:]], Reason.BAD_DTYPE),
+        ([twice, *good[1:]], Reason.BAD_ARGUMENT),
+        ([head, pb.PushUpdatesRequest(data=b"x" * (2 * CHUNK_BYTES + 1))], Reason.MESSAGE_TOO_LARGE),
+    ]
+    for messages, reason in cases:
+        assert failure(rig, messages).reason is reason
+    assert rig.bank.status(TOPIC).version == 0
+    assert rig.budget.used_bytes == 0
+
+
+def test_a_push_that_is_cancelled_is_not_applied(rig: RpcRig) -> None:
+    messages = list(push_messages({TOPIC: ones(TOPIC)}))
+    call = None
+
+    def cut() -> Iterator[pb.PushUpdatesRequest]:
+        yield messages[0]
+        assert call is not None
+        call.cancel()
+
+    call = rig.blocks.PushUpdates.future(cut())
+    with pytest.raises((grpc.RpcError, grpc.FutureCancelledError)):
+        call.result()
+    assert rig.bank.status(TOPIC).version == 0
+
+
+def test_a_passed_deadline_is_an_error_of_its_own(rig: RpcRig) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        rig.blocks.GetBank(pb.GetBankRequest(), timeout=0.0)
+    assert error_of(caught.value).reason is Reason.DEADLINE_PASSED
+
+
+def test_bytes_in_flight_are_bounded_and_the_refusal_says_when_to_retry(tmp_path: Path) -> None:
+    num_bytes = RIG_SPEC.weight_bytes(1)
+    with RpcRig(tmp_path / "bank", budget_bytes=num_bytes) as rig:
+        with rig.budget.reserve(1, what="somebody else"), pytest.raises(grpc.RpcError) as caught:
+            fetch(rig, [TOPIC])
+        error = error_of(caught.value)
+        assert error.reason is Reason.OVERLOADED
+        assert int(error.metadata["retry_after_ms"]) > 0
+        assert fetch(rig, [TOPIC])[1]
+        with pytest.raises(grpc.RpcError) as caught:
+            fetch(rig, [TOPIC, LEAF])
+        # Alone it is too large: a retry would never help.
+        assert error_of(caught.value).reason is Reason.MESSAGE_TOO_LARGE
+        assert failure(rig, push_messages({TOPIC: ones(TOPIC), LEAF: ones(LEAF)})).reason is (
+            Reason.MESSAGE_TOO_LARGE
+        )
+        assert rig.budget.used_bytes == 0
+
+
+def test_tree_travels_whole(rig: RpcRig) -> None:
+    first, *rest = rig.blocks.GetTree(pb.GetTreeRequest())
+    document = first.data + b"".join(message.data for message in rest)
+    assert (len(document), crc32c(document)) == (first.num_bytes, first.crc32c)
+    assert decode_tree(document, key="tree").labels[TOPIC] == "label of 1-1"
+
+
+def test_watch_tells_changes_from_the_moment_it_answers(rig: RpcRig) -> None:
+    call = rig.blocks.WatchBlocks(pb.WatchBlocksRequest(admin_only=True))
+    call.initial_metadata()  # type: ignore[attr-defined]  # a call, though typed as an iterator
+    rig.bank.push(TOPIC, "p1")
+    rig.bank.operations.withhold_topic(asked("r1"), LEAF)
+    event = next(iter(call)).events[0]
+    assert (event.ref.level, event.ref.cluster, event.revision) == (2, 2, 1)
+    assert event.state == BlockState.WITHHELD
+    call.cancel()  # type: ignore[attr-defined]
+
+
+def test_watchers_are_bounded(rig: RpcRig) -> None:
+    calls = [rig.blocks.WatchBlocks(pb.WatchBlocksRequest()) for _ in range(2)]
+    for call in calls:
+        call.initial_metadata()  # type: ignore[attr-defined]
+    with pytest.raises(grpc.RpcError) as caught:
+        next(iter(rig.blocks.WatchBlocks(pb.WatchBlocksRequest())))
+    assert error_of(caught.value).reason is Reason.OVERLOADED
+    for call in calls:
+        call.cancel()  # type: ignore[attr-defined]
+
+
+def test_a_stopping_server_ends_its_watchers(tmp_path: Path) -> None:
+    with RpcRig(tmp_path / "bank") as rig:
+        call = rig.blocks.WatchBlocks(pb.WatchBlocksRequest())
+        call.initial_metadata()  # type: ignore[attr-defined]
+        rig.server.stop()
+        with pytest.raises(grpc.RpcError) as caught:
+            next(iter(call))
+        assert error_of(caught.value).reason is Reason.SHARD_UNAVAILABLE
