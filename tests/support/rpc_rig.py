@@ -7,7 +7,6 @@ from types import TracebackType
 from typing import Self
 
 import grpc
-from shard_rig import RIG_SPEC, ShardRig
 
 from membank.bank_service.knowledge import AdminRequest, BankAdmin, TreeStore
 from membank.bank_service.rpc import (
@@ -24,6 +23,7 @@ from membank.v1.block_service_pb2_grpc import BlockServiceStub, add_BlockService
 from membank.wire.errors import MembankError, NotFoundError, Reason, from_rpc_error
 from membank.wire.records import BankInfo, PartitionOwner, Placement
 from membank.wire.spec import BankSpec
+from shard_rig import RIG_SPEC, ShardRig
 
 BLOCK_SERVICE = "membank.v1.BlockService"
 ADMIN_SERVICE = "membank.v1.AdminService"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -120,6 +121,10 @@ class FaultyObjects:
         self._faults.run(
             f"put_if_absent {key}", lambda: self._objects.put_if_absent(key, data, durable=durable)
         )
+
+    def sync(self, keys: Sequence[str]) -> None:
+        # docstring inherited
+        self._objects.sync(keys)
 
     def list(self, prefix: str) -> list[str]:
         # docstring inherited
@@ -253,9 +258,7 @@ class ShardRig:
             ShardMember(
                 shard_id=shard_id,
                 partitions=tuple(range(index, self.spec.num_partitions, self._num_shards)),
-                handle=FaultyHandle(
-                    shard_id, lambda shard_id=shard_id: self._shard(shard_id), self.faults
-                ),
+                handle=FaultyHandle(shard_id, partial(self._shard, shard_id), self.faults),
             )
             for index, shard_id in enumerate(f"shard-{i}" for i in range(self._num_shards))
         )

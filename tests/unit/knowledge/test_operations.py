@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shard_rig import RIG_SPEC, ShardRig, asked
 
 from membank.bank_service.shard.contract import SetContent
 from membank.wire.errors import (
@@ -21,6 +20,7 @@ from membank.wire.errors import (
 )
 from membank.wire.format import decode_tree
 from membank.wire.spec import Array, BlockRef, BlockState
+from shard_rig import RIG_SPEC, ShardRig, asked
 
 TOPIC, OTHER = BlockRef(1, 1), BlockRef(1, 2)
 UNDER = (BlockRef(2, 2), BlockRef(2, 3))

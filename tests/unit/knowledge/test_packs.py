@@ -10,7 +10,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
-from shard_rig import RIG_SPEC, ShardRig, asked, full_tree
 
 from membank.wire.errors import (
     CorruptionError,
@@ -23,7 +22,6 @@ from membank.wire.format import TreeDocument
 from membank.wire.format.pack import Pack, PackedBlock, decode_pack, encode_pack
 from membank.wire.spec import (
     Array,
-    BankSpec,
     BlockRef,
     BlockState,
     LevelSpec,
@@ -31,6 +29,7 @@ from membank.wire.spec import (
     OptimizerSpec,
     Role,
 )
+from shard_rig import RIG_SPEC, ShardRig, asked, full_tree
 
 TOPIC, LEAF = BlockRef(1, 1), BlockRef(2, 2)
 
@@ -140,7 +139,6 @@ def test_retry_of_an_import_after_a_restart_is_answered_alike(rig: ShardRig) -> 
     answer = rig.operations.import_topic(asked("r1"), pack.data)
     rig.start_coordinator()
     assert rig.operations.import_topic(asked("r1"), pack.data) == answer
-
 
 
 MISMATCHES = {

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shard_rig import RIG_SPEC, Crash, ShardRig, When, asked
 
 from membank.bank_service.shard.contract import SetContent
 from membank.wire.errors import MembankError, NotFoundError, UnavailableError
 from membank.wire.format import decode_tree
 from membank.wire.spec import BlockRef, BlockState
+from shard_rig import RIG_SPEC, Crash, ShardRig, When, asked
 
 TOPIC, OTHER = BlockRef(1, 1), BlockRef(1, 2)
 ALL_TOPICS = [BlockRef(1, cluster) for cluster in range(4)]

@@ -1,0 +1,160 @@
+"""Operations over a real gRPC server on loopback."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from membank.v1 import admin_service_pb2 as pb
+from membank.v1 import types_pb2 as types_pb
+from membank.wire import convert
+from membank.wire.crc import crc32c
+from membank.wire.errors import Reason
+from membank.wire.spec import Array, BlockRef, BlockState
+from rpc_rig import RpcRig, error_of
+from shard_rig import RIG_SPEC
+
+TOPIC = BlockRef(1, 1)
+TOPIC_PB = types_pb.BlockRef(level=1, cluster=1)
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[RpcRig]:
+    with RpcRig(tmp_path / "bank") as rig:
+        yield rig
+
+
+def swap_messages(
+    weight: Array, *, expected: int | None = None, dtype: str = "float32"
+) -> Iterator[pb.SwapBlocksRequest]:
+    header = pb.SwapHeader(
+        ref=TOPIC_PB,
+        expected_version_plus_one=0 if expected is None else expected + 1,
+        dtype=convert.dtype_to_pb(dtype),
+        num_bytes=weight.nbytes,
+        crc32c=crc32c(weight),
+    )
+    yield pb.SwapBlocksRequest(request_id="r1", headers=[header])
+    data = weight.tobytes()
+    yield pb.SwapBlocksRequest(data=data[:10])
+    yield pb.SwapBlocksRequest(data=data[10:])
+
+
+def full(value: float) -> Array:
+    return np.full(RIG_SPEC.block_shape(1), value, np.float32)
+
+
+def test_swap_installs_content_and_reports_it(rig: RpcRig) -> None:
+    report = rig.admin.SwapBlocks(swap_messages(full(2.0), expected=0)).report
+    assert (report.revision, report.changes[0].version_after) == (1, 1)
+    np.testing.assert_array_equal(rig.bank.weight(TOPIC), full(2.0))
+
+
+@pytest.mark.parametrize(
+    ("weight", "expected", "dtype", "reason"),
+    [
+        (full(1.0), 5, "float32", Reason.VERSION_MISMATCH),
+        (full(1.0), None, "bfloat16", Reason.BAD_DTYPE),
+        (np.zeros(3, np.float32), None, "float32", Reason.BAD_SHAPE),
+        (full(np.nan), None, "float32", Reason.NOT_FINITE),
+    ],
+)
+def test_wrong_swaps_change_nothing(
+    rig: RpcRig, weight: Array, expected: int | None, dtype: str, reason: Reason
+) -> None:
+    before = rig.bank.state()
+    with pytest.raises(grpc.RpcError) as caught:
+        rig.admin.SwapBlocks(swap_messages(weight, expected=expected, dtype=dtype))
+    assert error_of(caught.value).reason is reason
+    assert rig.bank.state() == before
+
+
+def test_withhold_restore_and_delete_go_through(rig: RpcRig) -> None:
+    withheld = rig.admin.WithholdTopic(pb.WithholdTopicRequest(request_id="a", topic=TOPIC_PB))
+    assert {int(change.state_after) for change in withheld.report.changes} == {BlockState.WITHHELD}
+    rig.admin.RestoreTopic(pb.RestoreTopicRequest(request_id="b", topic=TOPIC_PB))
+    dry = rig.admin.DeleteTopic(pb.DeleteTopicRequest(topic=TOPIC_PB, dry_run=True))
+    assert dry.report.dry_run
+    rig.admin.DeleteTopic(pb.DeleteTopicRequest(request_id="c", topic=TOPIC_PB))
+    topics = rig.admin.ListTopics(pb.ListTopicsRequest(parent=TOPIC_PB))
+    assert {int(topic.state) for topic in topics.topics} == {BlockState.DELETED}
+    assert {topic.label for topic in topics.topics} == {""}
+    assert topics.revision == 3
+
+
+def test_a_topic_travels_out_and_in(rig: RpcRig) -> None:
+    first, *rest = rig.admin.ExportTopic(pb.ExportTopicRequest(topic=TOPIC_PB))
+    pack = first.data + b"".join(message.data for message in rest)
+    assert (len(pack), crc32c(pack)) == (first.num_bytes, first.crc32c)
+    rig.admin.DeleteTopic(pb.DeleteTopicRequest(request_id="a", topic=TOPIC_PB))
+    head = pb.ImportTopicRequest(request_id="b", num_bytes=len(pack), crc32c=crc32c(pack))
+    messages = [head, pb.ImportTopicRequest(data=pack[:99]), pb.ImportTopicRequest(data=pack[99:])]
+    answer = rig.admin.ImportTopic(iter(messages))
+    assert answer.topic == TOPIC_PB
+    assert rig.bank.status(TOPIC).state is BlockState.ACTIVE
+    with pytest.raises(grpc.RpcError) as caught:
+        rig.admin.ImportTopic(iter([head, pb.ImportTopicRequest(data=pack[:-1] + b"!")]))
+    assert error_of(caught.value).reason is Reason.CHECKSUM_MISMATCH
+
+
+def test_snapshot_rollback_stats_and_audit(rig: RpcRig) -> None:
+    snapshot = rig.admin.CreateSnapshot(pb.CreateSnapshotRequest(request_id="a", snapshot="s"))
+    assert list(rig.admin.ListSnapshots(pb.ListSnapshotsRequest()).snapshots) == [snapshot.snapshot]
+    rig.bank.push(TOPIC, "p1")
+    rolled = rig.admin.Rollback(pb.RollbackRequest(request_id="b", snapshot="s", topic=TOPIC_PB))
+    assert [change.version_after for change in rolled.report.changes] == [2]
+    stats = rig.admin.GetStats(pb.GetStatsRequest())
+    assert (stats.num_blocks, stats.revision) == (12, 2)
+    records = rig.admin.ListAuditRecords(pb.ListAuditRecordsRequest(limit=2)).records
+    assert [record.operation for record in records] == ["rollback", "snapshot"]
+    assert records[0].principal == "local"
+    assert json.loads(records[0].detail_json)["topic"] == "1/1"
+
+
+def test_describe_answers_in_the_order_asked(rig: RpcRig) -> None:
+    refs = [types_pb.BlockRef(level=2, cluster=5), TOPIC_PB]
+    blocks = rig.admin.DescribeBlocks(pb.DescribeBlocksRequest(refs=refs)).blocks
+    assert [block.topic.ref for block in blocks] == refs
+
+
+def test_create_bank_carries_who_asked(rig: RpcRig) -> None:
+    spec = convert.spec_to_pb(RIG_SPEC)
+    answer = rig.admin.CreateBank(pb.CreateBankRequest(request_id="a", spec=spec))
+    assert answer.spec.name == "local"
+    for request in (
+        pb.CreateBankRequest(request_id="a"),
+        pb.CreateBankRequest(spec=spec),
+    ):
+        with pytest.raises(grpc.RpcError) as caught:
+            rig.admin.CreateBank(request)
+        assert error_of(caught.value).reason is Reason.BAD_ARGUMENT
+
+
+def test_a_change_needs_a_request_id(rig: RpcRig) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        rig.admin.WithholdTopic(pb.WithholdTopicRequest(topic=TOPIC_PB))
+    assert error_of(caught.value).reason is Reason.BAD_ARGUMENT
+    assert rig.bank.log.last == 0
+
+
+def test_without_a_bank_every_operation_says_so(rig: RpcRig) -> None:
+    rig.has_bank = False
+    for call in (
+        lambda: rig.admin.ListTopics(pb.ListTopicsRequest()),
+        lambda: rig.admin.DeleteTopic(pb.DeleteTopicRequest(request_id="a", topic=TOPIC_PB)),
+        lambda: list(rig.admin.ExportTopic(pb.ExportTopicRequest(topic=TOPIC_PB))),
+    ):
+        with pytest.raises(grpc.RpcError) as caught:
+            call()
+        assert error_of(caught.value).reason is Reason.UNKNOWN_BANK
+
+
+def test_another_bank_is_not_served(rig: RpcRig) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        rig.admin.GetStats(pb.GetStatsRequest(bank="other"))
+    assert error_of(caught.value).reason is Reason.UNKNOWN_BANK
