@@ -1,4 +1,4 @@
-"""Ray Train workers against real shards: every update once, whoever dies in between."""
+"""Ray Train workers against real shards: Ctrl-C, a killed worker and a restarted shard."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import json
 import os
 import signal
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 
 from membank.client import BankClient
 from membank.trainer.training import (
@@ -31,12 +33,22 @@ from tiny_training import tiny_anchor, tiny_sequences, tiny_spec
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
-    pytest.mark.timeout(180),
+    pytest.mark.timeout(400),
     # Ray warns of its own deprecated names when it copies its own settings.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
 ]
 NUM_WORKERS = 2
 CONFIG = MemoryStageConfig(num_tokens=800 * 6 * 12, batch_size=6, run_length=2)
+
+
+@pytest.fixture
+def _ray() -> Iterator[None]:
+    """One Ray for both runs of a test, as where the service's own is joined."""
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 @pytest.fixture
@@ -72,7 +84,8 @@ def _expected_updates(spec: BankSpec, num_steps: int) -> Counter[BlockRef]:
     return updates
 
 
-def test_every_update_is_applied_once_though_a_worker_and_a_shard_die(
+@pytest.mark.usefixtures("_ray")
+def test_every_update_is_applied_once_whoever_is_stopped_in_between(
     job: ServedTraining, tmp_path: Path
 ) -> None:
     # Workers may be any number of versions apart here: a refusal would hide a lost update.
@@ -80,12 +93,21 @@ def test_every_update_is_applied_once_though_a_worker_and_a_shard_die(
     num_steps = CONFIG.num_steps(tiny_sequences(spec).seq_len, NUM_WORKERS)
     told: list[Progress] = []
     killed: list[int] = []
+    handler = signal.getsignal(signal.SIGINT)
     with ServedBank(tmp_path / "bank", spec) as bank:
         job = replace(job, endpoint=bank.endpoint)
 
+        def interrupt(progress: Progress) -> None:
+            if progress.fraction > 0.1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        with pytest.raises(KeyboardInterrupt):
+            train_served(job, on_progress=interrupt)
+        assert signal.getsignal(signal.SIGINT) is handler
+
         def disturb(progress: Progress) -> None:
             told.append(progress)
-            if not killed and progress.fraction > 0.2:
+            if not killed and progress.fraction > 0.4:
                 position = json.loads(job.position_path(1).read_text())
                 killed.append(position["pid"])
                 os.kill(position["pid"], signal.SIGKILL)

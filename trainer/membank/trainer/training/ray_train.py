@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -144,6 +145,8 @@ def train_served(
     ------
     ray.train.TrainingFailedError
         Workers failed more often than `max_failures`; the last error is its cause.
+    KeyboardInterrupt
+        Ctrl-C; the workers have been stopped.
     MembankError
         The anchor or the sequences cannot be read.
     """
@@ -165,7 +168,7 @@ def train_served(
                 failure_config=ray.train.FailureConfig(max_failures=job.max_failures),
             ),
         )
-        with _watched(board, on_progress):
+        with _watched(board, on_progress), _interruptible():
             trainer.fit()
         results, num_starts = ray.get(board.results.remote())
     if len(results) != job.num_workers:
@@ -290,6 +293,25 @@ def _watched(board: _Handle, on_progress: ProgressCallback | None) -> Iterator[N
     finally:
         ended.set()
         thread.join()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C end a fit as it ends anything else.
+
+    Ray Train puts a handler of its own in place, which stops the workers, then leaves the program
+    with a status of success; and it stays there after the fit.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as err:
+        raise KeyboardInterrupt from err
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
