@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
+import torch
 
 from membank.trainer.model import MemoryBatch
 from membank.trainer.training import MemorySource, distinct_blocks, join, leaf_path
@@ -102,6 +103,8 @@ class ConditionMemory:
         Paths of the texts.
     seed
         Seed of the random leaves.
+    device
+        Where the anchor is; None is the CPU.
     """
 
     def __init__(
@@ -111,7 +114,9 @@ class ConditionMemory:
         paths: EvaluationPaths,
         *,
         seed: int = 0,
+        device: torch.device | None = None,
     ) -> None:
+        self._device = device
         self._memory = memory
         self._generic = generic
         self._paths = {
@@ -167,7 +172,7 @@ class ConditionMemory:
         assert source is not None
         paths = [self._paths[condition][row] for row in rows]
         fetched = self._fetched_generic if generic else self._fetched
-        joined = join(source.spec, paths, fetched)
+        joined = join(source.spec, paths, fetched, device=self._device)
         if without_level is None:
             return joined.memory
         kept = [x for n, x in enumerate(joined.memory.levels, start=1) if n != without_level]

@@ -111,7 +111,8 @@ def evaluate_perplexity(
     long_enough = [i for i, ids in enumerate(tokens) if len(ids) > 1]
     ids_N = [tokens[i][:seq_len] for i in long_enough]
     rows = [drawn[i] for i in long_enough]
-    memories = ConditionMemory(memory, generic, paths.select(rows), seed=seed)
+    device = anchor.embedding.weight.device
+    memories = ConditionMemory(memory, generic, paths.select(rows), seed=seed, device=device)
     losses = {
         str(condition): _losses(anchor, ids_N, memories, condition, None, batch_size)
         for condition in memories.conditions
@@ -182,6 +183,8 @@ def _losses(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         tokens_BT, segments_BT = _padded([ids_N[row] for row in rows])
+        tokens_BT = tokens_BT.to(anchor.embedding.weight.device)
+        segments_BT = segments_BT.to(anchor.embedding.weight.device)
         memory = memories.batch(condition, rows, without_level=without_level)
         logits_BTV = anchor(tokens_BT, None, memory)
         # Padding is on the right, where a causal model cannot see it; its targets do not count.

@@ -113,7 +113,8 @@ def evaluate_recall(
     RecallReport
         Recall by relation and condition, with every completion.
     """
-    memories = ConditionMemory(memory, generic, paths, seed=seed)
+    device = anchor.embedding.weight.device
+    memories = ConditionMemory(memory, generic, paths, seed=seed, device=device)
     asker = _Asker(anchor, tokenizer, facts, memories, batch_size, on_progress)
     answers = {str(condition): asker.ask(condition) for condition in memories.conditions}
     ablated = [

@@ -92,7 +92,8 @@ def train_anchor(
     Parameters
     ----------
     anchor
-        The anchor; its present weights are the start, unless `checkpoint` holds a later state.
+        The anchor, on any device; its present weights are the start, unless `checkpoint` holds a
+        later state.
     sequences
         Packed documents of all topics.
     config
@@ -135,10 +136,11 @@ def train_anchor(
     meter = Meter(
         "anchor", first_step=first, num_steps=num_steps, callback=on_progress, clock=clock
     )
+    device = anchor.embedding.weight.device
     saved_at = clock()
     with LossLog(losses, first_step=first) as log:
         for step in range(first, num_steps):
-            tokens_BT, segments_BT = batch_tensors(sequences, order.rows(step))
+            tokens_BT, segments_BT = batch_tensors(sequences, order.rows(step), device)
             loss, num_scored = _step(anchor, optimizer, config, tokens_BT, segments_BT, step)
             log.add(LossRecord(step=step, loss=loss, num_tokens=num_scored, time_s=meter.elapsed_s))
             meter.add(step, loss, tokens_BT.numel())

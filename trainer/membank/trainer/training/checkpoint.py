@@ -106,7 +106,7 @@ class AnchorCheckpoint:
             names = [name for name in tensors if name.startswith(_MODEL)]
             anchor.load_state_dict({n.removeprefix(_MODEL): tensors[n] for n in names})
             for name, parameter in anchor.named_parameters():
-                optimizer.state[parameter] = _optimizer_state(tensors, name)
+                optimizer.state[parameter] = _optimizer_state(tensors, name, parameter.device)
             return int(meta["step"])
         except (KeyError, TypeError, ValueError, RuntimeError) as err:
             raise _damaged(self.path, err) from err
@@ -228,9 +228,11 @@ class InProcessCheckpoint:
         return self._path.with_name(self._path.name + ".run")
 
 
-def _optimizer_state(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+def _optimizer_state(
+    tensors: dict[str, Tensor], name: str, device: torch.device
+) -> dict[str, Tensor]:
     keys = ("step", "exp_avg", "exp_avg_sq")
-    return {key: tensors[f"{_OPTIMIZER}{key}.{name}"] for key in keys}
+    return {key: tensors[f"{_OPTIMIZER}{key}.{name}"].to(device) for key in keys}
 
 
 def _config_json(anchor: Anchor) -> str:

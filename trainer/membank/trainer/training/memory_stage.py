@@ -95,7 +95,7 @@ def train_memories(
     Parameters
     ----------
     anchor
-        The anchor; it is frozen here and left otherwise alone.
+        The anchor, on any device; it is frozen here and left otherwise alone.
     source
         The bank. One with a single leaf (generic memory) gets every sequence, so that the control
         sees the same sequences in the same order.
@@ -198,10 +198,11 @@ class _Trainer:
         return [leaf_path(self._spec, int(leaf)) for leaf in leaves_B]
 
     def step(self, memory: MemorySource, step: int) -> tuple[float, int, tuple[Acknowledged, ...]]:
-        tokens_BT, segments_BT = batch_tensors(self._sequences, self._order.rows(step))
+        device = self._anchor.embedding.weight.device
+        tokens_BT, segments_BT = batch_tensors(self._sequences, self._order.rows(step), device)
         paths_B = self.paths(step)
         fetched = memory.fetch(distinct_blocks(paths_B))
-        batch = join(self._spec, paths_B, fetched, trained=True)
+        batch = join(self._spec, paths_B, fetched, trained=True, device=device)
         logits_BTV = self._anchor(tokens_BT, segments_BT, batch.memory)
         loss, num_scored = next_token_loss(logits_BTV, tokens_BT, segments_BT)
         value = float(loss.detach())

@@ -44,7 +44,7 @@ class BatchMemory:
     where the memory is trained."""
 
     def gradients(self) -> dict[BlockRef, Tensor]:
-        """Return the gradient of each distinct block, (L, P, R, D); views into ``blocks``' own.
+        """Return the gradient of each distinct block, (L, P, R, D) on the CPU.
 
         A block that several sequences share has the sum over them: autograd accumulates it where
         the block is gathered per sequence.
@@ -53,12 +53,17 @@ class BatchMemory:
             ref: gradient
             for refs, blocks in zip(self.refs, self.blocks, strict=True)
             if blocks.grad is not None
-            for ref, gradient in zip(refs, blocks.grad, strict=True)
+            for ref, gradient in zip(refs, blocks.grad.cpu(), strict=True)
         }
 
 
 def join(
-    spec: BankSpec, paths: Sequence[Path], fetched: Fetched, *, trained: bool = False
+    spec: BankSpec,
+    paths: Sequence[Path],
+    fetched: Fetched,
+    *,
+    trained: bool = False,
+    device: torch.device | None = None,
 ) -> BatchMemory:
     """Put fetched blocks together for a batch.
 
@@ -72,6 +77,8 @@ def join(
         Every block of the paths. A path ends at its first absent block: nothing is rerouted.
     trained
         True where gradients are wanted.
+    device
+        Where the anchor is; None is the CPU.
 
     Returns
     -------

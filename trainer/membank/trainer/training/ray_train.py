@@ -67,6 +67,8 @@ class ServedTraining:
     one of its own on this machine."""
     cpus_per_worker: float = 0.01
     """Logical CPUs that Ray books for a worker, > 0; near 0 so that it fits beside the service."""
+    use_gpu: bool = False
+    """True gives each worker a GPU for the anchor; blocks still come and go over the CPU."""
     num_threads: int = 1
     """Threads of one worker, at least 1."""
     max_failures: int = 3
@@ -160,7 +162,9 @@ def train_served(
             _train_worker,
             train_loop_config={"job": job, "board": board},
             scaling_config=ray.train.ScalingConfig(
-                num_workers=job.num_workers, resources_per_worker={"CPU": job.cpus_per_worker}
+                num_workers=job.num_workers,
+                use_gpu=job.use_gpu,
+                resources_per_worker=_resources(job),
             ),
             run_config=ray.train.RunConfig(
                 name=_NAMESPACE,
@@ -180,6 +184,10 @@ def train_served(
     )
 
 
+def _resources(job: ServedTraining) -> dict[str, float]:
+    return {"CPU": job.cpus_per_worker} | ({"GPU": 1.0} if job.use_gpu else {})
+
+
 def _train_worker(config: Mapping[str, object]) -> None:
     """Run one worker: what Ray Train calls in each process of the group."""
     job = config["job"]
@@ -193,7 +201,8 @@ def _train_worker(config: Mapping[str, object]) -> None:
     position = PositionCheckpoint(job.position_path(rank))
     with BankClient.connect(job.endpoint, config=job.client) as client:
         result = train_memories(
-            load_anchor(job.anchor),
+            # Ray shows each worker its own GPU alone.
+            load_anchor(job.anchor).to("cuda" if job.use_gpu else "cpu"),
             ServedMemory(client, run_id=position.run_id, patience_s=job.patience_s),
             load_sequences(job.sequences),
             job.config,

@@ -42,8 +42,10 @@ def load_sequences(path: Path) -> PackedSequences:
         ) from err
 
 
-def batch_tensors(sequences: PackedSequences, rows_B: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-    """Return tokens and segments of some sequences, (B, T) int64 each."""
+def batch_tensors(
+    sequences: PackedSequences, rows_B: NDArray[np.int64], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return tokens and segments of some sequences, (B, T) int64 each, on `device`."""
     tokens_BT = torch.from_numpy(sequences.tokens_NT[rows_B].astype(np.int64))
     segments_BT = torch.from_numpy(sequences.doc_ids_NT[rows_B].astype(np.int64))
-    return tokens_BT, segments_BT
+    return tokens_BT.to(device), segments_BT.to(device)
