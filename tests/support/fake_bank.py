@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import queue
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -90,6 +91,7 @@ class FakeSubscription:
         self._refs = frozenset(refs)
         self._admin_only = admin_only
         self._queue: queue.SimpleQueue[BlockEvent | None] = queue.SimpleQueue()
+        self._read = threading.Event()
         self.is_closed = False
 
     def offer(self, event: BlockEvent) -> None:
@@ -103,7 +105,13 @@ class FakeSubscription:
             event = self._queue.get(timeout=timeout_s)
         except queue.Empty:
             return (), 0
+        self._read.set()
         return ((event,) if event is not None else ()), 0
+
+    def wait_until_read(self) -> None:
+        """Wait until the first event was read."""
+        if not self._read.wait(timeout=10):
+            raise TimeoutError("nobody reads")
 
     def close(self) -> None:
         self.is_closed = True

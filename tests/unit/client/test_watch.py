@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -64,6 +65,22 @@ async def test_in_process_too(bank: FakeBank) -> None:
     assert all(s.is_closed for shard in bank.shards for s in shard.subscriptions)
 
 
+async def test_says_nothing_before_it_is_on(bank: FakeBank) -> None:
+    network = InProcessNetwork(bank)
+    network.remove("shard:2")
+    async with (
+        await AsyncBankClient.connect(network.GATEWAY, config=CONFIG, connector=network) as client,
+        aclosing(client.watch()) as changes,
+    ):
+        first = asyncio.create_task(anext(changes))
+        while not bank.shards[0].subscriptions:  # noqa: ASYNC110  # of a fake, which has no event
+            await asyncio.sleep(0)
+        withhold(bank, ACROSS[0])
+        await asyncio.to_thread(bank.shards[0].subscriptions[0].wait_until_read)
+        network.place("shard-1", bank.shards[1], "shard:3")
+        assert await first == Changes()
+
+
 async def test_merges_all_shards(bank: FakeBank, client: AsyncBankClient) -> None:
     async with aclosing(client.watch()) as changes:
         assert await anext(changes) == Changes()
@@ -96,6 +113,18 @@ async def test_says_that_there_was_a_gap(
         assert await anext(changes) == Changes(is_gap=True)
         withhold(bank, ACROSS[0])
         assert await changed(changes, 1) == {ACROSS[0]}
+
+
+async def test_counts_only_failures_in_a_row(bank: FakeBank, service: FakeService) -> None:
+    config = replace(CONFIG, retry=replace(CONFIG.retry, max_attempts=2))
+    async with (
+        await AsyncBankClient.connect(service.endpoint, config=config) as client,
+        aclosing(client.watch([ACROSS[0]])) as changes,
+    ):
+        await anext(changes)
+        for _ in range(4):
+            bank.shards[0].subscriptions[-1].close()
+            assert await anext(changes) == Changes(is_gap=True)
 
 
 async def test_follows_a_shard_to_its_new_port(
