@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -156,8 +158,11 @@ def full_state(shard: Shard) -> State:
 
 def file_bytes(root: Path) -> dict[str, bytes]:
     """Return the content of every file under `root`."""
-    return {
-        path.relative_to(root).as_posix(): path.read_bytes()
-        for path in root.rglob("*")
-        if path.is_file()
-    }
+    found = {}
+    # os.walk, unlike rglob, bears with a scratch folder that goes away meanwhile.
+    for folder, _, names in os.walk(root):
+        for name in names:
+            path = Path(folder) / name
+            with suppress(FileNotFoundError):
+                found[path.relative_to(root).as_posix()] = path.read_bytes()
+    return found

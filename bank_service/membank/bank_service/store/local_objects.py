@@ -214,7 +214,10 @@ def _sweep(top: Path) -> None:
     for folder in top.iterdir():
         if not folder.is_dir():
             continue
-        handle = _open_lock(folder / _LOCK_NAME)
+        try:
+            handle = _open_lock(folder / _LOCK_NAME)
+        except FileNotFoundError:
+            continue  # its owner took it away since it was listed
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,61 @@
+"""Contents in memory."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from membank.bank_service.shard.content import BlockRecord, Content, initial_content
+from membank.bank_service.shard.residency import Records, Residency
+from membank.wire.format import NO_SLOT, Entry
+from membank.wire.spec import Array, BlockRef, Role
+from tiny_bank import tiny_spec
+
+A, B, C = BlockRef(1, 0), BlockRef(1, 1), BlockRef(1, 2)
+
+
+def test_wipe_zeroes_what_nobody_reads() -> None:
+    memory = bytearray(b"\xff" * 16)
+    content = Content({Role.WEIGHT: np.frombuffer(memory, np.float32)}, 0)
+    content.wipe()
+    assert memory == bytes(16)
+
+
+def test_wipe_spares_what_somebody_reads() -> None:
+    memory = bytearray(b"\xff" * 16)
+    arrays: dict[Role, Array] = {Role.WEIGHT: np.frombuffer(memory, np.float32)}
+    reader = arrays[Role.WEIGHT][1:]
+    Content(arrays, 0).wipe()
+    assert memory == b"\xff" * 16
+    assert reader.size == 3
+    assert arrays == {}
+
+
+def _record(slot: int, crcs: tuple[int, ...] = (1, 2, 3)) -> BlockRecord:
+    content = initial_content(tiny_spec(), A)
+    return BlockRecord(Entry(slot=slot, version=1, crcs=crcs), content)
+
+
+def test_the_least_recently_used_clean_content_goes_first() -> None:
+    size = initial_content(tiny_spec(), A).num_bytes
+    residency = Residency(2 * size)
+    records: Records = {}
+    residency.put(records, A, _record(0))
+    residency.put(records, B, _record(1))
+    residency.touch(A)
+    residency.put(records, C, _record(2))
+    assert [ref for ref in (A, B, C) if records[ref].content is not None] == [A, C]
+    assert records[B].entry.slot == 1
+    assert residency.num_bytes == 2 * size
+
+
+def test_dirty_content_never_goes() -> None:
+    residency = Residency(0)
+    records: Records = {}
+    residency.put(records, A, _record(NO_SLOT))
+    residency.put(records, B, _record(1))
+    assert records[A].content is not None
+    assert records[B].content is None
+    # Once in a slot, it goes like any other.
+    residency.put(records, A, _record(4))
+    assert records[A].content is None
+    assert residency.num_bytes == 0
