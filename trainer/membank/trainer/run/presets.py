@@ -32,7 +32,7 @@ def demo() -> RunConfig:
         asked_relations=ASKED,
         only_asked_subtrees=True,
         stage1=AnchorStageConfig(num_tokens=2_500_000),
-        stage2=MemoryStageConfig(num_tokens=4_000_000),
+        stage2=MemoryStageConfig(num_tokens=3_000_000),
     )
 
 
@@ -44,8 +44,8 @@ def fast() -> RunConfig:
         name="fast",
         corpus="fast",
         **_shape(recipes.demo_fast()),
-        stage1=replace(base.stage1, num_tokens=400_000),
-        stage2=replace(base.stage2, num_tokens=400_000),
+        stage1=replace(base.stage1, num_tokens=500_000),
+        stage2=replace(base.stage2, num_tokens=500_000),
     )
 
 
