@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import pickle
-from typing import Any
 
 import grpc
 import pytest
 
 from membank.wire.errors import LEAVES, MembankError, Reason, from_rpc_error, to_status
 
+Metadata = tuple[tuple[str, str | bytes], ...]
+
 
 class _Call(grpc.RpcError):
     """What grpcio raises at a caller, made from what a server sent."""
 
-    def __init__(self, status: Any) -> None:
+    def __init__(self, status: grpc.Status, metadata: Metadata | None = None) -> None:
         self._status = status
+        self._metadata = status.trailing_metadata if metadata is None else metadata
 
     def code(self) -> grpc.StatusCode:
-        return self._status.code  # type: ignore[no-any-return]
+        return self._status.code
 
     def details(self) -> str:
-        return self._status.details  # type: ignore[no-any-return]
+        return self._status.details
 
-    def trailing_metadata(self) -> Any:
-        return self._status.trailing_metadata
+    def trailing_metadata(self) -> Metadata:  # type: ignore[override]  # the stub's own type is private
+        return self._metadata
 
 
 def test_every_leaf_is_listed_and_has_its_own_code() -> None:
@@ -52,7 +54,13 @@ def test_leaf_survives_the_wire(leaf: type[MembankError]) -> None:
 
 def test_unknown_reason_of_a_newer_server_is_kept_apart() -> None:
     status = to_status(LEAVES[0]("x", reason=Reason.UNKNOWN_BANK))
-    newer = [(k, v.replace(b"UNKNOWN_BANK", b"FUTURE_CAUSE")) for k, v in status.trailing_metadata]
-    call = _Call(status)
-    call.trailing_metadata = lambda: newer  # type: ignore[method-assign]
+    newer = tuple(
+        (
+            key,
+            value.replace(b"UNKNOWN_BANK", b"FUTURE_CAUSE") if isinstance(value, bytes) else value,
+        )
+        for key, value in status.trailing_metadata
+    )
+    assert newer != status.trailing_metadata
+    call = _Call(status, newer)
     assert from_rpc_error(call, where="h:1").reason is Reason.UNEXPECTED
