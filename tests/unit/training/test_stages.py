@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from membank.trainer.corpus import PackedSequences
 from membank.trainer.model import Anchor
 from membank.trainer.training import (
+    Acknowledged,
     AnchorStageConfig,
+    Fetched,
     InProcessCheckpoint,
     InProcessMemory,
     MemoryStageConfig,
@@ -26,8 +29,15 @@ from membank.trainer.training import (
     train_anchor,
     train_memories,
 )
-from membank.wire.errors import CorruptionError, FailedPreconditionError, InvalidArgumentError
-from membank.wire.spec import BankSpec, BlockState
+from membank.trainer.training.memory_stage import RefusalCount
+from membank.wire.errors import (
+    CorruptionError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    Reason,
+)
+from membank.wire.records import UpdateResult
+from membank.wire.spec import BankSpec, BlockRef, BlockState
 
 STAGE_1 = AnchorStageConfig(num_tokens=30 * 4 * 12, batch_size=4, learning_rate=3e-3)
 STAGE_2 = MemoryStageConfig(num_tokens=30 * 6 * 12, batch_size=6, run_length=2, prefetch_depth=0)
@@ -237,31 +247,68 @@ def test_workers_together_see_every_sequence(
     assert sum(result.num_tokens for result in results) == STAGE_2.num_tokens
 
 
-def test_refused_gradients_are_counted_and_too_many_end_the_stage(
+class WithheldMeanwhile:
+    """Memory of which a block is withheld between one fetch and its push."""
+
+    def __init__(self, source: InProcessMemory, ref: BlockRef, step: int) -> None:
+        self._source = source
+        self._ref = ref
+        self._step = step
+
+    @property
+    def spec(self) -> BankSpec:
+        return self._source.spec
+
+    def fetch(self, refs: Sequence[BlockRef]) -> Fetched:
+        return self._source.fetch(refs)
+
+    def push(
+        self,
+        gradients: Mapping[BlockRef, Tensor],
+        versions: Mapping[BlockRef, int],
+        *,
+        step: int,
+        learning_rate_scale: float = 1.0,
+    ) -> tuple[Acknowledged, ...]:
+        if step == self._step:
+            self._source.set_state(self._ref, BlockState.WITHHELD)
+        return self._source.push(
+            gradients, versions, step=step, learning_rate_scale=learning_rate_scale
+        )
+
+    def flush(self) -> tuple[Acknowledged, ...]:
+        return self._source.flush()
+
+
+def test_refused_gradients_are_counted_and_training_goes_on_without_the_block(
     anchor: Anchor, sequences: PackedSequences, spec: BankSpec
 ) -> None:
     memory = InProcessMemory(spec)
-    (ref, *_) = spec.blocks()
-    told: list[Progress] = []
-
-    def withhold(progress: Progress) -> None:
-        told.append(progress)
-        if progress.step == 3:
-            memory.set_state(ref, BlockState.WITHHELD)
-
-    config = replace(STAGE_2, prefetch_depth=2)
-    result = train_memories(
-        anchor,
-        memory,
-        sequences,
-        config,
-        on_progress=withhold,
-        clock=_ticking(),
-    )
+    ref = BlockRef(1, 0)  # every batch has sequences of this topic
+    result = train_memories(anchor, WithheldMeanwhile(memory, ref, 3), sequences, STAGE_2)
     assert result.num_steps == 30
-    assert set(dict(result.refused)) <= {"BLOCK_WITHHELD"}
-    assert told[-1].left_s == 0
-    assert told[-1].fraction == 1
+    # Once: from the next fetch on, paths end above it and nothing is pushed to it.
+    assert result.refused == (("BLOCK_WITHHELD", 1),)
+    assert memory.fetch([ref]).versions[ref] == 3
+
+
+@pytest.mark.parametrize(("max_share", "ends"), [(0.4, True), (0.5, False), (1.0, False)])
+def test_too_many_refusals_end_the_stage(max_share: float, ends: bool) -> None:
+    count = RefusalCount(max_share, window=10)
+
+    def push(accepted: bool) -> None:
+        reason = None if accepted else Reason.STALE_VERSION
+        result = UpdateResult(ref=BlockRef(1, 0), accepted=accepted, version=0, reason=reason)
+        count.count(Acknowledged(step=0, results=(result,)))
+
+    for number in range(9):
+        push(accepted=number % 2 == 1)
+    if ends:
+        with pytest.raises(FailedPreconditionError, match="max_staleness"):
+            push(accepted=True)
+    else:
+        push(accepted=True)
+    assert count.total == 5
 
 
 @pytest.mark.parametrize(

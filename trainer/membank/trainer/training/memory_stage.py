@@ -139,7 +139,7 @@ def train_memories(
     meter = Meter(
         "memories", first_step=first, num_steps=trainer.num_steps, callback=on_progress, clock=clock
     )
-    refusals = _Refusals(config.max_refused_share)
+    refusals = RefusalCount(config.max_refused_share)
 
     def settle(acknowledged: Iterable[Acknowledged]) -> None:
         for push in acknowledged:
@@ -225,31 +225,45 @@ class _Trainer:
         return value, num_scored, acknowledged
 
 
-class _Refusals:
-    """Counts refused gradients, and gives up where too many of the recent ones were."""
+class RefusalCount:
+    """Counts refused gradients, and gives up where too many of the recent ones were.
 
-    window = 1000
+    Parameters
+    ----------
+    max_share
+        Largest share of refused ones among the last `window`, 0 to 1; 1 never gives up.
+    window
+        Gradients looked back at; fewer are never too many.
+    """
 
-    def __init__(self, max_share: float) -> None:
+    def __init__(self, max_share: float, *, window: int = 1000) -> None:
         self._max_share = max_share
-        self._recent: deque[bool] = deque(maxlen=self.window)
+        self._recent: deque[bool] = deque(maxlen=window)
+        self._window = window
         self.by_reason: Counter[str] = Counter()
+        """Refused gradients by reason, since the beginning."""
 
     @property
     def total(self) -> int:
+        """Refused gradients since the beginning."""
         return self.by_reason.total()
 
     def count(self, push: Acknowledged) -> None:
+        """Count one push.
+
+        Raises
+        ------
+        FailedPreconditionError
+            Too many of the recent gradients were refused.
+        """
         for result in push.results:
             self._recent.append(not result.accepted)
             if not result.accepted:
                 self.by_reason[result.reason.value if result.reason else "UNSAID"] += 1
-        if len(self._recent) < self.window or self._max_share >= 1:
-            return
-        share = sum(self._recent) / self.window
-        if share > self._max_share:
+        share = sum(self._recent) / self._window
+        if len(self._recent) == self._window and share > self._max_share:
             raise FailedPreconditionError(
-                f"{share:.0%} of the last {self.window} gradients were refused "
+                f"{share:.0%} of the last {self._window} gradients were refused "
                 f"({dict(self.by_reason)}); use fewer workers or raise the bank's max_staleness",
                 reason=Reason.STALE_VERSION,
             )
