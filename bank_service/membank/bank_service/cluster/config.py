@@ -101,6 +101,7 @@ class UpConfig:
         _require(self.start_timeout_s > 0, "start_timeout_s", self.start_timeout_s, "> 0")
         # Refused here, before anything is started.
         self.gateway_config()
+        self.shard_config()
 
     @property
     def key(self) -> str:

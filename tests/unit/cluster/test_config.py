@@ -1,0 +1,126 @@
+"""Settings of a service, and the notes of those that run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from membank.bank_service.cluster import (
+    Endpoint,
+    UpConfig,
+    default_runtime_dir,
+    down,
+    list_running,
+    status,
+)
+from membank.bank_service.cluster import state as notes
+from membank.bank_service.cluster.config import bank_key, canonical_url
+from membank.wire.errors import (
+    InvalidArgumentError,
+    MembankError,
+    Reason,
+    UnavailableError,
+)
+
+
+def endpoint(bank_url: str, address: str = "127.0.0.1:7600") -> Endpoint:
+    return Endpoint(address=address, bank_url=bank_url, ray_address="127.0.0.2:6379")
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"num_shards": 0}, Reason.BAD_CONFIG),
+        ({"num_shards": 257}, Reason.BAD_CONFIG),
+        ({"min_nodes": 0}, Reason.BAD_CONFIG),
+        ({"object_store_bytes": 1}, Reason.BAD_CONFIG),
+        ({"max_in_flight_bytes": 1}, Reason.BAD_CONFIG),
+        ({"start_timeout_s": 0.0}, Reason.BAD_CONFIG),
+        ({"port": 70_000}, Reason.BAD_CONFIG),
+        ({"tls_cert": Path("c")}, Reason.BAD_CONFIG),
+        ({"host": "0.0.0.0"}, Reason.INSECURE_ENDPOINT),
+        ({"host": "0.0.0.0", "token_file": Path("t")}, Reason.INSECURE_ENDPOINT),
+        ({"durability": "store"}, Reason.BAD_CONFIG),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_starts(
+    fields: dict[str, object], reason: Reason
+) -> None:
+    with pytest.raises(MembankError) as caught:
+        UpConfig(bank_url="bank", **fields)  # type: ignore[arg-type]  # wrong on purpose
+    assert caught.value.reason is reason
+
+
+def test_paths_are_absolute_for_actors_have_another_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = UpConfig(bank_url="bank", runtime_dir=Path("run"))
+    assert config.bank_url == str(tmp_path / "bank")
+    assert config.runtime_dir == tmp_path / "run"
+    assert config.key == bank_key(f"file://{tmp_path}/bank") == bank_key("./x/../bank")
+
+
+def test_urls_keep_their_scheme_and_have_their_journal_elsewhere(tmp_path: Path) -> None:
+    config = UpConfig(bank_url="s3://bucket/bank/", runtime_dir=tmp_path)
+    assert config.bank_url == canonical_url("s3://bucket/bank") == "s3://bucket/bank"
+    journal_dir = config.shard_config().journal_dir
+    assert journal_dir is not None
+    assert journal_dir.startswith(str(tmp_path))
+    assert UpConfig(bank_url="bank").shard_config().journal_dir is None
+
+
+def test_runtime_dir_follows_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.delenv("MEMBANK_RUNTIME_DIR", raising=False)
+    assert default_runtime_dir() == tmp_path / "membank"
+    monkeypatch.setenv("MEMBANK_RUNTIME_DIR", str(tmp_path / "own"))
+    assert default_runtime_dir() == tmp_path / "own"
+
+
+def test_services_are_found_by_bank_or_alone(tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError) as caught:
+        notes.find(None, tmp_path)
+    assert caught.value.reason is Reason.NOT_RUNNING
+    first, second = endpoint("/banks/a"), endpoint("/banks/b", "127.0.0.1:7601")
+    notes.save(first, tmp_path)
+    assert notes.find(None, tmp_path) == first
+    notes.save(second, tmp_path)
+    assert set(list_running(tmp_path)) == {first, second}
+    assert notes.find("/banks/b", tmp_path) == second
+    with pytest.raises(InvalidArgumentError, match="several"):
+        notes.find(None, tmp_path)
+    notes.forget(second, tmp_path)
+    assert list_running(tmp_path) == (first,)
+    assert str(first) == "127.0.0.1:7600"
+
+
+def test_a_note_that_is_no_note_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "x.service.json").write_text("{")
+    (tmp_path / "y.service.json").write_text('{"address": 1, "of": "another version"}')
+    assert list_running(tmp_path) == ()
+
+
+def test_down_without_a_service_says_so(tmp_path: Path) -> None:
+    for call in (down, status):
+        with pytest.raises(UnavailableError) as caught:
+            call(runtime_dir=tmp_path)
+        assert caught.value.reason is Reason.NOT_RUNNING
+
+
+def test_a_service_whose_processes_are_gone_is_not_running(tmp_path: Path) -> None:
+    gone = Endpoint(
+        address="127.0.0.1:1",
+        bank_url="/banks/a",
+        ray_address="127.0.0.2:1",
+        ray_dir=str(tmp_path / "ray"),
+        ray_mark="no process has this mark",
+    )
+    notes.save(gone, tmp_path)
+    with pytest.raises(UnavailableError) as caught:
+        status(runtime_dir=tmp_path)
+    assert caught.value.reason is Reason.NOT_RUNNING
+    assert list_running(tmp_path) == ()

@@ -1,0 +1,50 @@
+"""Which shard owns what, and how often that is said to have changed."""
+
+from __future__ import annotations
+
+import pytest
+
+from membank.bank_service.cluster.placement import PlacementTable, assign_partitions
+from membank.wire.errors import InvalidArgumentError
+
+
+@pytest.mark.parametrize(("num_partitions", "num_shards"), [(4, 1), (4, 2), (7, 3), (5, 5)])
+def test_every_partition_has_one_owner_and_loads_differ_by_one(
+    num_partitions: int, num_shards: int
+) -> None:
+    dealt = assign_partitions(num_partitions, [f"s{index}" for index in range(num_shards)])
+    assert sorted(p for parts in dealt.values() for p in parts) == list(range(num_partitions))
+    sizes = {len(parts) for parts in dealt.values()}
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("num_shards", [0, 5])
+def test_a_shard_without_a_partition_is_refused(num_shards: int) -> None:
+    with pytest.raises(InvalidArgumentError):
+        assign_partitions(4, [str(index) for index in range(num_shards)])
+
+
+def test_generation_grows_with_every_new_endpoint_and_only_then() -> None:
+    table = PlacementTable({"a": (0, 2), "b": (1,)}, clock=lambda: 100.9)
+    assert table.current().owners == ()
+    assert table.set_endpoint("a", "host:1")
+    assert table.set_endpoint("b", "host:2")
+    assert table.current().generation == 101
+    assert not table.set_endpoint("a", "host:1")
+    assert table.current().generation == 101
+    assert table.set_endpoint("a", "host:3")
+    owners = table.current().owners
+    assert table.current().generation == 102
+    assert [(o.partition, o.shard_id, o.endpoint) for o in owners] == [
+        (0, "a", "host:3"),
+        (1, "b", "host:2"),
+        (2, "a", "host:3"),
+    ]
+
+
+def test_the_next_controller_goes_on_above_the_last() -> None:
+    first = PlacementTable({"a": (0,)}, clock=lambda: 100.0)
+    first.set_endpoint("a", "host:1")
+    second = PlacementTable({"a": (0,)}, clock=lambda: 105.0)
+    second.set_endpoint("a", "host:1")
+    assert second.current().generation > first.current().generation
