@@ -17,7 +17,7 @@ from pathlib import Path
 import ray
 
 from membank.bank_service.cluster.config import UpConfig
-from membank.bank_service.cluster.fleet import ShardFleet
+from membank.bank_service.cluster.fleet import ShardFleet, ShardStatus
 from membank.bank_service.cluster.gateway import Gateway
 from membank.bank_service.cluster.placement import assign_partitions
 from membank.bank_service.cluster.shard_server import BLOCK_SERVICE
@@ -40,26 +40,6 @@ _LOG = logging.getLogger(__name__)
 ADMIN_SERVICE = "membank.v1.AdminService"
 _SUPERVISE_EVERY_S = 0.25
 _RESTART_BACKOFF_S = 2.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardStatus:
-    """One shard of a running service."""
-
-    shard_id: str
-    """Its identity."""
-    endpoint: str
-    """gRPC address, host:port; the last one where it is down."""
-    node: str
-    """Address of its machine."""
-    pid: int
-    """Its process."""
-    partitions: tuple[int, ...]
-    """Partitions it owns."""
-    num_restarts: int
-    """Times it came back since the controller started."""
-    alive: bool
-    """Whether it answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,27 +92,14 @@ class ControllerActor:
 
     def status(self) -> ControllerStatus:
         """Return what is known of the service now."""
-        fleet = self._fleet
-        shards = []
-        for shard_id, (identity, alive, restarts) in (fleet.identities() if fleet else {}).items():
-            shards.append(
-                ShardStatus(
-                    shard_id=shard_id,
-                    endpoint=identity.endpoint if identity else "",
-                    node=identity.node if identity else "",
-                    pid=identity.pid if identity else 0,
-                    partitions=fleet.partitions_of(shard_id) if fleet else (),
-                    num_restarts=restarts,
-                    alive=alive,
-                )
-            )
+        shards = () if self._fleet is None else self._fleet.statuses()
         has_bank = self._gateway.has_bank
         return ControllerStatus(
             address=self._address(),
             pid=os.getpid(),
             has_bank=has_bank,
             revision=self._gateway.info().revision if has_bank else 0,
-            shards=tuple(shards),
+            shards=shards,
         )
 
     def stop(self, timeout_s: float) -> None:

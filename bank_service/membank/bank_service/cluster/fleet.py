@@ -38,6 +38,28 @@ _PROBE_TIMEOUT_S = 10.0
 _REOPEN_BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardStatus:
+    """One shard of a running service."""
+
+    shard_id: str
+    """Its identity."""
+    endpoint: str
+    """gRPC address, host:port; the last one where it is down."""
+    node: str
+    """Address of its machine."""
+    node_id: str
+    """Ray's name for its node."""
+    pid: int
+    """Its process."""
+    partitions: tuple[int, ...]
+    """Partitions it owns."""
+    num_restarts: int
+    """Times it came back since the controller started."""
+    alive: bool
+    """Whether it answers."""
+
+
 @dataclass(slots=True)
 class _ShardState:
     """What the controller knows of one shard."""
@@ -101,17 +123,14 @@ class ShardFleet:
             node_id, node_ip = nodes[index % len(nodes)]
             settings = self._settings(shard_id, node_ip)
             actor = self._make_actor(settings, node_id)
-            self._states[shard_id] = _ShardState(settings, node_id, actor)
+            with self._lock:
+                self._states[shard_id] = _ShardState(settings, node_id, actor)
         for state in self._states.values():
             remaining = max(deadline - self._clock(), 0.1)
             identity = self._ask_identity(state, remaining)
             self._note(state, identity)
         self._tell_placement()
         self._started.set()
-
-    def partitions_of(self, shard_id: str) -> tuple[int, ...]:
-        """Return the partitions that a shard owns."""
-        return self._partitions[shard_id]
 
     def members(self) -> tuple[ShardMember, ...]:
         """Return the shards, for transactions."""
@@ -133,13 +152,10 @@ class ShardFleet:
         """Return the placement in force."""
         return self._table.current()
 
-    def identities(self) -> dict[str, tuple[ShardIdentity | None, bool, int]]:
-        """Return identity, whether it answers, and number of restarts of each shard."""
+    def statuses(self) -> tuple[ShardStatus, ...]:
+        """Return what is known of each shard now."""
         with self._lock:
-            return {
-                shard_id: (state.identity, state.alive, state.num_restarts)
-                for shard_id, state in list(self._states.items())
-            }
+            return tuple(_status(shard_id, state) for shard_id, state in self._states.items())
 
     def supervise(self) -> None:
         """Look after every shard once; never raises for what a shard does."""
@@ -298,6 +314,20 @@ class ShardFleet:
                 self._told[shard_id] = news
             except MembankError as err:
                 _LOG.debug("%s was not told the placement: %s", shard_id, err)
+
+
+def _status(shard_id: str, state: _ShardState) -> ShardStatus:
+    identity = state.identity
+    return ShardStatus(
+        shard_id=shard_id,
+        endpoint=identity.endpoint if identity else "",
+        node=identity.node if identity else "",
+        node_id=identity.node_id if identity else "",
+        pid=identity.pid if identity else 0,
+        partitions=state.settings.partitions,
+        num_restarts=state.num_restarts,
+        alive=state.alive,
+    )
 
 
 def shard_actor_name(key: str, shard_id: str) -> str:

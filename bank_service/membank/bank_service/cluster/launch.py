@@ -16,10 +16,9 @@ from membank.bank_service.cluster.config import NAMESPACE, UpConfig, default_run
 from membank.bank_service.cluster.controller import (
     ControllerActor,
     ControllerStatus,
-    ShardStatus,
     bank_in_use,
 )
-from membank.bank_service.cluster.fleet import shard_actor_name
+from membank.bank_service.cluster.fleet import ShardStatus, shard_actor_name
 from membank.bank_service.cluster.local_ray import (
     LocalRay,
     connected,

@@ -64,8 +64,11 @@ class ShardActor:
             if self._server is not None:
                 return
             try:
-                node = ray.util.get_node_ip_address()
-                self._server = ShardServer(self._settings, node=node)
+                self._server = ShardServer(
+                    self._settings,
+                    node=ray.util.get_node_ip_address(),
+                    node_id=ray.get_runtime_context().get_node_id(),
+                )
                 self._error = None
             except MembankError as err:
                 self._error = err

@@ -58,6 +58,8 @@ class ShardIdentity:
     """gRPC address, host:port."""
     node: str
     """Address of its machine."""
+    node_id: str
+    """Ray's name for its node; "" outside of Ray."""
     pid: int
     """Its process."""
 
@@ -69,13 +71,15 @@ class ShardServer:
     ----------
     settings
         What to serve.
-    node
-        Address of this machine, for `ShardIdentity`.
+    node, node_id
+        Address and name of this machine, for `ShardIdentity`.
     """
 
     # `_placement` is replaced whole by one assignment; everything else is set once.
 
-    def __init__(self, settings: ShardSettings, *, node: str = "127.0.0.1") -> None:
+    def __init__(
+        self, settings: ShardSettings, *, node: str = "127.0.0.1", node_id: str = ""
+    ) -> None:
         self._settings = settings
         self._bank = Bank.open(settings.bank_url)
         self._trees = TreeStore(self._bank)
@@ -109,6 +113,7 @@ class ShardServer:
             incarnation=uuid.uuid4().hex,
             endpoint=endpoint,
             node=node,
+            node_id=node_id,
             pid=os.getpid(),
         )
         """Where this shard is found."""

@@ -1,0 +1,78 @@
+"""A Ray of two nodes, as Ray's own cluster utility makes it: shards on both."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from membank.bank_service.cluster import UpConfig, down, status, up
+from membank.client import BankClient
+from membank.wire.errors import FailedPreconditionError, Reason
+from membank.wire.spec import BankSpec, BlockRef, LevelSpec
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(180)]
+
+SPEC = BankSpec(
+    name="two",
+    num_layers=2,
+    width=8,
+    levels=(LevelSpec(fan_out=4, block_width=4), LevelSpec(fan_out=2, block_width=4)),
+)
+HEAD = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster(initialize_head=True, head_node_args=HEAD)
+    try:
+        cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_shards_spread_over_the_nodes_and_come_back(cluster: Cluster, tmp_path: Path) -> None:
+    config = UpConfig(
+        bank_url=str(tmp_path / "bank"),
+        port=0,
+        num_shards=2,
+        ray_address=cluster.address,
+        min_nodes=2,
+        runtime_dir=tmp_path / "run",
+    )
+    endpoint = up(config)
+    try:
+        assert endpoint.ray_address == cluster.address
+        with BankClient.connect(endpoint.address) as client:
+            client.create_bank(SPEC)
+            before = status(runtime_dir=config.runtime_dir)
+            assert len({shard.node_id for shard in before.shards}) == 2
+            refs = list(SPEC.blocks())
+            ones = {ref: np.ones(SPEC.block_shape(ref.level), np.float32) for ref in refs}
+            versions = client.push(ones, base=dict.fromkeys(refs, 0)).versions
+            for shard in before.shards:
+                os.kill(shard.pid, signal.SIGKILL)
+            versions = client.push(ones, base=versions).versions
+            assert set(versions.values()) == {2}
+            assert client.delete(BlockRef(1, 0)).revision == 1
+        # Another service of the same bank, in the same Ray.
+        with pytest.raises(FailedPreconditionError) as caught:
+            up(config)
+        assert caught.value.reason is Reason.BANK_IN_USE
+    finally:
+        down(runtime_dir=config.runtime_dir)
+    # The Ray of others runs on, without a trace of the service in it.
+    ray.init(address=cluster.address, namespace="membank", log_to_driver=False)
+    try:
+        assert len([node for node in ray.nodes() if node["Alive"]]) == 2
+        assert ray.util.list_named_actors() == []
+    finally:
+        ray.shutdown()
