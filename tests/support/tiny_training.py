@@ -7,7 +7,13 @@ import torch
 
 from membank.trainer.corpus import PackedSequences
 from membank.trainer.model import Anchor, AnchorConfig
-from membank.wire.spec import BankSpec, LevelSpec
+from membank.trainer.training import (
+    MemoryStageConfig,
+    SequenceOrder,
+    distinct_blocks,
+    leaf_path,
+)
+from membank.wire.spec import BankSpec, BlockRef, LevelSpec
 
 VOCAB = 32
 SEQ_LEN = 12
@@ -53,3 +59,25 @@ def tiny_sequences(spec: BankSpec) -> PackedSequences:
     return PackedSequences(
         tokens_NT.astype(np.int32), doc_ids_NT, leaf_N, np.zeros_like(doc_ids_NT)
     )
+
+
+def expected_versions(
+    spec: BankSpec, config: MemoryStageConfig, num_workers: int
+) -> dict[BlockRef, int]:
+    """Return the version of each block after stage 2: one for each batch that used it."""
+    sequences = tiny_sequences(spec)
+    versions = dict.fromkeys(spec.blocks(), 0)
+    for rank in range(num_workers):
+        order = SequenceOrder(
+            sequences.leaf_N,
+            batch_size=config.batch_size,
+            run_length=config.run_length,
+            seed=config.seed,
+            rank=rank,
+            world_size=num_workers,
+        )
+        for step in range(config.num_steps(sequences.seq_len, num_workers)):
+            leaves = sequences.leaf_N[order.rows(step)]
+            for ref in distinct_blocks(leaf_path(spec, int(leaf)) for leaf in leaves):
+                versions[ref] += 1
+    return versions

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,18 +16,14 @@ from membank.client import BankClient
 from membank.trainer.training import (
     MemoryStageConfig,
     Progress,
-    SequenceOrder,
-    distinct_blocks,
-    leaf_path,
     read_losses,
     save_anchor,
     save_sequences,
 )
 from membank.trainer.training.ray_train import ServedTraining, train_served
 from membank.wire.errors import NotFoundError
-from membank.wire.spec import BankSpec, BlockRef
 from served_bank import ServedBank
-from tiny_training import tiny_anchor, tiny_sequences, tiny_spec
+from tiny_training import expected_versions, tiny_anchor, tiny_sequences, tiny_spec
 
 pytestmark = [
     pytest.mark.ray,
@@ -64,24 +59,6 @@ def job(tmp_path: Path) -> ServedTraining:
         run_dir=tmp_path / "run",
         num_workers=NUM_WORKERS,
     )
-
-
-def _expected_updates(spec: BankSpec, num_steps: int) -> Counter[BlockRef]:
-    sequences = tiny_sequences(spec)
-    updates: Counter[BlockRef] = Counter()
-    for rank in range(NUM_WORKERS):
-        order = SequenceOrder(
-            sequences.leaf_N,
-            batch_size=CONFIG.batch_size,
-            run_length=CONFIG.run_length,
-            seed=CONFIG.seed,
-            rank=rank,
-            world_size=NUM_WORKERS,
-        )
-        for step in range(num_steps):
-            leaves = sequences.leaf_N[order.rows(step)]
-            updates.update(distinct_blocks(leaf_path(spec, int(leaf)) for leaf in leaves))
-    return updates
 
 
 @pytest.mark.usefixtures("_ray")
@@ -120,7 +97,7 @@ def test_every_update_is_applied_once_whoever_is_stopped_in_between(
     assert killed[0] != os.getpid()
     assert result.num_restarts == 1
     assert result.num_refused == 0
-    assert versions == _expected_updates(spec, num_steps)
+    assert versions == expected_versions(spec, CONFIG, NUM_WORKERS)
     for rank in range(NUM_WORKERS):
         records = read_losses(job.losses_path(rank))
         assert [record.step for record in records] == list(range(num_steps))
