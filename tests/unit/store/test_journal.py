@@ -129,19 +129,27 @@ def test_every_cut_of_the_last_segment_gives_a_prefix(tmp_path: Path) -> None:
 def test_every_cut_of_an_earlier_segment_is_corruption(tmp_path: Path) -> None:
     _write(tmp_path, PAYLOADS, segment_bytes=1)
     first = _segments(tmp_path)[0]
-    data = first.read_bytes()
-    for length in reversed(range(len(data))):
+    end = first.stat().st_size - 28  # the note that a next segment exists may be cut
+    for length in reversed(range(end)):
         os.truncate(first, length)
         with pytest.raises(CorruptionError) as caught:
             Journal.open(tmp_path, "id")
         assert caught.value.reason is Reason.JOURNAL_CORRUPT
 
 
-def test_a_missing_segment_is_corruption(tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", [1, 2, -1])
+def test_a_missing_segment_is_corruption(tmp_path: Path, which: int) -> None:
     _write(tmp_path, PAYLOADS, segment_bytes=1)
-    _segments(tmp_path)[2].unlink()
+    _segments(tmp_path)[which].unlink()
     with pytest.raises(CorruptionError, match="missing"):
         Journal.open(tmp_path, "id")
+
+
+def test_a_note_of_the_next_segment_that_was_cut_short_is_no_damage(tmp_path: Path) -> None:
+    _write(tmp_path, PAYLOADS, segment_bytes=1)
+    first = _segments(tmp_path)[0]
+    os.truncate(first, first.stat().st_size - 5)
+    assert _payloads(Journal.open(tmp_path, "id")) == PAYLOADS
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from membank.wire.errors import (
     Reason,
     UnavailableError,
 )
-from membank.wire.format import Manifest, RevisionRecord
+from membank.wire.format import NO_SLOT, Manifest, RevisionRecord
 from membank.wire.records import BlockEvent
 from membank.wire.spec import BlockRef
 
@@ -238,7 +238,13 @@ class Participant:
                 cache[number] = _retained_manifest(partition, number)
             return cache[number]
 
-        return draft_changes(self._bank.spec, operations, partition.record, manifest_of)
+        spec = self._bank.spec
+        drafts = draft_changes(spec, operations, partition.record, manifest_of)
+        for draft in drafts:
+            if draft.after.entry.slot != NO_SLOT and draft.after.content is None:
+                # Better to learn here that an old slot is damaged than after giving up the new.
+                partition.store.load_content(draft.ref, draft.after, spec.roles)
+        return drafts
 
     def _dry_run(self, by_partition: Mapping[int, Sequence[BlockOperation]]) -> Prepared:
         drafts = {

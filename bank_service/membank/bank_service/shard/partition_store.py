@@ -22,7 +22,7 @@ from membank.wire.errors import (
     UnavailableError,
 )
 from membank.wire.format import NO_SLOT, Entry, Manifest, encode_manifest
-from membank.wire.format.layout import manifest_key
+from membank.wire.format.layout import manifest_key, revision_key
 from membank.wire.spec import Array, BlockRef, BlockState, Role
 
 SlotName = tuple[int, int]
@@ -84,6 +84,9 @@ class PartitionStore:
                     if current is None or _order(current) < _order(manifest):
                         current = manifest
         self._require_named(current)
+        for level, slot in self._next_slot.items():
+            # Checks the arrays' metadata, and makes it anew where it was lost.
+            self._arrays.reserve(level, slot - 1)
         for number in given_up:
             self.drop(number)
         return LoadedManifests(current, undecided)
@@ -257,6 +260,14 @@ class PartitionStore:
 
     def _require_named(self, current: Manifest | None) -> None:
         revision = self._bank.latest_commit().revision
+        if current is not None and current.revision > revision:
+            raise CorruptionError(
+                f"{self._bank.url}/{revision_key(current.revision)} is missing, to which manifest "
+                f"{current.number} of partition {self._partition} belongs; restore the file from "
+                "a copy",
+                reason=Reason.MANIFEST_CORRUPT,
+                metadata={"key": revision_key(current.revision)},
+            )
         named = self._bank.named_manifest(revision, self._partition)
         if named and (named not in self._slots_of or current is None):
             key = manifest_key(self._partition, named)

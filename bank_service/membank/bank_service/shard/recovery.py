@@ -107,7 +107,7 @@ def open_partition(context: ShardContext, number: int, folder: Path, revision: i
     store = PartitionStore(context.bank, number)
     loaded = store.load_manifests()
     before = loaded.current or _empty_manifest(number)
-    _check_continuity(journal, before, folder)
+    _check_continuity(journal, before, folder, is_elsewhere=config.journal_dir is not None)
     epoch = max(journal.epoch, before.epoch) + 1
     # The segment first: a journal whose epoch is older than the manifest's means that another
     # owner was there, and a crash between the two must not look like that.
@@ -123,8 +123,22 @@ def open_partition(context: ShardContext, number: int, folder: Path, revision: i
     return partition
 
 
-def _check_continuity(journal: Journal, manifest: Manifest, folder: Path) -> None:
-    if journal.epoch < manifest.epoch and journal.last_lsn:
+def _check_continuity(
+    journal: Journal, manifest: Manifest, folder: Path, *, is_elsewhere: bool
+) -> None:
+    """Raise unless `journal` is the one that the newest owner of the partition wrote.
+
+    `is_elsewhere` says that the journal is not part of the bank's directory, so that another
+    machine may have had the bank meanwhile.
+    """
+    if journal.epoch < manifest.epoch and not is_elsewhere:
+        raise CorruptionError(
+            f"the journal in {folder} is missing, or its last segment is; restore it from a copy, "
+            "or set journal_dir if it is kept elsewhere",
+            reason=Reason.JOURNAL_CORRUPT,
+            metadata={"file": str(folder)},
+        )
+    if journal.epoch < manifest.epoch:
         if journal.last_lsn > manifest.lsn:
             _LOG.warning(
                 "discarding updates %d to %d in %s: another owner took the partition over without "

@@ -236,18 +236,24 @@ class Bank:
         return 0
 
     def read_tree(self, revision: int) -> TreeDocument | None:
-        """Return the tree document that was written at `revision`, or None if there is none.
+        """Return the tree document that was written at `revision`; None if a bank has none yet.
 
         Raises
         ------
         CorruptionError
-            If it is damaged.
+            If it is damaged, or missing although only revision 0 may be without.
         """
         key = tree_key(revision)
         try:
             data = self.objects.get(key)
-        except NotFoundError:
-            return None
+        except NotFoundError as err:
+            if revision == 0:
+                return None
+            raise CorruptionError(
+                f"tree document {self.url}/{key} is missing; restore the file from a copy",
+                reason=Reason.SPEC_CORRUPT,
+                metadata={"key": key},
+            ) from err
         return decode_tree(data, key=f"{self.url}/{key}")
 
     def write_tree(self, revision: int, tree: TreeDocument) -> None:

@@ -46,7 +46,11 @@ class FrameKind(IntEnum):
     """What a frame holds; the numbers are part of the format."""
 
     SEGMENT = 1
+    """Begins a segment: whose it is. Its LSN is that after which the segment begins."""
     UPDATE = 2
+    """An update."""
+    CONTINUED = 3
+    """Ends a segment: there is a next one. Its LSN is that of the frame before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,8 +223,8 @@ class Journal:
         """Yield the frames after `after_lsn`, oldest first."""
         for segment in self._segments:
             if segment.last > after_lsn:
-                for frame in _frames(segment.path, segment.path.read_bytes(), last=False):
-                    if frame.kind is not FrameKind.SEGMENT and frame.lsn > after_lsn:
+                for frame in _frames(segment.path, segment.path.read_bytes()):
+                    if frame.kind is FrameKind.UPDATE and frame.lsn > after_lsn:
                         yield frame
 
     def begin(self, epoch: int, after_lsn: int) -> None:
@@ -254,8 +258,7 @@ class Journal:
         self.require_usable()
         segment = self._segments[-1]
         if segment.num_bytes >= self._segment_bytes and segment.last > segment.base:
-            self._roll(segment.epoch, segment.last)
-            segment = self._segments[-1]
+            segment = self._roll(segment.epoch, segment.last)
         lsn = segment.last + 1
         header, length = _encode_header(kind, lsn, buffers)
         self._write(segment, [header, *buffers])
@@ -316,7 +319,7 @@ class Journal:
             self._failure = f"fdatasync failed ({err})"
             raise storage_error(err, str(segment.path)) from err
 
-    def _roll(self, epoch: int, base: int) -> None:
+    def _roll(self, epoch: int, base: int) -> _Segment:
         """Begin a new segment; the present one stays open until the new one is whole."""
         path = self._folder / f"{base:020d}-{epoch:010d}{_SUFFIX}"
         head = {"format": 1, "identity": self._identity, "epoch": epoch, "base": base}
@@ -337,10 +340,16 @@ class Journal:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
             raise storage_error(err, str(path)) from err
+        if self._file is not None:
+            # Without this note a lost segment would look like the end of the log. If it cannot be
+            # written, or only in part, nothing else is wrong.
+            with suppress(OSError):
+                self._file.append([_encode_header(FrameKind.CONTINUED, base, [])[0]])
         self._close_file()
         self._file = file
         self._segments = [segment for segment in self._segments if segment.path != path]
         self._segments.append(_Segment(path, base, base, epoch, _HEADER.size + length))
+        return self._segments[-1]
 
     def _remove(self, segments: list[_Segment]) -> None:
         # Oldest first: a crash in between leaves a gap at the start, never one in the middle.
@@ -364,25 +373,32 @@ class Journal:
     def _scan_segment(self, path: Path, *, last: bool) -> None:
         data = path.read_bytes()
         segment: _Segment | None = None
-        for frame in _frames(path, data, last=last):
+        for frame in _frames(path, data):
             if segment is None:
                 segment = self._begin_segment(path, frame)
+            elif frame.kind is FrameKind.CONTINUED:
+                if last:
+                    raise _corrupt(path, segment.num_bytes, "the next segment is missing")
+                continue
             elif frame.kind is FrameKind.SEGMENT or frame.lsn != segment.last + 1:
                 raise _corrupt(path, segment.num_bytes, f"LSN {frame.lsn} is out of order")
             segment.last = frame.lsn
             segment.num_bytes += _HEADER.size + len(frame.payload)
-        end = segment.num_bytes if segment else 0
-        if end < len(data):
-            self.torn_tail = TornTail(str(path), end, len(data) - end)
-            _LOG.warning("cut %d bytes of an unfinished write off %s", len(data) - end, path)
-        if segment is None:
-            if not last:
-                raise _corrupt(path, 0, "empty, and a later segment exists")
-            path.unlink()
-            return
-        if end < len(data):
+        if segment is not None:
+            self._segments.append(segment)
+        elif not last:
+            raise _corrupt(path, 0, "cut short, and a later segment exists")
+        # In an earlier segment the base of the next one tells whether a frame is missing.
+        if last:
+            self._cut_tail(path, 0 if segment is None else segment.num_bytes, len(data))
+
+    def _cut_tail(self, path: Path, end: int, size: int) -> None:
+        if end < size:
+            self.torn_tail = TornTail(str(path), end, size - end)
+            _LOG.warning("cut %d bytes of an unfinished write off %s", size - end, path)
             os.truncate(path, end)
-        self._segments.append(segment)
+        if end == 0:
+            path.unlink()
 
     def _begin_segment(self, path: Path, frame: Frame) -> _Segment:
         if frame.kind is not FrameKind.SEGMENT:
@@ -396,7 +412,12 @@ class Journal:
                 metadata={"file": str(path)},
             )
         if self._segments and frame.lsn != self.last_lsn:
-            raise _corrupt(path, 0, f"frames {self.last_lsn + 1} to {frame.lsn} are missing")
+            before = self._segments[-1]
+            raise _corrupt(
+                before.path,
+                before.num_bytes,
+                f"frames {before.last + 1} to {frame.lsn} are missing before {path.name}",
+            )
         return _Segment(path, frame.lsn, frame.lsn, head["epoch"], 0)
 
 
@@ -413,16 +434,14 @@ def _encode_header(
     return checked + struct.pack("<I", crc32c(checked)), length
 
 
-def _frames(path: Path, data: bytes, *, last: bool) -> Iterator[Frame]:
-    """Yield the frames of a segment; a torn tail ends the last one and corrupts any other."""
+def _frames(path: Path, data: bytes) -> Iterator[Frame]:
+    """Yield the frames of a segment up to its end or its torn tail."""
     offset = 0
     view = memoryview(data)
     while offset < len(view):
         rest = view[offset:]
         frame = _decode_frame(path, offset, rest)
         if frame is None:
-            if not last:
-                raise _corrupt(path, offset, "cut short, and a later segment exists")
             return
         yield frame
         offset += _HEADER.size + len(frame.payload)
