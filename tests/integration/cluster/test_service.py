@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 
 from membank.bank_service.cluster import Endpoint, UpConfig, down, list_running, status, up
+from membank.bank_service.cluster.addresses import gateway_listening
 from membank.bank_service.cluster.local_ray import marked_processes
 from membank.bank_service.store import Bank
-from membank.client import BankClient
+from membank.client import BankClient, ClientConfig, TlsConfig
 from membank.wire.errors import (
+    AccessDeniedError,
     AlreadyExistsError,
     CorruptionError,
     FailedPreconditionError,
@@ -205,3 +208,40 @@ def test_what_cannot_start_says_why_and_leaves_nothing_behind(tmp_path: Path) ->
         up(config_in(tmp_path))
     assert caught.value.reason is Reason.SPEC_CORRUPT
     assert list_running(tmp_path / "run") == ()
+
+
+def test_off_loopback_it_serves_those_with_a_token_over_tls(tmp_path: Path) -> None:
+    script = Path(__file__).parents[3] / "scripts" / "make_tls.sh"
+    host = gateway_listening("0.0.0.0", "127.0.0.2").advertise
+    tls = tmp_path / "tls"
+    subprocess.run([script, tls, host], check=True, capture_output=True)
+    tokens = tmp_path / "tokens"
+    tokens.write_text("s3cret ada admin\nreading rita reader\n")
+    config = config_in(
+        tmp_path,
+        host="0.0.0.0",
+        tls_cert=tls / "tls.crt",
+        tls_key=tls / "tls.key",
+        token_file=tokens,
+    )
+    endpoint = up(config)
+    try:
+        assert endpoint.address.rpartition(":")[0] == host
+        trust = TlsConfig(root_certificates=tls / "tls.crt", server_name="membank")
+        with BankClient.connect(
+            endpoint.address, config=ClientConfig(tls=trust, token="s3cret")
+        ) as client:
+            client.create_bank(SPEC)
+            client.push(gradients(1.0, [TOPIC]), base={TOPIC: 0})
+            client.withhold(TOPIC)
+            assert client.audit()[0].principal == "ada"
+        with BankClient.connect(
+            endpoint.address, config=ClientConfig(tls=trust, token="reading")
+        ) as reader:
+            assert len(reader.fetch_blocks([BlockRef(1, 0)])) == 1
+            with pytest.raises(AccessDeniedError):
+                reader.push(gradients(1.0, [BlockRef(1, 0)]), base={BlockRef(1, 0): 0})
+            with pytest.raises(AccessDeniedError):
+                reader.delete(TOPIC)
+    finally:
+        down(runtime_dir=config.runtime_dir)

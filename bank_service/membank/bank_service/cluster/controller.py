@@ -16,6 +16,7 @@ from pathlib import Path
 
 import ray
 
+from membank.bank_service.cluster.addresses import gateway_listening
 from membank.bank_service.cluster.config import UpConfig
 from membank.bank_service.cluster.fleet import ShardFleet, ShardStatus
 from membank.bank_service.cluster.gateway import Gateway
@@ -24,7 +25,7 @@ from membank.bank_service.cluster.shard_server import BLOCK_SERVICE
 from membank.bank_service.rpc.admin_servicer import AdminServicer
 from membank.bank_service.rpc.block_servicer import BankInfoServicer
 from membank.bank_service.rpc.budget import ByteBudget
-from membank.bank_service.rpc.server import BankServer, Service, is_loopback, join_address
+from membank.bank_service.rpc.server import BankServer, Service, join_address
 from membank.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from membank.v1.block_service_pb2_grpc import add_BlockServiceServicer_to_server
 from membank.wire.errors import (
@@ -189,11 +190,9 @@ class ControllerActor:
         self._bank_lock = handle
 
     def _address(self) -> str:
-        host = self._config.host
-        if not is_loopback(host) and host in {"0.0.0.0", "::"}:  # asked for
-            host = ray.util.get_node_ip_address()
+        listening = gateway_listening(self._config.host, ray.util.get_node_ip_address())
         port = self._server.port if self._server is not None else self._config.port
-        return join_address(host, port)
+        return join_address(listening.advertise, port)
 
 
 def check_spec(config: UpConfig, spec: BankSpec) -> None:

@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, cast
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from membank.bank_service.cluster.addresses import shard_listening
 from membank.bank_service.cluster.config import NAMESPACE, UpConfig
 from membank.bank_service.cluster.placement import PlacementTable, assign_partitions
 from membank.bank_service.cluster.shard_actor import RayShardHandle, ShardActor, call_actor
 from membank.bank_service.cluster.shard_server import ShardIdentity, ShardSettings
 from membank.bank_service.knowledge.shards import ShardMember
-from membank.bank_service.rpc.server import ServerConfig, is_loopback
+from membank.bank_service.rpc.server import ServerConfig
 from membank.wire.errors import (
-    FailedPreconditionError,
     InternalError,
     MembankError,
-    Reason,
     UnavailableError,
 )
 from membank.wire.records import Placement
@@ -196,27 +195,20 @@ class ShardFleet:
 
     def _settings(self, shard_id: str, node_ip: str) -> ShardSettings:
         config = self._config
-        host = node_ip
-        if is_loopback(config.host):
-            if node_ip != ray.util.get_node_ip_address():
-                raise FailedPreconditionError(
-                    f"the service is bound to {config.host}, but Ray has the node {node_ip}: give "
-                    "--host with --tls-cert, --tls-key and --token-file to serve from several "
-                    "machines",
-                    reason=Reason.INSECURE_ENDPOINT,
-                    metadata={"node": node_ip},
-                )
-            host = config.host
+        listening = shard_listening(
+            config.host, gateway_ip=ray.util.get_node_ip_address(), node_ip=node_ip
+        )
         return ShardSettings(
             shard_id=shard_id,
             bank_url=config.bank_url,
             partitions=self._partitions[shard_id],
             server=ServerConfig(
-                host=host,
+                host=listening.bind,
                 tls_cert=config.tls_cert,
                 tls_key=config.tls_key,
                 token_file=config.token_file,
             ),
+            advertise_host=listening.advertise,
             shard=config.shard_config(),
             max_in_flight_bytes=config.max_in_flight_bytes,
         )

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,7 @@ _MARK = "MEMBANK_RAY_MARK"
 # Sockets below it have names of 60 characters, and the kernel allows 107 in all.
 _MAX_DIR_LENGTH = 40
 _POLL_S = 0.05
+_CONNECT_TIMEOUT_S = 5.0
 
 QUIET_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -184,6 +186,7 @@ def connected(address: str) -> Iterator[None]:
             )
         yield
         return
+    _check_listening(address)
     try:
         ray.init(
             address=address,
@@ -198,6 +201,17 @@ def connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_listening(address: str) -> None:
+    """Raise unless something listens at `address`: Ray would try for half a minute."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        return  # "auto", or a URL of Ray's own
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S).close()
+    except OSError as err:
+        raise UnavailableError(f"there is no Ray at {address}: {err.strerror or err}") from err
 
 
 def _session_folder() -> str:

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from membank.bank_service.knowledge.trees import TreeStore
 from membank.bank_service.rpc.block_servicer import BlockServicer
 from membank.bank_service.rpc.budget import ByteBudget
-from membank.bank_service.rpc.server import BankServer, ServerConfig, Service
+from membank.bank_service.rpc.server import BankServer, ServerConfig, Service, join_address
 from membank.bank_service.shard import Shard, ShardConfig
 from membank.bank_service.store import Bank
 from membank.v1.block_service_pb2_grpc import add_BlockServiceServicer_to_server
@@ -40,6 +40,8 @@ class ShardSettings:
     """Partitions it owns."""
     server: ServerConfig
     """How its server listens."""
+    advertise_host: str = ""
+    """Host that others are told; "" = the one that is bound."""
     shard: ShardConfig
     """Settings of the engine."""
     max_in_flight_bytes: int
@@ -99,7 +101,7 @@ class ShardServer:
         )
         self._server = BankServer(settings.server, [service], on_drain=servicer.drain)
         try:
-            endpoint = self._server.start()
+            self._server.start()
         except Exception:
             self.shard.close()
             raise
@@ -111,7 +113,9 @@ class ShardServer:
         self.identity = ShardIdentity(
             shard_id=settings.shard_id,
             incarnation=uuid.uuid4().hex,
-            endpoint=endpoint,
+            endpoint=join_address(
+                settings.advertise_host or settings.server.host, self._server.port
+            ),
             node=node,
             node_id=node_id,
             pid=os.getpid(),
