@@ -73,6 +73,15 @@ def test_launcher_installs_the_wheel_that_it_mounts() -> None:
     assert install.endswith('[service]"')
 
 
+def test_ray_beneath_the_service_asks_for_a_token() -> None:
+    config = _launcher()
+    (mounted,) = (r for r, local in config["file_mounts"].items() if local.endswith("credentials"))
+    options = config["docker"]["run_options"]
+    assert "--env=RAY_AUTH_MODE=token" in options
+    assert f"--env=RAY_AUTH_TOKEN_PATH={mounted}/ray_token" in options
+    assert _kuberay()["RayCluster"]["spec"]["authOptions"] == {"mode": "token"}
+
+
 def test_launcher_starts_ray_before_the_service() -> None:
     commands = _launcher()["head_start_ray_commands"]
     starts = [i for i, c in enumerate(commands) if "ray start --head" in c]

@@ -34,6 +34,9 @@ def up(
     min_nodes: Annotated[
         int, typer.Option(min=1, help="Ray nodes to wait for before shards are placed.")
     ] = 1,
+    start_timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds to wait for nodes and shards.")
+    ] = 90.0,
     tls_cert: Annotated[Path | None, typer.Option(help="Server certificate (PEM).")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key of it (PEM).")] = None,
     token_file: Annotated[
@@ -57,6 +60,7 @@ def up(
         port=port,
         ray_address=ray_address,
         min_nodes=min_nodes,
+        start_timeout_s=start_timeout,
         tls_cert=tls_cert,
         tls_key=tls_key,
         token_file=token_file,
