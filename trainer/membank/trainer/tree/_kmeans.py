@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from membank.client.retriever import unit
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KMeansConfig:
@@ -22,6 +24,10 @@ class KMeansConfig:
     """Vectors of a step, drawn afresh for each; all where a node has no more."""
     balance: float = 1.5
     """Largest share of a step's assignments that one cluster may take, as a multiple of 1/K."""
+    normalise: bool = True
+    """True scales centroids to length 1. False leaves them the means that they are: the shortest,
+    that of the most mixed cluster, is then nearest to every vector that lies far from all, and that
+    cluster outgrows the others."""
 
     def __post_init__(self) -> None:
         for name, ok, accepted in (
@@ -109,7 +115,7 @@ def balanced_kmeans(
     Returns
     -------
     NDArray[np.float32]
-        (K, C) centroids, means of their vectors and therefore shorter than 1.
+        (K, C) centroids, the means of their vectors, normalised if so configured.
     """
     centroids_KC = _plus_plus(_draw(vectors_NC, config.step_vectors, rng), num_clusters, rng)
     num_clusters = len(centroids_KC)
@@ -118,7 +124,8 @@ def balanced_kmeans(
         assigned_N = nearest(step_NC, centroids_KC)
         assigned_N = rebalance(assigned_N, num_clusters, config.balance, rng)
         for cluster in np.unique(assigned_N):
-            centroids_KC[cluster] = step_NC[assigned_N == cluster].mean(axis=0)
+            mean_C = step_NC[assigned_N == cluster].mean(axis=0)
+            centroids_KC[cluster] = unit(mean_C) if config.normalise else mean_C
     return centroids_KC
 
 
