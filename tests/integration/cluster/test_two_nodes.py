@@ -39,6 +39,40 @@ def cluster() -> Iterator[Cluster]:
         cluster.shutdown()
 
 
+def test_a_shard_moves_to_a_node_that_joins_while_it_is_pushed_to(tmp_path: Path) -> None:
+    cluster = Cluster(initialize_head=True, head_node_args=HEAD)
+    config = UpConfig(
+        bank_url=str(tmp_path / "bank"),
+        port=0,
+        num_shards=2,
+        ray_address=cluster.address,
+        runtime_dir=tmp_path / "run",
+        rebalance=True,
+    )
+    try:
+        endpoint = up(config)
+        with BankClient.connect(endpoint.address) as client:
+            client.create_bank(SPEC)
+            before = status(runtime_dir=config.runtime_dir)
+            assert len({shard.node_id for shard in before.shards}) == 1
+            cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+            refs = list(SPEC.blocks())
+            ones = {ref: np.ones(SPEC.block_shape(ref.level), np.float32) for ref in refs}
+            versions = dict.fromkeys(refs, 0)
+            pushed = 0
+            # Ends when both nodes carry a shard; the test's timeout bounds it.
+            while len({shard.node_id for shard in before.shards}) == 1:
+                answer = client.push(ones, base=versions)
+                assert not answer.refused
+                versions, pushed = dict(answer.versions), pushed + 1
+                before = status(runtime_dir=config.runtime_dir)
+            assert set(versions.values()) == {pushed}
+            assert set(client.fetch_blocks(refs).versions.values()) == {pushed}
+    finally:
+        down(runtime_dir=config.runtime_dir)
+        cluster.shutdown()
+
+
 def test_shards_spread_over_the_nodes_and_come_back(cluster: Cluster, tmp_path: Path) -> None:
     config = UpConfig(
         bank_url=str(tmp_path / "bank"),

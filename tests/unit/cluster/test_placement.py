@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from membank.bank_service.cluster.placement import PlacementTable, assign_partitions
+from membank.bank_service.cluster.placement import PlacementTable, assign_partitions, next_move
 from membank.wire.errors import InvalidArgumentError
 
 
@@ -48,3 +48,32 @@ def test_the_next_controller_goes_on_above_the_last() -> None:
     second = PlacementTable({"a": (0,)}, clock=lambda: 105.0)
     second.set_endpoint("a", "host:1")
     assert second.current().generation > first.current().generation
+
+
+def test_moving_evens_nodes_out_and_comes_to_an_end() -> None:
+    located = {f"s{index}": "old" for index in range(5)}
+    moves = 0
+    while (move := next_move(["new", "newer", "old"], located)) is not None:
+        shard_id, node = move
+        assert located[shard_id] != node
+        located[shard_id] = node
+        moves += 1
+    assert moves == 3
+    assert sorted(list(located.values()).count(node) for node in ("new", "newer", "old")) == [
+        1,
+        2,
+        2,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "located"),
+    [
+        (["a"], {"s0": "a", "s1": "a"}),
+        (["a", "b"], {"s0": "a"}),
+        (["a", "b"], {"s0": "a", "s1": "a", "s2": "b"}),
+        ([], {"s0": "gone"}),
+    ],
+)
+def test_what_is_even_enough_stays(nodes: list[str], located: dict[str, str]) -> None:
+    assert next_move(nodes, located) is None

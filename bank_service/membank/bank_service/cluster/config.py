@@ -73,6 +73,9 @@ class UpConfig:
     """Shared memory of a Ray that is started here, at least 80 MiB."""
     min_nodes: int = 1
     """Ray nodes to wait for before shards are placed."""
+    rebalance: bool | None = None
+    """Whether shards move to nodes that join later; None = unless the bank is a directory, which
+    a new node may not see."""
     runtime_dir: Path = field(default_factory=default_runtime_dir)
     """Where the running service is noted, and where journals lie of banks that are no directory."""
     resident_bytes: int = 1 << 30
@@ -108,6 +111,16 @@ class UpConfig:
         """Short name of the bank."""
         return bank_key(self.bank_url)
 
+    @property
+    def is_directory(self) -> bool:
+        """Whether the bank is a directory."""
+        return "://" not in self.bank_url
+
+    @property
+    def moves_shards(self) -> bool:
+        """Whether shards move to nodes that join later."""
+        return not self.is_directory if self.rebalance is None else self.rebalance
+
     def gateway_config(self) -> ServerConfig:
         """Return how the gateway listens; off loopback without TLS and tokens it does not."""
         return ServerConfig(
@@ -121,8 +134,7 @@ class UpConfig:
 
     def shard_config(self) -> ShardConfig:
         """Return the settings of each shard."""
-        is_directory = "://" not in self.bank_url
-        journal_dir = None if is_directory else str(self.runtime_dir / f"journal-{self.key}")
+        journal_dir = None if self.is_directory else str(self.runtime_dir / f"journal-{self.key}")
         return ShardConfig(
             durability=self.durability,
             journal_dir=journal_dir,

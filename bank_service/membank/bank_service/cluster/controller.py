@@ -165,7 +165,7 @@ class ControllerActor:
 
     def _lock_bank(self) -> None:
         """Keep other services on this machine off a bank in a directory."""
-        if self._bank_lock is not None or "://" in self._config.bank_url:
+        if self._bank_lock is not None or not self._config.is_directory:
             return
         folder = Path(self._config.bank_url)
         try:

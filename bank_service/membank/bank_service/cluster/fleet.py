@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from membank.bank_service.cluster.addresses import shard_listening
 from membank.bank_service.cluster.config import NAMESPACE, UpConfig
-from membank.bank_service.cluster.placement import PlacementTable, assign_partitions
+from membank.bank_service.cluster.placement import PlacementTable, assign_partitions, next_move
 from membank.bank_service.cluster.shard_actor import RayShardHandle, ShardActor, call_actor
 from membank.bank_service.cluster.shard_server import ShardIdentity, ShardSettings
 from membank.bank_service.knowledge.shards import ShardMember
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 _PROBE_TIMEOUT_S = 10.0
+_MOVE_TIMEOUT_S = 60.0
+_REBALANCE_EVERY_S = 3.0
 _REOPEN_BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 
 
@@ -105,6 +107,7 @@ class ShardFleet:
         self._states: dict[str, _ShardState] = {}
         self._told: dict[str, tuple[str, int]] = {}
         self._started = threading.Event()
+        self._rebalance_at_s = 0.0
 
     def start(self, timeout_s: float) -> None:
         """Make the actors, or find them, and wait until all serve.
@@ -171,6 +174,50 @@ class ShardFleet:
                 self._mark_down(state)
                 self._reopen(state, err)
         self._tell_placement()
+        if self._config.moves_shards and self._clock() >= self._rebalance_at_s:
+            self._rebalance_at_s = self._clock() + _REBALANCE_EVERY_S
+            self._rebalance()
+
+    def _rebalance(self) -> None:
+        """Move one shard from the fullest to the emptiest node, if that evens them out."""
+        located = {
+            shard_id: state.identity.node_id
+            for shard_id, state in self._states.items()
+            if state.identity is not None and state.alive
+        }
+        nodes = dict(_alive_nodes())
+        move = next_move(sorted(nodes), located)
+        # A shard that is down is on its way back; wait and see where.
+        if move is not None and len(located) == len(self._states):
+            shard_id, node_id = move
+            try:
+                self._move(self._states[shard_id], node_id, nodes[node_id])
+            except MembankError as err:
+                _LOG.warning("%s did not move to %s: %s", shard_id, nodes[node_id], err)
+
+    def _move(self, state: _ShardState, node_id: str, node_ip: str) -> None:
+        shard_id = state.settings.shard_id
+        settings = self._settings(shard_id, node_ip)
+        _LOG.info("moving %s to %s", shard_id, node_ip)
+        # Closing folds the journal, which may lie on the old node's own disk, into the bank.
+        call_actor(state.actor, "stop", timeout_s=_MOVE_TIMEOUT_S, who=shard_id)
+        self._mark_down(state)
+        ray.kill(state.actor, no_restart=True)
+        self._wait_for_name(shard_actor_name(self._config.key, shard_id))
+        state.settings, state.node_id = settings, node_id
+        state.actor = self._make_actor(settings, node_id)
+
+    def _wait_for_name(self, name: str) -> None:
+        """Wait until a killed actor has given its name up; making one would find it otherwise."""
+        deadline = self._clock() + _MOVE_TIMEOUT_S
+        while True:
+            try:
+                ray.get_actor(name, namespace=NAMESPACE)
+            except ValueError:
+                return
+            if self._clock() > deadline:
+                raise UnavailableError(f"{name} does not end")
+            time.sleep(0.05)
 
     def stop(self, timeout_s: float) -> None:
         """Drain and end every shard, by force where it does not end by itself."""
@@ -230,13 +277,9 @@ class ShardFleet:
 
     def _wait_for_nodes(self, deadline: float) -> list[tuple[str, str]]:
         while True:
-            nodes = sorted(
-                (node["NodeManagerAddress"], node["NodeID"])
-                for node in ray.nodes()
-                if node["Alive"]
-            )
+            nodes = _alive_nodes()
             if len(nodes) >= self._config.min_nodes:
-                return [(node_id, address) for address, node_id in nodes]
+                return nodes
             if self._clock() > deadline:
                 raise UnavailableError(
                     f"Ray has {len(nodes)} nodes, {self._config.min_nodes} are wanted; start more "
@@ -306,6 +349,12 @@ class ShardFleet:
                 self._told[shard_id] = news
             except MembankError as err:
                 _LOG.debug("%s was not told the placement: %s", shard_id, err)
+
+
+def _alive_nodes() -> list[tuple[str, str]]:
+    """Return name and address of each node of Ray, in a lasting order."""
+    nodes = [(n["NodeID"], n["NodeManagerAddress"]) for n in ray.nodes() if n["Alive"]]
+    return sorted(nodes, key=lambda node: (node[1], node[0]))
 
 
 def _status(shard_id: str, state: _ShardState) -> ShardStatus:

@@ -46,6 +46,33 @@ def assign_partitions(num_partitions: int, shard_ids: Sequence[str]) -> dict[str
     }
 
 
+def next_move(nodes: Sequence[str], located: Mapping[str, str]) -> tuple[str, str] | None:
+    """Return which shard to move to which node so that nodes carry equally many; None = enough.
+
+    Parameters
+    ----------
+    nodes
+        Nodes that are there.
+    located
+        Node of each shard.
+
+    Returns
+    -------
+    tuple[str, str] | None
+        Shard and node. A difference of one is left alone, so moving comes to an end.
+    """
+    carried: dict[str, list[str]] = {node: [] for node in nodes}
+    for shard_id, node in sorted(located.items()):
+        carried.setdefault(node, []).append(shard_id)
+    if not nodes:
+        return None
+    emptiest = min(nodes, key=lambda node: (len(carried[node]), node))
+    fullest = max(carried, key=lambda node: (len(carried[node]), node))
+    if len(carried[fullest]) - len(carried[emptiest]) < 2:
+        return None
+    return carried[fullest][-1], emptiest
+
+
 class PlacementTable:
     """The placement in force. Safe to use from threads.
 
