@@ -218,17 +218,14 @@ class Participant:
 
     @contextmanager
     def _held(self, revision: int, numbers: Sequence[int]) -> Iterator[None]:
-        taken = []
-        try:
+        with ExitStack() as undo:
             for number in numbers:
-                self._partitions[number].hold(revision)
-                taken.append(self._partitions[number])
-                self._partitions[number].fold_held()
+                partition = self._partitions[number]
+                partition.hold(revision)
+                undo.callback(partition.release, drop_prepared=True)
+                partition.fold_held()
             yield
-        except BaseException:
-            for partition in taken:
-                partition.release(drop_prepared=True)
-            raise
+            undo.pop_all()
 
     def _draft(self, partition: Partition, operations: Iterable[BlockOperation]) -> list[Draft]:
         cache: dict[int, Manifest] = {}

@@ -344,6 +344,8 @@ class Partition:
         try:
             self.fold()
         except MembankError as err:
+            if self._fenced is not None:
+                raise  # nobody will ever read this journal, so nothing may be acknowledged
             # The update is in the journal, so it stands; try again after as many bytes.
             self._consolidate_at = self.journal.num_bytes + self._context.config.consolidate_bytes
             _LOG.warning("partition %d was not consolidated: %s", self.number, err)
@@ -460,8 +462,8 @@ class Partition:
         """Fold the journal if asked to and possible, then accept nothing more."""
         with self._writer:
             try:
-                if consolidate and self._held is None and self._fenced is None:
-                    self.fold()
+                if consolidate and self._fenced is None:
+                    self.consolidate()
             finally:
                 self.journal.close()
 

@@ -34,7 +34,7 @@ from membank.bank_service.shard.update_rule import UpdateRule
 from membank.bank_service.shard.watch import WatchHub
 from membank.bank_service.store.bank import Bank
 from membank.bank_service.store.journal import LogFile, PosixLogFile
-from membank.bank_service.store.objects import ObjectStore
+from membank.bank_service.store.objects import ObjectStore, probe_create_only
 from membank.wire.crc import crc32c
 from membank.wire.errors import InvalidArgumentError, NotFoundError, Reason, UnavailableError
 from membank.wire.format import RevisionRecord
@@ -120,11 +120,13 @@ class Shard:
         NotFoundError
             If there is no bank (NOT_A_BANK) or no such partition (UNKNOWN_PARTITION).
         FailedPreconditionError
-            If another process owns a partition (BANK_IN_USE), or the bank is of a newer format.
+            If another process owns a partition (BANK_IN_USE), the bank is of a newer format, or
+            its storage does not keep two owners apart (STORE_UNSUPPORTED).
         CorruptionError
             If something that was acknowledged is missing or damaged.
         """
         bank = where if isinstance(where, Bank) else Bank.open(where)
+        probe_create_only(bank.objects)
         config = config or ShardConfig()
         numbers = _checked_partitions(bank.spec, partitions)
         context = ShardContext(
@@ -293,8 +295,8 @@ class Shard:
         self._closed = True
         self._context.hub.close()
         with self._locks:
-            for partition in self._partitions.values() if consolidate else ():
-                self._locks.callback(partition.consolidate)
+            for partition in self._partitions.values():
+                self._locks.callback(partition.close, consolidate=consolidate)
 
     def _read(self, refs: tuple[BlockRef, ...]) -> Iterator[BlockContent]:
         for ref in refs:
