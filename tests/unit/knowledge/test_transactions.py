@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 
 from membank.bank_service.shard.contract import SetContent
-from membank.wire.errors import MembankError, NotFoundError, UnavailableError
+from membank.wire.errors import (
+    ConflictError,
+    MembankError,
+    NotFoundError,
+    UnavailableError,
+)
 from membank.wire.format import decode_tree
 from membank.wire.spec import BlockRef, BlockState
 from shard_rig import RIG_SPEC, Crash, ShardRig, When, asked
@@ -194,6 +199,45 @@ def test_lost_answer_of_the_store_is_recognised_as_a_commit(rig: ShardRig) -> No
     swap(rig)
     assert swapped_blocks(rig) == 4
     assert rig.log.last == 1
+
+
+def test_a_store_that_stops_answering_after_it_created_the_record(rig: ShardRig) -> None:
+    real_run = rig.faults.run
+    created = False
+
+    def run(step: str, action: Callable[[], object]) -> object:
+        nonlocal created
+        if not step.startswith("put_if_absent revisions"):
+            return real_run(step, action)
+        if not created:
+            created = True
+            action()
+        raise UnavailableError("the store does not answer")
+
+    rig.faults.run = run  # type: ignore[method-assign,assignment]  # a fault of its own
+    swap(rig)
+    assert swapped_blocks(rig) == 4
+    assert rig.log.committed.request_id == "r1"
+
+
+def test_what_a_shard_gave_up_waiting_for_is_aborted_for_good(rig: ShardRig) -> None:
+    real_run = rig.faults.run
+
+    def run(step: str, action: Callable[[], object]) -> object:
+        if step.startswith("put_if_absent revisions"):
+            # The coordinator is slow here, and the shards lose patience.
+            for shard in rig.shards.values():
+                shard.settle(float("inf"))
+        return real_run(step, action)
+
+    rig.faults.run = run  # type: ignore[method-assign,assignment]  # a fault of its own
+    with pytest.raises(ConflictError):
+        swap(rig)
+    rig.faults.run = real_run  # type: ignore[method-assign]
+    assert swapped_blocks(rig) == 0
+    swap(rig)
+    assert swapped_blocks(rig) == 4
+    check_usable(rig)
 
 
 def test_a_shard_that_is_down_before_the_commit_undoes_it(rig: ShardRig) -> None:

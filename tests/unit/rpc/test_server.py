@@ -24,7 +24,7 @@ from membank.v1 import admin_service_pb2 as admin_pb
 from membank.v1 import block_service_pb2 as block_pb
 from membank.v1.block_service_pb2_grpc import BlockServiceStub
 from membank.wire import convert
-from membank.wire.errors import FailedPreconditionError, MembankError, Reason
+from membank.wire.errors import FailedPreconditionError, InternalError, Reason
 from rpc_rig import ADMIN_SERVICE, BLOCK_SERVICE, RpcRig, error_of
 from shard_rig import RIG_SPEC
 
@@ -258,21 +258,25 @@ class _BrokenShard:
     spec = RIG_SPEC
     revision = 0
 
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
     def __getattr__(self, name: str) -> object:
-        raise ZeroDivisionError("secret detail")
+        raise self._error
 
 
+@pytest.mark.parametrize("error", [ZeroDivisionError, InternalError])
 def test_a_defect_leaks_nothing_but_the_id_under_which_it_is_logged(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: type[Exception]
 ) -> None:
-    shard = _BrokenShard()
+    shard = _BrokenShard(error("secret detail"))
     with RpcRig(tmp_path / "bank", shard=shard) as rig, caplog.at_level(logging.ERROR):  # type: ignore[arg-type]  # broken on purpose
         with pytest.raises(grpc.RpcError) as caught:
             list(rig.blocks.FetchBlocks(block_pb.FetchBlocksRequest()))
-        error: MembankError = error_of(caught.value)
-        assert error.reason is Reason.UNEXPECTED
-        assert "secret" not in str(error)
-        assert error.metadata["request_id"] in caplog.text
+        seen = error_of(caught.value)
+        assert seen.reason is Reason.UNEXPECTED
+        assert "secret" not in str(seen)
+        assert seen.metadata["request_id"] in caplog.text
         assert "secret detail" in caplog.text
         # The server goes on.
         assert rig.blocks.GetBank(block_pb.GetBankRequest()).spec.name == "rig"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -130,6 +130,8 @@ class ShardGroup:
         All calls have ended when it returns, so that no late one can cross what follows.
         """
         futures = [self._pool.submit(function, member) for member in members]
+        # Before any result is looked at: what is no `Exception` leaves the loop below early.
+        wait(futures)
         results: list[T | Exception] = []
         for future in futures:
             error = future.exception()

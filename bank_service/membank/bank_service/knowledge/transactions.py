@@ -190,8 +190,6 @@ class Coordinator:
             that the revision is committed.
         """
         with self.exclusive():
-            # A shard aborts what it has held for too long, and such a record takes a number.
-            self._log.reload()
             done = None if request.dry_run else self._log.find(request.request_id)
             if done is not None:
                 return self._answer_again(request, operation, done)

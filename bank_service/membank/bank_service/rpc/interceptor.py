@@ -105,14 +105,15 @@ class CallInterceptor(grpc.ServerInterceptor):
             if method in METHOD_ROLES:
                 require_role(principal, method)
             yield principal
-        except MembankError as err:
-            context.abort_with_status(to_status(err))
         except grpc.RpcError:
             # The request stream broke: the caller is gone, and so is whoever would read a status.
             context.abort(grpc.StatusCode.CANCELLED, "the request stream ended early")
-        except Exception:
+        except Exception as err:
+            if isinstance(err, MembankError) and not isinstance(err, InternalError):
+                context.abort_with_status(to_status(err))
             if not _is_ours(method):
                 raise
+            # Also an InternalError of another process of the service, which quotes its cause.
             request_id = uuid.uuid4().hex
             _LOG.exception("%s failed, request %s", method, request_id)
             context.abort_with_status(to_status(_internal(method, request_id)))
