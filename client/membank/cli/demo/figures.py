@@ -142,7 +142,7 @@ def _topic_box(
     ordered = sorted(sizes, reverse=True) or [1]
     inner = squarify.squarify(squarify.normalize_sizes(ordered, dx, dy), x, y, dx, dy)
     for place, leaf in enumerate(inner):
-        shade = 0.45 + 0.4 * (place % 3) / 2
+        shade = 0.3 + 0.3 * (place % 3) / 2
         axes.add_patch(
             mpl.patches.Rectangle(
                 (leaf["x"], leaf["y"]),

@@ -14,6 +14,7 @@ import numpy as np
 from membank.client import BankClient
 from membank.trainer.run.answer import Answerer
 from membank.wire.errors import NotFoundError
+from membank.wire.records import TransactionReport
 from membank.wire.spec import Array, BlockRef, BlockState
 
 Result = TypeVar("Result")
@@ -168,7 +169,11 @@ class Operator:
         start = time.perf_counter()
         result = call()
         ms = 1e3 * (time.perf_counter() - start)
-        outcome = result if isinstance(result, str) else "done"
+        match result:
+            case TransactionReport():
+                outcome = f"{len(result.changes)} blocks, revision {result.revision}"
+            case _:
+                outcome = str(result)
         self.steps.append(Step(operation=operation, on=on, ms=ms, outcome=outcome))
         return result
 

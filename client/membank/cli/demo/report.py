@@ -107,16 +107,13 @@ def topic_sizes(tree: TreeDocument) -> list[tuple[str, int, list[tuple[str, int]
 
 
 def _curve(files: Sequence[Path]) -> list[tuple[int, float]]:
-    """Return (tokens of all workers, loss) of a stage; workers are taken step by step."""
+    """Return (tokens scored by all workers so far, mean loss) of a stage, step by step."""
     logs = [read_losses(file) for file in files if file.exists()]
-    if not logs:
-        return []
-    points = [
-        (sum(record.num_tokens for record in records), sum(r.loss for r in records) / len(records))
-        for records in zip(*logs, strict=False)
-    ]
-    step = max(1, len(points) // 600)
-    return points[::step]
+    points, seen = [], 0
+    for records in zip(*logs, strict=False):
+        seen += sum(record.num_tokens for record in records)
+        points.append((seen, sum(record.loss for record in records) / len(records)))
+    return points[:: max(1, len(points) // 600)]
 
 
 def _template() -> jinja2.Template:
