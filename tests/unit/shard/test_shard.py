@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,7 +29,7 @@ from membank.wire.errors import (
 )
 from membank.wire.format import initial_weight
 from membank.wire.records import Gradient, Update
-from membank.wire.spec import BlockRef, BlockState, OptimizerKind, Role
+from membank.wire.spec import BlockRef, BlockState, LevelSpec, OptimizerKind, Role
 from tiny_bank import create_bank, full_state, gradient_for, make_update, tiny_spec, transact
 
 A, B, C, LEAF = BlockRef(1, 0), BlockRef(1, 1), BlockRef(1, 2), BlockRef(2, 5)
@@ -403,6 +404,38 @@ def test_concurrent_fetches_and_updates_agree(bank: Bank) -> None:
         thread.join()
     assert not problems
     assert [status.version for status in shard.describe([A, B, LEAF])] == [30, 30, 30]
+    shard.close()
+
+
+def test_first_reads_do_not_disturb_a_consolidation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = replace(tiny_spec(num_partitions=1), levels=(LevelSpec(fan_out=2000, block_width=1),))
+    shard = Shard.open(create_bank(tmp_path, spec))
+    first, *rest = spec.blocks()
+    problems: list[BaseException] = []
+    done = threading.Event()
+    monkeypatch.setattr(threading, "excepthook", lambda args: problems.append(args.exc_value))
+
+    def consolidate() -> None:
+        for number in itertools.count():
+            _push(shard, f"r{number}", first)
+            shard.consolidate()
+            if done.is_set():
+                return
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # so that threads meet in the middle of a loop
+    try:
+        writer = threading.Thread(target=consolidate)
+        writer.start()
+        for ref in rest:
+            shard.fetch([ref])
+        done.set()
+        writer.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert problems == []
     shard.close()
 
 

@@ -5,8 +5,23 @@
 `recovery` (start), `partition_store` (slots and manifests), `optimizer`, `residency`, `watch`.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from membank.bank_service.shard.config import Durability, ShardConfig
 from membank.bank_service.shard.contract import ShardApi
-from membank.bank_service.shard.shard import Shard
+
+if TYPE_CHECKING:
+    from membank.bank_service.shard.shard import Shard
 
 __all__ = ["Durability", "Shard", "ShardApi", "ShardConfig"]
+
+
+def __getattr__(name: str) -> object:
+    # The engine brings torch along: seconds that the controller and the command do not have.
+    if name == "Shard":
+        from membank.bank_service.shard.shard import Shard
+
+        return Shard
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,6 @@ from membank.wire.errors import (
     ConflictError,
     CorruptionError,
     FailedPreconditionError,
-    NotFoundError,
     Reason,
     UnavailableError,
 )
@@ -232,7 +231,7 @@ class Participant:
 
         def manifest_of(ref: BlockRef, number: int) -> Manifest:
             if number not in cache:
-                cache[number] = _retained_manifest(partition, number)
+                cache[number] = partition.retained_manifest(number)
             return cache[number]
 
         spec = self._bank.spec
@@ -258,9 +257,7 @@ class Participant:
             partition = self._partitions[number]
             erased = [draft.ref for draft in found if draft.erases]
             if erased:
-                num_slots += len(partition.store.slots_of(erased))
-                # In a dry run what is not in slots yet counts as the slot it is about to get.
-                num_slots += sum(partition.record(ref).is_dirty for ref in erased)
+                num_slots += partition.count_slots(erased)
         return Prepared(
             manifests=dict(manifests),
             changes=tuple(
@@ -309,14 +306,3 @@ def _is_named(partition: Partition, record: RevisionRecord) -> bool:
         return False
     manifest = hold.manifest or partition.manifest
     return record.manifests.get(partition.number) == manifest.number
-
-
-def _retained_manifest(partition: Partition, number: int) -> Manifest:
-    if not partition.store.has_manifest(number):
-        raise NotFoundError(
-            f"manifest {number} of partition {partition.number} is not retained any more; "
-            "choose a later revision, or a snapshot",
-            reason=Reason.OBJECT_MISSING,
-            metadata={"partition": str(partition.number), "manifest": str(number)},
-        )
-    return partition.store.manifest(number)

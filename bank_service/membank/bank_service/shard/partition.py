@@ -7,7 +7,6 @@ cannot be journalled is not installed.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,26 +20,24 @@ from membank.bank_service.shard.content import (
 from membank.bank_service.shard.context import ShardContext
 from membank.bank_service.shard.optimizer import kernel_fingerprint
 from membank.bank_service.shard.partition_store import PartitionStore
+from membank.bank_service.shard.request_log import RequestLog
 from membank.bank_service.shard.residency import Records
 from membank.bank_service.shard.update_frame import (
     AppliedGradient,
     UpdateFrame,
     encode_update,
-    result_from_json,
-    result_to_json,
 )
 from membank.bank_service.store.journal import FrameKind, Journal
 from membank.wire.errors import (
     CorruptionError,
     FailedPreconditionError,
-    InvalidArgumentError,
     MembankError,
+    NotFoundError,
     Reason,
     ResourceExhaustedError,
     UnavailableError,
 )
 from membank.wire.format import Entry, Manifest
-from membank.wire.format.manifest import AppliedRequest
 from membank.wire.records import BlockEvent, Gradient, Update, UpdateResult
 from membank.wire.spec import Array, BlockRef, BlockState
 
@@ -92,8 +89,8 @@ class Partition:
 
     # Lock order: `_writer` (several of them: by ascending partition), then `context.state_lock`.
     # `_writer` is held by whoever changes the partition, during input and output; `state_lock`
-    # guards `records`, `manifest` and `revision`, which readers look at. `_held`, `_requests`, the journal
-    # and the store belong to the holder of `_writer`.
+    # guards `records`, `manifest` and `revision`, which readers look at. `_held`, `_requests`, the
+    # journal and the store belong to the holder of `_writer`.
 
     def __init__(
         self,
@@ -107,7 +104,7 @@ class Partition:
         self.number = number
         self.store = store
         self.journal = journal
-        self.records: Records = {}
+        self.records: Records = {r: BlockRecord(e) for r, e in manifest.entries.items()}
         self.manifest = manifest
         self.revision = revision
         self._context = context
@@ -117,12 +114,11 @@ class Partition:
         self._writer = RLock()
         self._released = Condition(self._writer)
         self._held: Hold | None = None
-        self._requests: OrderedDict[str, tuple[UpdateResult, ...]] = OrderedDict()
+        self._requests = RequestLog(context.config.retained_requests, manifest.requests)
         self._consolidate_at = context.config.consolidate_bytes
         self._fenced: UnavailableError | None = None
         # A removal may have been cut short before this owner started.
         self._removal_pending = True
-        self._adopt(manifest)
 
     # ---- reading (state lock held by the caller)
 
@@ -154,8 +150,9 @@ class Partition:
         """
         with self._writer:
             self._wait_until_free()
-            if (known := self._requests.get(update.request_id)) is not None:
-                return _repeated(update, known, gradients), True
+            refs = [gradient.ref for gradient in gradients]
+            if (known := self._requests.answer(update.request_id, refs)) is not None:
+                return known, True
             self.journal.require_usable()
             staged = [self._stage(update, gradient) for gradient in gradients]
             results = tuple(item.result if isinstance(item, _Staged) else item for item in staged)
@@ -220,7 +217,7 @@ class Partition:
             for item in staged:
                 record = BlockRecord(item.entry, item.content)
                 self._context.residency.put(self.records, item.applied.ref, record)
-        self._remember(request_id, results)
+        self._requests.add(request_id, results)
         if tell:
             self._context.hub.publish(
                 [
@@ -234,11 +231,6 @@ class Partition:
                     for item in staged
                 ]
             )
-
-    def _remember(self, request_id: str, results: tuple[UpdateResult, ...]) -> None:
-        self._requests[request_id] = results
-        while len(self._requests) > self._context.config.retained_requests:
-            self._requests.popitem(last=False)
 
     # ---- consolidation
 
@@ -255,7 +247,7 @@ class Partition:
 
         For the holder of the partition; others call `consolidate`.
         """
-        dirty = {ref: record for ref, record in self.records.items() if record.is_dirty}
+        dirty = {ref: record for ref, record in self._all_records().items() if record.is_dirty}
         if not dirty and self.journal.last_lsn <= self.manifest.lsn:
             return
         with self.fresh_slots(dirty) as slotted:
@@ -288,7 +280,14 @@ class Partition:
 
     def entries(self) -> dict[BlockRef, Entry]:
         """Return the entry of every block that was ever changed."""
-        return {ref: record.entry for ref, record in self.records.items() if record.entry.version}
+        return {
+            ref: record.entry for ref, record in self._all_records().items() if record.entry.version
+        }
+
+    def _all_records(self) -> Records:
+        # A copy: readers add what they loaded at any time.
+        with self._context.state_lock:
+            return dict(self.records)
 
     def publish(
         self, entries: Mapping[BlockRef, Entry], *, prepared_for: int | None = None
@@ -301,17 +300,13 @@ class Partition:
             If another owner took the partition over (FENCED); this one accepts nothing from then
             on.
         """
-        requests = tuple(
-            AppliedRequest(request_id=name, results=tuple(result_to_json(r) for r in results))
-            for name, results in self._requests.items()
-        )
         draft = replace(
             self.manifest,
             revision=self.revision if prepared_for is None else prepared_for,
             lsn=max(self.journal.last_lsn, self.manifest.lsn),
             entries=entries,
             prepared=prepared_for is not None,
-            requests=requests,
+            requests=self._requests.export(),
         )
         try:
             return self.store.publish(draft)
@@ -351,6 +346,30 @@ class Partition:
             _LOG.warning("partition %d was not consolidated: %s", self.number, err)
 
     # ---- transactions
+
+    def retained_manifest(self, number: int) -> Manifest:
+        """Return a manifest that a block may be restored from.
+
+        Raises
+        ------
+        NotFoundError
+            If it is not retained (OBJECT_MISSING).
+        """
+        with self._writer:
+            if not self.store.has_manifest(number):
+                raise NotFoundError(
+                    f"manifest {number} of partition {self.number} is not retained; "
+                    "choose a later revision, or a snapshot",
+                    reason=Reason.OBJECT_MISSING,
+                    metadata={"partition": str(self.number), "manifest": str(number)},
+                )
+            return self.store.manifest(number)
+
+    def count_slots(self, refs: Sequence[BlockRef]) -> int:
+        """Return how many slots hold versions of `refs`; one to come counts for a dirty block."""
+        with self._writer:
+            dirty = sum(self.record(ref).is_dirty for ref in refs)
+            return len(self.store.slots_of(refs)) + dirty
 
     def hold(self, revision: int) -> None:
         """Hold updates back for a transaction; no other may hold the partition."""
@@ -478,13 +497,6 @@ class Partition:
         if self._fenced is not None:
             raise self._fenced
 
-    def _adopt(self, manifest: Manifest) -> None:
-        self.records = {ref: BlockRecord(entry) for ref, entry in manifest.entries.items()}
-        for request in manifest.requests:
-            self._remember(
-                request.request_id, tuple(result_from_json(item) for item in request.results)
-            )
-
     def _replay_mismatch(self, frame: UpdateFrame, applied: AppliedGradient) -> CorruptionError:
         return CorruptionError(
             f"replaying update {frame.request_id} on block {applied.ref} does not give what was "
@@ -500,16 +512,3 @@ _INITIAL_RECORD = BlockRecord(INITIAL_ENTRY)
 
 def _refused(ref: BlockRef, entry: Entry, reason: Reason) -> UpdateResult:
     return UpdateResult(ref=ref, accepted=False, version=entry.version, reason=reason)
-
-
-def _repeated(
-    update: Update, known: tuple[UpdateResult, ...], gradients: Sequence[Gradient]
-) -> tuple[UpdateResult, ...]:
-    by_ref = {result.ref: result for result in known}
-    if by_ref.keys() != {gradient.ref for gradient in gradients}:
-        raise InvalidArgumentError(
-            f"request id {update.request_id!r} was used for an update of other blocks; "
-            "give each update an id of its own",
-            metadata={"request_id": update.request_id},
-        )
-    return tuple(by_ref[gradient.ref] for gradient in gradients)
