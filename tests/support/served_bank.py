@@ -6,7 +6,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from membank.bank_service.cluster.shard_server import ShardServer, ShardSettings
+from membank.bank_service.cluster.identity import ShardSettings
+from membank.bank_service.cluster.shard_server import ShardServer
 from membank.bank_service.rpc.server import ServerConfig
 from membank.bank_service.shard import ShardConfig
 from membank.bank_service.store import Bank

@@ -20,8 +20,8 @@ from membank.bank_service.cluster.addresses import gateway_listening
 from membank.bank_service.cluster.config import UpConfig
 from membank.bank_service.cluster.fleet import ShardFleet, ShardStatus
 from membank.bank_service.cluster.gateway import Gateway
+from membank.bank_service.cluster.identity import ADMIN_SERVICE, BLOCK_SERVICE
 from membank.bank_service.cluster.placement import assign_partitions
-from membank.bank_service.cluster.shard_server import BLOCK_SERVICE
 from membank.bank_service.rpc.admin_servicer import AdminServicer
 from membank.bank_service.rpc.block_servicer import BankInfoServicer
 from membank.bank_service.rpc.budget import ByteBudget
@@ -38,7 +38,6 @@ from membank.wire.spec import BankSpec
 
 _LOG = logging.getLogger(__name__)
 
-ADMIN_SERVICE = "membank.v1.AdminService"
 _SUPERVISE_EVERY_S = 0.25
 _RESTART_BACKOFF_S = 2.0
 

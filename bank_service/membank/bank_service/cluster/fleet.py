@@ -15,9 +15,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from membank.bank_service.cluster.addresses import shard_listening
 from membank.bank_service.cluster.config import NAMESPACE, UpConfig
+from membank.bank_service.cluster.identity import ShardIdentity, ShardSettings
 from membank.bank_service.cluster.placement import PlacementTable, assign_partitions, next_move
 from membank.bank_service.cluster.shard_actor import RayShardHandle, ShardActor, call_actor
-from membank.bank_service.cluster.shard_server import ShardIdentity, ShardSettings
 from membank.bank_service.knowledge.shards import ShardMember
 from membank.bank_service.rpc.server import ServerConfig
 from membank.wire.errors import (

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from membank.bank_service.cluster.shard_server import server_version
+from membank.bank_service.cluster.identity import server_version
 from membank.bank_service.knowledge.contract import AdminRequest, BankAdmin
 from membank.bank_service.knowledge.operations import BankOperations
 from membank.bank_service.knowledge.revisions import RevisionLog

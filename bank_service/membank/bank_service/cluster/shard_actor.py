@@ -6,13 +6,12 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import ray
-import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RaySystemError, RayTaskError
 
-from membank.bank_service.cluster.shard_server import ShardIdentity, ShardServer, ShardSettings
+from membank.bank_service.cluster.identity import ShardIdentity, ShardSettings
 from membank.bank_service.shard.contract import (
     BlockContent,
     BlockOperation,
@@ -29,6 +28,9 @@ from membank.wire.errors import (
 from membank.wire.format import RevisionRecord
 from membank.wire.records import Placement, ShardStats
 from membank.wire.spec import BankSpec, BlockRef
+
+if TYPE_CHECKING:
+    from membank.bank_service.cluster.shard_server import ShardServer
 
 T = TypeVar("T")
 
@@ -49,8 +51,6 @@ class ShardActor:
 
     def __init__(self, settings: ShardSettings) -> None:
         logging.basicConfig(level=logging.INFO)
-        # Several shards share the cores of a machine; a thread pool in each only thrashes.
-        torch.set_num_threads(1)
         self._settings = settings
         self._lock = threading.Lock()
         self._server: ShardServer | None = None
@@ -64,7 +64,7 @@ class ShardActor:
             if self._server is not None:
                 return
             try:
-                self._server = ShardServer(
+                self._server = _start_server(
                     self._settings,
                     node=ray.util.get_node_ip_address(),
                     node_id=ray.get_runtime_context().get_node_id(),
@@ -139,6 +139,17 @@ class ShardActor:
             if self._server is None:
                 raise self._error or UnavailableError("the shard is starting; retry")
             return self._server
+
+
+def _start_server(settings: ShardSettings, *, node: str, node_id: str) -> ShardServer:
+    # Here and not above: the controller imports this module and has no use for torch.
+    import torch
+
+    from membank.bank_service.cluster.shard_server import ShardServer
+
+    # Several shards share the cores of a machine; a thread pool in each only thrashes.
+    torch.set_num_threads(1)
+    return ShardServer(settings, node=node, node_id=node_id)
 
 
 class RayShardHandle:

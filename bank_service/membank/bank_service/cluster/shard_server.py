@@ -8,14 +8,18 @@ import os
 import threading
 import time
 import uuid
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
+from membank.bank_service.cluster.identity import (
+    BLOCK_SERVICE,
+    ShardIdentity,
+    ShardSettings,
+    server_version,
+)
 from membank.bank_service.knowledge.trees import TreeStore
 from membank.bank_service.rpc.block_servicer import BlockServicer
 from membank.bank_service.rpc.budget import ByteBudget
-from membank.bank_service.rpc.server import BankServer, ServerConfig, Service, join_address
-from membank.bank_service.shard import Shard, ShardConfig
+from membank.bank_service.rpc.server import BankServer, Service, join_address
+from membank.bank_service.shard.shard import Shard
 from membank.bank_service.store import Bank
 from membank.v1.block_service_pb2_grpc import add_BlockServiceServicer_to_server
 from membank.wire.errors import CorruptionError, NotFoundError, Reason, UnavailableError
@@ -25,45 +29,6 @@ from membank.wire.records import BankInfo, Placement, ShardStats
 _LOG = logging.getLogger(__name__)
 
 _SETTLE_EVERY_S = 5.0
-BLOCK_SERVICE = "membank.v1.BlockService"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardSettings:
-    """What one shard serves, and how."""
-
-    shard_id: str
-    """Identity of the shard."""
-    bank_url: str
-    """The bank."""
-    partitions: tuple[int, ...]
-    """Partitions it owns."""
-    server: ServerConfig
-    """How its server listens."""
-    advertise_host: str = ""
-    """Host that others are told; "" = the one that is bound."""
-    shard: ShardConfig
-    """Settings of the engine."""
-    max_in_flight_bytes: int
-    """Payload bytes held at one time."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardIdentity:
-    """Where one life of a shard is found."""
-
-    shard_id: str
-    """Identity of the shard."""
-    incarnation: str
-    """Random; another one after every restart."""
-    endpoint: str
-    """gRPC address, host:port."""
-    node: str
-    """Address of its machine."""
-    node_id: str
-    """Ray's name for its node; "" outside of Ray."""
-    pid: int
-    """Its process."""
 
 
 class ShardServer:
@@ -186,11 +151,3 @@ class ShardServer:
                 reason=Reason.MANIFEST_CORRUPT,
             )
         return record
-
-
-def server_version() -> str:
-    """Return the version of the installed distribution."""
-    try:
-        return version("membank")
-    except PackageNotFoundError:
-        return "unknown"
