@@ -7,12 +7,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import typing
 
 from membank.bank_service.shard.config import Durability, ShardConfig
 from membank.bank_service.shard.contract import ShardApi
 
-if TYPE_CHECKING:
+if typing.TYPE_CHECKING:
     from membank.bank_service.shard.shard import Shard
 
 __all__ = ["Durability", "Shard", "ShardApi", "ShardConfig"]
