@@ -8,25 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from membank.cli.app import app, register_commands
-from membank.cli.exits import EXIT_CODES, run
+from command_line import membank
+from membank.cli.app import app
+from membank.cli.exits import EXIT_CODES
 from membank.wire.errors import LEAVES
-
-if not app.registered_commands:
-    register_commands()
-
-
-def membank(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str
-) -> tuple[int, str, str]:
-    """Run a command in this process; return exit code, standard output, standard error."""
-    monkeypatch.setattr("sys.argv", ["membank", *args])
-    with pytest.raises(SystemExit) as exit_:
-        run(app)
-    captured = capsys.readouterr()
-    code = exit_.value.code
-    assert isinstance(code, int)
-    return code, captured.out, captured.err
 
 
 @pytest.fixture
@@ -49,12 +34,10 @@ PAPER = {
 
 
 @pytest.mark.parametrize("name", [*PAPER, "demo"])
-def test_plan_prints_the_sizes_of_a_recipe(
-    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code, out, _ = membank(capsys, monkeypatch, "plan", "--recipe", name, "--json")
-    sizes = json.loads(out)
-    assert code == 0
+def test_plan_prints_the_sizes_of_a_recipe(name: str) -> None:
+    ended = membank("plan", "--recipe", name, "--json")
+    sizes = json.loads(ended.out)
+    assert ended.code == 0
     assert {"anchor_params", "fetch_params", "bank_params", "bank_bytes", "optimizer_bytes"} <= (
         sizes.keys()
     )
@@ -67,12 +50,10 @@ def test_plan_prints_the_sizes_of_a_recipe(
         assert sizes["bank_bytes"] == 2 * sizes["bank_params"]
 
 
-def test_plan_lists_every_recipe(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code, out, _ = membank(capsys, monkeypatch, "plan")
-    assert code == 0
-    assert all(name in out for name in PAPER)
+def test_plan_lists_every_recipe() -> None:
+    ended = membank("plan")
+    assert ended.code == 0
+    assert all(name in ended.out for name in PAPER)
 
 
 @pytest.mark.parametrize(
@@ -92,26 +73,26 @@ def test_bad_input_is_one_line_that_says_what_to_do(
     args: tuple[str, ...],
     code: int | None,
     words: str,
-    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    got, _, err = membank(capsys, monkeypatch, *args)
-    assert got == code if code is not None else got != 0
-    assert words in err
-    assert "Traceback" not in err
+    ended = membank(*args)
+    assert ended.code == code if code is not None else ended.code != 0
+    assert words in ended.err
+    assert "Traceback" not in ended.err
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_no_service_is_said_with_its_address(
-    free_port: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_service_is_said_with_its_address(free_port: int) -> None:
     address = f"127.0.0.1:{free_port}"
-    code, _, err = membank(capsys, monkeypatch, "topics", "--bank", address, "--json")
-    assert code == EXIT_CODES[next(leaf for leaf in LEAVES if leaf.__name__ == "UnavailableError")]
-    document = json.loads(err.strip().splitlines()[-1])
+    ended = membank("topics", "--bank", address, "--json")
+    assert (
+        ended.code
+        == EXIT_CODES[next(leaf for leaf in LEAVES if leaf.__name__ == "UnavailableError")]
+    )
+    document = json.loads(ended.err.strip().splitlines()[-1])
     assert address in document["error"]
 
 
@@ -120,11 +101,9 @@ def test_every_error_has_an_exit_code_and_none_is_success() -> None:
     assert all(code > 0 for code in EXIT_CODES.values())
 
 
-def test_every_command_has_help_with_an_example(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_command_has_help_with_an_example() -> None:
     for command in app.registered_commands:
         assert command.name is not None
-        code, out, _ = membank(capsys, monkeypatch, command.name, "--help")
-        assert code == 0
-        assert "Example" in out, command.name
+        ended = membank(command.name, "--help")
+        assert ended.code == 0
+        assert "Example" in ended.out, command.name
