@@ -33,7 +33,8 @@ class TreeDocument:
     num_documents: Mapping[BlockRef, int] = field(default_factory=dict)
     """Documents of the training corpus in each topic."""
     centroids: tuple[Array, ...] = ()
-    """Per level, (clusters, dims) float32, L2-normalised rows or NaN; empty = no retriever."""
+    """Per level, (clusters, dims) float32, rows of finite numbers or NaN; levels may look at
+    different numbers of the embedding's first dims; empty = no retriever."""
     embedder: Mapping[str, object] = field(default_factory=dict)
     """Kind and configuration of the embedder, JSON-able; empty = no retriever."""
     arrays: Mapping[str, Array] = field(default_factory=dict)
