@@ -150,6 +150,8 @@ class Shard:
                 opened[number] = open_partition(context, number, folder, revision)
                 undo.callback(opened[number].close, consolidate=False)
             participant = Participant(context, opened, revision=revision, last_record=latest)
+            # A revision that was decided meanwhile may be in force in some partitions only.
+            participant.catch_up()
             return cls(context, shard_id, opened, participant, undo.pop_all())
 
     @property

@@ -29,6 +29,7 @@ from membank.wire.crc import crc32c
 from membank.wire.errors import (
     CorruptionError,
     FailedPreconditionError,
+    InvalidArgumentError,
     Reason,
     UnavailableError,
 )
@@ -249,6 +250,8 @@ class Journal:
 
         Raises
         ------
+        InvalidArgumentError
+            If the payload exceeds `MAX_FRAME_BYTES`.
         ResourceExhaustedError
             If there is no space (NO_SPACE); the log is as before.
         UnavailableError
@@ -426,7 +429,10 @@ def _encode_header(
 ) -> tuple[bytes, int]:
     length = sum(memoryview(buffer).nbytes for buffer in buffers)
     if length > MAX_FRAME_BYTES:
-        raise ValueError(f"a frame of {length} bytes exceeds {MAX_FRAME_BYTES}")
+        raise InvalidArgumentError(
+            f"an update of {length} bytes exceeds {MAX_FRAME_BYTES}; send its blocks apart",
+            reason=Reason.MESSAGE_TOO_LARGE,
+        )
     crc = 0
     for buffer in buffers:
         crc = crc32c(buffer, start=crc)
@@ -460,6 +466,8 @@ def _decode_frame(path: Path, offset: int, rest: memoryview) -> Frame | None:
         return None
     if crc32c(payload) != payload_crc:
         raise _corrupt(path, offset, "the payload of a frame is damaged")
+    if kind not in {known.value for known in FrameKind}:
+        raise _corrupt(path, offset, f"frames of kind {kind} are not known here")
     return Frame(lsn, FrameKind(kind), payload)
 
 
