@@ -102,6 +102,16 @@ def test_a_topic_travels_out_and_in(rig: RpcRig) -> None:
     assert error_of(caught.value).reason is Reason.CHECKSUM_MISMATCH
 
 
+def test_exports_are_bounded_like_everything_that_is_held(tmp_path: Path) -> None:
+    with RpcRig(tmp_path / "bank", budget_bytes=1500) as rig:
+        with pytest.raises(grpc.RpcError) as caught:
+            list(rig.admin.ExportTopic(pb.ExportTopicRequest(topic=TOPIC_PB)))
+        assert error_of(caught.value).reason is Reason.MESSAGE_TOO_LARGE
+        leaf = types_pb.BlockRef(level=2, cluster=2)
+        assert list(rig.admin.ExportTopic(pb.ExportTopicRequest(topic=leaf)))
+        assert rig.budget.used_bytes == 0
+
+
 def test_snapshot_rollback_stats_and_audit(rig: RpcRig) -> None:
     snapshot = rig.admin.CreateSnapshot(pb.CreateSnapshotRequest(request_id="a", snapshot="s"))
     assert list(rig.admin.ListSnapshots(pb.ListSnapshotsRequest()).snapshots) == [snapshot.snapshot]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -12,12 +13,17 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RaySystemError, RayTaskError
 
 from membank.bank_service.cluster.identity import ShardIdentity, ShardSettings
+from membank.bank_service.cluster.staging import (
+    StagedOperations,
+    batches,
+    operation_bytes,
+    own_content,
+)
 from membank.bank_service.shard.contract import (
     BlockContent,
     BlockOperation,
     BlockStatus,
     Prepared,
-    SetContent,
 )
 from membank.wire.errors import (
     InternalError,
@@ -36,9 +42,6 @@ T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
 
-_MESSAGE_BYTES = 16 << 20
-"""Content per actor call: Ray's object store is small and shared, a transaction may be large."""
-
 
 class ShardActor:
     """Lifecycle of a `ShardServer` inside an actor; made remote by the controller.
@@ -55,7 +58,7 @@ class ShardActor:
         self._lock = threading.Lock()
         self._server: ShardServer | None = None
         self._error: MembankError | None = None
-        self._staged: dict[int, list[BlockOperation]] = {}
+        self._staged = StagedOperations()
         self.open()
 
     def open(self) -> None:
@@ -88,23 +91,24 @@ class ShardActor:
         """Return the newest revision that is installed."""
         return self._open_server().shard.revision
 
-    def stage(self, revision: int, operations: Sequence[BlockOperation]) -> None:
-        """Keep a part of the operations of `revision` for `prepare`."""
-        self._staged.setdefault(revision, []).extend(operations)
+    def stage(self, attempt: str, operations: Sequence[BlockOperation]) -> None:
+        """Keep a piece of the operations of a transaction for `prepare`."""
+        self._staged.add(attempt, operations)
 
     def prepare(
         self,
         revision: int,
         operations: Sequence[BlockOperation],
         *,
+        attempt: str,
+        num_operations: int,
         all_partitions: bool,
         dry_run: bool,
     ) -> Prepared:
-        """Prepare what was staged and `operations`."""
-        staged = self._staged.pop(revision, [])
-        self._staged.clear()
+        """Prepare what was staged for `attempt`, and `operations`, `num_operations` in all."""
+        everything = self._staged.take(attempt, operations, num_operations=num_operations)
         return self._open_server().shard.prepare(
-            revision, [*staged, *operations], all_partitions=all_partitions, dry_run=dry_run
+            revision, everything, all_partitions=all_partitions, dry_run=dry_run
         )
 
     def commit(self, record: RevisionRecord) -> None:
@@ -198,11 +202,18 @@ class RayShardHandle:
         dry_run: bool = False,
     ) -> Prepared:
         # docstring inherited
-        *parts, last = _batches(operations, _operation_bytes) or [()]
-        for part in parts:
-            self._call("stage", revision, part)
+        attempt = uuid.uuid4().hex
+        *pieces, last = batches(operations, operation_bytes) or [()]
+        for piece in pieces:
+            self._call("stage", attempt, piece)
         answer = self._call(
-            "prepare", revision, last, all_partitions=all_partitions, dry_run=dry_run
+            "prepare",
+            revision,
+            last,
+            attempt=attempt,
+            num_operations=len(operations),
+            all_partitions=all_partitions,
+            dry_run=dry_run,
         )
         return cast("Prepared", answer)
 
@@ -223,8 +234,9 @@ class RayShardHandle:
         def size(ref: BlockRef) -> int:
             return self._spec.weight_bytes(ref.level) + self._spec.optimizer_bytes(ref.level)
 
-        for batch in _batches(refs, size):
-            yield from cast("tuple[BlockContent, ...]", self._call("read", batch))
+        for batch in batches(refs, size):
+            for content in cast("tuple[BlockContent, ...]", self._call("read", batch)):
+                yield own_content(content)
 
     def stats(self) -> ShardStats:
         # docstring inherited
@@ -293,23 +305,3 @@ def call_actor(
 
 def _unavailable(message: str) -> UnavailableError:
     return UnavailableError(message, reason=Reason.SHARD_UNAVAILABLE)
-
-
-def _operation_bytes(operation: BlockOperation) -> int:
-    if not isinstance(operation, SetContent):
-        return 0
-    return operation.weight.nbytes + sum(a.nbytes for a in operation.optimizer_state.values())
-
-
-def _batches(items: Sequence[T], size: Callable[[T], int]) -> list[tuple[T, ...]]:
-    """Split `items`, in order, into batches of about `_MESSAGE_BYTES`."""
-    batches: list[list[T]] = []
-    filled = 0
-    for item in items:
-        num_bytes = size(item)
-        if not batches or (filled and filled + num_bytes > _MESSAGE_BYTES):
-            batches.append([])
-            filled = 0
-        batches[-1].append(item)
-        filled += num_bytes
-    return [tuple(batch) for batch in batches]

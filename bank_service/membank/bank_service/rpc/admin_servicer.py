@@ -144,15 +144,22 @@ class AdminServicer(AdminServiceServicer):
         # docstring inherited
         admin = self._open(request.bank, context)
         topic = _topic(request.topic, admin.spec)
-        pack = admin.export_topic(topic, weights_only=request.weights_only)
-        message = pb.ExportTopicResponse(
-            num_bytes=len(pack.data), crc32c=crc32c(pack.data), revision=pack.revision
+        spec = admin.spec
+        most = sum(
+            spec.weight_bytes(ref.level) + spec.optimizer_bytes(ref.level)
+            for ref in spec.subtree(topic)
         )
-        for chunk in iter_chunks([pack.data]):
-            check_alive(context)
-            message.data = chunk
-            yield message
-            message = pb.ExportTopicResponse()
+        with self._budget.reserve(most, what=f"export of topic {topic}") as reservation:
+            pack = admin.export_topic(topic, weights_only=request.weights_only)
+            reservation.shrink_to(len(pack.data))
+            message = pb.ExportTopicResponse(
+                num_bytes=len(pack.data), crc32c=crc32c(pack.data), revision=pack.revision
+            )
+            for chunk in iter_chunks([pack.data]):
+                check_alive(context)
+                message.data = chunk
+                yield message
+                message = pb.ExportTopicResponse()
 
     def ImportTopic(
         self, request_iterator: Iterator[pb.ImportTopicRequest], context: grpc.ServicerContext
