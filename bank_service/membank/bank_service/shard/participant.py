@@ -304,5 +304,6 @@ def _is_named(partition: Partition, record: RevisionRecord) -> bool:
     hold = partition.held
     if hold is None or not record.committed or hold.revision != record.revision:
         return False
-    manifest = hold.manifest or partition.manifest
-    return record.manifests.get(partition.number) == manifest.number
+    return hold.manifest is not None and (
+        record.manifests.get(partition.number) == hold.manifest.number
+    )

@@ -53,7 +53,7 @@ class Hold:
     since: float
     """When it began, by the shard's clock."""
     manifest: Manifest | None = None
-    """The prepared manifest; None while it is being prepared, or where nothing changes."""
+    """The prepared manifest; None while it is being prepared."""
     records: Mapping[BlockRef, BlockRecord] = field(default_factory=dict)
     """The blocks that the transaction changes, as they will be."""
 
@@ -392,16 +392,16 @@ class Partition:
         ----------
         changes
             The changed blocks as they will be; new content (a dirty record) goes into slots.
+            Where nothing changes, the manifest keeps the present state until the decision: the
+            present one might be superseded by then, if the shard starts again.
 
         Returns
         -------
         Manifest
-            What the record of the revision must name; the present one where nothing changes.
+            What the record of the revision must name.
         """
         with self._writer:
             assert self._held is not None
-            if not changes:
-                return self.manifest
             fresh = {ref: record for ref, record in changes.items() if record.is_dirty}
             with self.fresh_slots(fresh) as slotted:
                 records = {**changes, **slotted}
