@@ -30,6 +30,13 @@ def test_wipe_spares_what_somebody_reads() -> None:
     assert arrays == {}
 
 
+def test_wipe_spares_what_it_cannot_count() -> None:
+    # A view of this array would refer to the array below, so that no reader would be seen.
+    below = np.ones(4, np.int32)
+    Content({Role.WEIGHT: below.view(np.float32)}, 0).wipe()
+    assert below.tolist() == [1, 1, 1, 1]
+
+
 def _record(slot: int, crcs: tuple[int, ...] = (1, 2, 3)) -> BlockRecord:
     content = initial_content(tiny_spec(), A)
     return BlockRecord(Entry(slot=slot, version=1, crcs=crcs), content)

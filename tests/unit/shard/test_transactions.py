@@ -259,7 +259,10 @@ def _holding(root: Path, pattern: bytes) -> list[str]:
     return [name for name, data in file_bytes(root).items() if pattern in data]
 
 
-def test_erase_wipes_memory_but_not_under_a_reader(shard: Shard, bank: Bank) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_erase_wipes_memory_but_not_under_a_reader(tmp_path: Path, dtype: str) -> None:
+    bank = create_bank(tmp_path, tiny_spec(dtype=dtype))
+    shard = Shard.open(bank)
     _push(shard, "r", A, C)
     (lent,) = shard.fetch([A]).blocks
     assert lent.weight is not None
@@ -273,6 +276,7 @@ def test_erase_wipes_memory_but_not_under_a_reader(shard: Shard, bank: Bank) -> 
     # `moments` is a reader too.
     np.testing.assert_array_equal(moments, kept)
     assert unlent.arrays == {}
+    shard.close()
 
 
 def test_updates_are_held_back_and_fetches_are_not(shard: Shard, bank: Bank) -> None:

@@ -46,8 +46,10 @@ class Content:
         """
         for role in list(self.arrays):
             array = self.arrays.pop(role)
-            # Two references: the variable and the argument. A view of it would be a third.
-            if array.flags.writeable and sys.getrefcount(array) == _OWN_REFERENCES:
+            # Two references: the variable and the argument. A view would be a third, unless the
+            # array is a view itself: numpy lets views of views refer to what is under both.
+            is_counted = not isinstance(array.base, np.ndarray)
+            if is_counted and array.flags.writeable and sys.getrefcount(array) == _OWN_REFERENCES:
                 array.fill(0)
 
 

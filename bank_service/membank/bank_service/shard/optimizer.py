@@ -73,12 +73,11 @@ class BlockOptimizer:
         weight = as_tensor(content.weight).to(torch.float32, copy=True)
         state = [as_tensor(content.arrays[role]).clone() for role in spec.optimizer.state_roles]
         self._step(weight, as_tensor(gradient).to(torch.float32), state, step, rate)
-        rounded = weight.to(TORCH_DTYPES[spec.dtype])
+        new_weight = _rounded(weight, spec.numpy_dtype)
         # A gradient that is not finite leaves its mark in the weight or the state, so that
         # looking at the results is enough, and finds overflow too.
-        if not all(_is_finite(tensor) for tensor in (rounded, *state)):
+        if not all(_is_finite(tensor) for tensor in (as_tensor(new_weight), *state)):
             return None
-        new_weight = as_array(rounded, spec.numpy_dtype)
         arrays: dict[Role, Array] = {Role.WEIGHT: new_weight}
         for role, tensor in zip(spec.optimizer.state_roles, state, strict=True):
             arrays[role] = tensor.numpy()
@@ -124,6 +123,15 @@ def as_tensor(array: Array) -> torch.Tensor:
     if array.dtype.name == "bfloat16":
         return from_dlpack(array.view(np.int16)).view(torch.bfloat16)
     return from_dlpack(array)
+
+
+def _rounded(weight: torch.Tensor, dtype: np.dtype[np.generic]) -> Array:
+    """Return a float32 tensor in `dtype`, as an array that is no view of another array."""
+    if dtype == np.float32:
+        return weight.numpy()
+    rounded = np.empty(tuple(weight.shape), dtype)
+    as_tensor(rounded).copy_(weight)
+    return rounded
 
 
 def as_array(tensor: torch.Tensor, dtype: np.dtype[np.generic]) -> Array:

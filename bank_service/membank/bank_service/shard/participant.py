@@ -130,24 +130,29 @@ class Participant:
         with self._admin:
             self.catch_up()
             for revision in sorted({hold.revision for hold in self._holds_since(now)}):
-                abort = RevisionRecord(
-                    revision=revision,
-                    committed=False,
-                    nonce="",
-                    previous_sha256="",
-                    operation="abort",
-                    principal="shard",
-                    request_id="",
-                    time_s=self._context.wall_clock(),
-                )
                 try:
-                    self._bank.decide(abort)
+                    self._bank.decide(self._abort_record(revision))
                 except ConflictError:
                     # Creating the record decides, and somebody else was first.
                     _LOG.info("revision %d was decided while it was being settled", revision)
                 self.catch_up(revision)
                 settled.append(revision)
         return tuple(settled)
+
+    def _abort_record(self, revision: int) -> RevisionRecord:
+        before = self._bank.latest_commit()
+        return RevisionRecord(
+            revision=revision,
+            committed=False,
+            nonce="",
+            previous_sha256="",
+            operation="abort",
+            principal="shard",
+            request_id="",
+            time_s=self._context.wall_clock(),
+            tree_revision=before.tree_revision,
+            removal_revision=before.removal_revision,
+        )
 
     def catch_up(self, until: int | None = None) -> None:
         """Take account of every revision decided since, at most up to `until`."""
