@@ -22,7 +22,7 @@ pytestmark = [
     # Ray warns of its own deprecated names when it copies its own settings.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
 ]
-NODE = {"num_cpus": 2, "object_store_memory": 100 << 20}
+HEAD = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False}
 CONFIG = MemoryStageConfig(num_tokens=60 * 6 * 12, batch_size=6, run_length=2)
 
 
@@ -30,10 +30,10 @@ def test_workers_train_the_shards_of_both_nodes(tmp_path: Path) -> None:
     spec = replace(tiny_spec(), max_staleness=10_000)
     save_anchor(tmp_path / "anchor.safetensors", tiny_anchor(spec))
     save_sequences(tmp_path / "sequences.safetensors", tiny_sequences(spec))
-    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args=HEAD)
     runtime_dir = tmp_path / "runtime"
     try:
-        cluster.add_node(**NODE)
+        cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
         endpoint = up(
             UpConfig(
                 bank_url=str(tmp_path / "bank"),
