@@ -39,6 +39,28 @@ def cluster() -> Iterator[Cluster]:
         cluster.shutdown()
 
 
+def nodes_of(runtime_dir: Path) -> int:
+    """Return on how many nodes there are shards that answer."""
+    shards = status(runtime_dir=runtime_dir).shards
+    return len({shard.node_id for shard in shards}) if all(s.alive for s in shards) else 0
+
+
+def push_until_on(client: BankClient, runtime_dir: Path, *, num_nodes: int) -> int:
+    """Push to every block until shards are on `num_nodes`; return how often.
+
+    The test's timeout bounds it.
+    """
+    refs = list(SPEC.blocks())
+    ones = {ref: np.ones(SPEC.block_shape(ref.level), np.float32) for ref in refs}
+    versions, pushed = dict.fromkeys(refs, 0), 0
+    while nodes_of(runtime_dir) != num_nodes:
+        answer = client.push(ones, base=versions)
+        assert not answer.refused
+        versions, pushed = dict(answer.versions), pushed + 1
+        assert set(versions.values()) == {pushed}
+    return pushed
+
+
 def test_a_shard_moves_to_a_node_that_joins_while_it_is_pushed_to(tmp_path: Path) -> None:
     cluster = Cluster(initialize_head=True, head_node_args=HEAD)
     config = UpConfig(
@@ -53,21 +75,33 @@ def test_a_shard_moves_to_a_node_that_joins_while_it_is_pushed_to(tmp_path: Path
         endpoint = up(config)
         with BankClient.connect(endpoint.address) as client:
             client.create_bank(SPEC)
-            before = status(runtime_dir=config.runtime_dir)
-            assert len({shard.node_id for shard in before.shards}) == 1
+            assert nodes_of(config.runtime_dir) == 1
             cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
-            refs = list(SPEC.blocks())
-            ones = {ref: np.ones(SPEC.block_shape(ref.level), np.float32) for ref in refs}
-            versions = dict.fromkeys(refs, 0)
-            pushed = 0
-            # Ends when both nodes carry a shard; the test's timeout bounds it.
-            while len({shard.node_id for shard in before.shards}) == 1:
-                answer = client.push(ones, base=versions)
-                assert not answer.refused
-                versions, pushed = dict(answer.versions), pushed + 1
-                before = status(runtime_dir=config.runtime_dir)
-            assert set(versions.values()) == {pushed}
-            assert set(client.fetch_blocks(refs).versions.values()) == {pushed}
+            pushed = push_until_on(client, config.runtime_dir, num_nodes=2)
+            assert set(client.fetch_blocks(list(SPEC.blocks())).versions.values()) == {pushed}
+    finally:
+        down(runtime_dir=config.runtime_dir)
+        cluster.shutdown()
+
+
+def test_a_shard_goes_on_elsewhere_when_its_node_is_lost(tmp_path: Path) -> None:
+    cluster = Cluster(initialize_head=True, head_node_args=HEAD)
+    lost = cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+    config = UpConfig(
+        bank_url=str(tmp_path / "bank"),
+        port=0,
+        num_shards=2,
+        ray_address=cluster.address,
+        min_nodes=2,
+        runtime_dir=tmp_path / "run",
+    )
+    try:
+        endpoint = up(config)
+        with BankClient.connect(endpoint.address) as client:
+            client.create_bank(SPEC)
+            cluster.remove_node(lost, allow_graceful=False)
+            pushed = push_until_on(client, config.runtime_dir, num_nodes=1)
+            assert set(client.fetch_blocks(list(SPEC.blocks())).versions.values()) == {pushed}
     finally:
         down(runtime_dir=config.runtime_dir)
         cluster.shutdown()

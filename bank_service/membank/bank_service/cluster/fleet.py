@@ -6,7 +6,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -128,9 +128,7 @@ class ShardFleet:
             with self._lock:
                 self._states[shard_id] = _ShardState(settings, node_id, actor)
         for state in self._states.values():
-            remaining = max(deadline - self._clock(), 0.1)
-            identity = self._ask_identity(state, remaining)
-            self._note(state, identity)
+            self._note(state, self._wait_for_identity(state, deadline))
         self._tell_placement()
         self._started.set()
 
@@ -167,9 +165,12 @@ class ShardFleet:
             try:
                 self._note(state, self._ask_identity(state, _PROBE_TIMEOUT_S))
             except UnavailableError as err:
-                self._mark_down(state)
-                self._replace_if_dead(state)
                 _LOG.debug("%s: %s", shard_id, err)
+                self._mark_down(state)
+                try:
+                    self._replace_if_dead(state)
+                except MembankError as reason:
+                    _LOG.error("%s cannot be made anew: %s", shard_id, reason)
             except MembankError as err:
                 self._mark_down(state)
                 self._reopen(state, err)
@@ -270,8 +271,9 @@ class ShardFleet:
             max_restarts=-1,
             max_concurrency=16,
             num_cpus=0,
-            # Soft: where the node is lost for good, the shard goes on elsewhere.
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=True),
+            # Not soft: Ray would put the shard anywhere while it hardly knows the node yet. Where
+            # the node is lost for good, Ray gives up and `_replace_if_dead` finds another.
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=False),
         ).remote(settings)
         return cast("Actor", actor)
 
@@ -286,6 +288,17 @@ class ShardFleet:
                     "or give a smaller --nodes"
                 )
             time.sleep(0.2)
+
+    def _wait_for_identity(self, state: _ShardState, deadline: float) -> ShardIdentity:
+        while True:
+            try:
+                return self._ask_identity(state, max(deadline - self._clock(), 0.1))
+            except UnavailableError:
+                if self._clock() > deadline:
+                    raise
+                # Killed while it started, or its node was not ready for it.
+                self._replace_if_dead(state)
+                time.sleep(0.2)
 
     def _ask_identity(self, state: _ShardState, timeout_s: float) -> ShardIdentity:
         answer = call_actor(
@@ -315,8 +328,16 @@ class ShardFleet:
                 shard_actor_name(self._config.key, state.settings.shard_id), namespace=NAMESPACE
             )
         except ValueError:
+            nodes = dict(_alive_nodes())
+            if state.node_id not in nodes:
+                state.node_id = self._emptiest(list(nodes))
+                state.settings = self._settings(state.settings.shard_id, nodes[state.node_id])
             _LOG.warning("%s is gone; making it anew", state.settings.shard_id)
             state.actor = self._make_actor(state.settings, state.node_id)
+
+    def _emptiest(self, nodes: Sequence[str]) -> str:
+        carried = [state.node_id for state in self._states.values()]
+        return min(nodes, key=carried.count)
 
     def _reopen(self, state: _ShardState, err: MembankError) -> None:
         now = self._clock()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RaySystemError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from membank.bank_service.cluster.identity import ShardIdentity, ShardSettings
 from membank.bank_service.cluster.staging import (
@@ -299,7 +299,7 @@ def call_actor(
         raise InternalError(f"{who}: {cause!r}") from err
     except GetTimeoutError as err:
         raise _unavailable(f"{who} did not answer within {timeout_s:g} s") from err
-    except (RayActorError, RaySystemError) as err:
+    except RayError as err:
         raise _unavailable(f"{who} is down and being started again; retry") from err
 
 
