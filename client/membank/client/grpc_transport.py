@@ -117,7 +117,8 @@ class GrpcTransport(GrpcAdminTransport):
         try:
             # A shard sends this as soon as the subscription is on; a call that failed sends none.
             metadata = await self._channel.unary("WatchBlocks", call.initial_metadata())
-            if WATCH_ON_KEY in dict(metadata):
+            # Not by `dict`: before grpcio 1.80 the keys of this mapping were its items.
+            if any(key == WATCH_ON_KEY for key, _ in metadata):
                 yield WatchAnswer(events=())
             async for message in self._channel.stream("WatchBlocks", call):
                 yield WatchAnswer(

@@ -340,7 +340,7 @@ class TestServedStatus:
         call = cast("grpc.aio.Call", TwoStatuses(*statuses))
         error = ServedStatus(call).error_or(self.REPORTED)
         assert (error.code(), error.details()) == self.SERVED
-        assert dict(error.trailing_metadata()) == {"key": "away"}
+        assert list(error.trailing_metadata()) == [("key", "away")]
 
     def test_where_there_is_none(self) -> None:
         call = cast("grpc.aio.Call", TwoStatuses(self.LOST))
