@@ -259,6 +259,23 @@ def test_a_delete_is_not_acknowledged_until_every_owner_has_done_it(rig: ShardRi
     assert is_deleted(rig)
 
 
+def test_a_delete_that_fails_half_way_is_finished_by_its_retry(rig: ShardRig) -> None:
+    for shard in rig.shards.values():
+        shard.consolidate()
+    slots = "partitions/0001/level-1/*/c.*"
+    stuck = max(rig.objects.root.glob(slots))
+    # The storage will not remove what is a folder: the commit stands, the destruction fails.
+    content = stuck.read_bytes()
+    stuck.unlink()
+    stuck.mkdir()
+    with pytest.raises(UnavailableError, match="committed"):
+        delete(rig)
+    stuck.rmdir()
+    stuck.write_bytes(content)
+    delete(rig)
+    assert not list(rig.objects.root.glob(slots))
+
+
 def test_an_abort_that_is_lost_is_repeated_before_the_next_transaction(rig: ShardRig) -> None:
     rig.faults.arm("prepare shard-1", When.BEFORE, UnavailableError)
     real_run = rig.faults.run
@@ -292,6 +309,20 @@ def test_a_second_coordinator_takes_the_revision_over(rig: ShardRig) -> None:
     assert swapped_blocks(rig) == 0
     records = [rig.bank.record(number) for number in range(rig.bank.latest_number() + 1)]
     assert [record.committed for record in records if record is not None].count(False) == 1
+
+
+def test_a_revision_is_claimed_though_its_shards_started_again(rig: ShardRig) -> None:
+    rig.faults.arm("put_if_absent revisions", When.BEFORE, Crash)
+    with pytest.raises(Crash):
+        swap(rig)
+    # Each shard publishes a manifest at its start, so the prepared one is not the newest any more.
+    rig.kill_shards()
+    rig.open_shards()
+    rig.start_coordinator()
+    claimed = rig.bank.record(1)
+    assert claimed is not None
+    assert not claimed.committed
+    check_usable(rig)
 
 
 def test_records_form_a_chain(rig: ShardRig) -> None:

@@ -302,15 +302,18 @@ class Coordinator:
 
     def _is_unfinished(self) -> bool:
         """Return whether a manifest of a revision without a record lies in the store."""
-        for partition in range(self._bank.spec.num_partitions):
-            numbers = self._bank.manifest_numbers(partition)
-            try:
-                manifest = self._bank.read_manifest(partition, numbers[-1]) if numbers else None
-            except NotFoundError:
-                continue  # a shard that starts just now has removed it
-            if manifest is not None and manifest.revision > self._log.last:
-                return True
-        return False
+        return any(
+            self._is_undecided(partition, number)
+            for partition in range(self._bank.spec.num_partitions)
+            # All of them: a shard that started again has published one after what it prepared.
+            for number in reversed(self._bank.manifest_numbers(partition))
+        )
+
+    def _is_undecided(self, partition: int, number: int) -> bool:
+        try:
+            return self._bank.read_manifest(partition, number).revision > self._log.last
+        except NotFoundError:
+            return False  # a shard that starts just now has removed it
 
     def _claim(self) -> None:
         """Create the record of the unfinished revision as an abort, before a late commit can."""
@@ -343,8 +346,8 @@ class Coordinator:
             for missed in self._log.committed_after(installed):
                 if missed.revision < record.revision:
                     member.handle.commit(missed)
-            if installed < record.revision:
-                member.handle.commit(record)
+            # Also where it is installed: what was deleted may not be destroyed yet.
+            member.handle.commit(record)
 
         lagging = []
         for member, result in zip(members, self._shards.call(members, tell), strict=True):

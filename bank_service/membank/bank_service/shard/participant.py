@@ -110,6 +110,8 @@ class Participant:
     def abort(self, revision: int) -> None:
         """See `ShardApi.abort`."""
         with self._admin:
+            # What an earlier coordinator prepared may have been decided while nobody told us.
+            self.catch_up()
             for partition in self._holding(revision):
                 partition.release(drop_prepared=True)
 
