@@ -236,6 +236,15 @@ def test_bytes_in_flight_are_bounded_and_the_refusal_says_when_to_retry(tmp_path
         assert failure(rig, push_messages({TOPIC: ones(TOPIC), LEAF: ones(LEAF)})).reason is (
             Reason.MESSAGE_TOO_LARGE
         )
+        # What is held and unchanged is not sent, however large it is.
+        headers, data, _ = fetch(rig, [TOPIC, LEAF], held_version_plus_one=[1, 1])
+        assert (len(headers), data) == (2, b"")
+        # What turns out to have changed counts after all.
+        rig.bank.push(TOPIC, "p1")
+        rig.bank.push(LEAF, "p2")
+        with pytest.raises(grpc.RpcError) as caught:
+            fetch(rig, [TOPIC, LEAF], held_version_plus_one=[1, 1])
+        assert error_of(caught.value).reason is Reason.MESSAGE_TOO_LARGE
         assert rig.budget.used_bytes == 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import grpc
@@ -141,13 +141,14 @@ class BlockServicer(BankInfoServicer):
         refs = _checked_refs(spec, convert.refs_from_pb(request.refs))
         held = _held_versions(request, len(refs))
         dtype = convert.dtype_from_pb(request.dtype)
-        with self._budget.reserve(_weight_bytes(spec, refs, dtype), what="fetch") as reservation:
+        # What the caller holds is likely unchanged; asking for a large cache again must be cheap.
+        wanted = [ref for ref, version in zip(refs, held, strict=True) if version is None]
+        with self._budget.reserve(_weight_bytes(spec, wanted, dtype), what="fetch") as reservation:
             check_alive(context)
             result = self._shard.fetch(
                 refs, held_versions=held, dtype=dtype, min_revision=request.min_revision
             )
-            # Blocks that the caller holds, or may not see, cost nothing from here on.
-            reservation.shrink_to(sum(block.header.num_bytes for block in result.blocks))
+            reservation.resize(sum(block.header.num_bytes for block in result.blocks))
             for message in _fetch_messages(result):
                 check_alive(context)
                 yield message
@@ -253,10 +254,10 @@ def _checked_refs(spec: BankSpec, refs: tuple[BlockRef, ...]) -> tuple[BlockRef,
     return refs
 
 
-def _held_versions(request: pb.FetchBlocksRequest, count: int) -> list[int | None] | None:
+def _held_versions(request: pb.FetchBlocksRequest, count: int) -> list[int | None]:
     held = request.held_version_plus_one
     if not held:
-        return None
+        return [None] * count
     if len(held) != count:
         raise InvalidArgumentError(
             f"held_version_plus_one has {len(held)} entries for {count} refs"
@@ -264,7 +265,7 @@ def _held_versions(request: pb.FetchBlocksRequest, count: int) -> list[int | Non
     return [value - 1 if value else None for value in held]
 
 
-def _weight_bytes(spec: BankSpec, refs: tuple[BlockRef, ...], dtype: str | None) -> int:
+def _weight_bytes(spec: BankSpec, refs: Sequence[BlockRef], dtype: str | None) -> int:
     itemsize = dtype_of(dtype or spec.dtype).itemsize
     return sum(spec.block_params(ref.level) for ref in refs) * itemsize
 

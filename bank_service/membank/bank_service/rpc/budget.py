@@ -96,6 +96,13 @@ class Reservation:
         self._budget._take(num_bytes, self._held_bytes, self._what)
         self._held_bytes += num_bytes
 
+    def resize(self, num_bytes: int) -> None:
+        """Hold exactly `num_bytes` from now on; errors as of `ByteBudget.reserve`."""
+        if num_bytes > self._held_bytes:
+            self.grow(num_bytes - self._held_bytes)
+        else:
+            self.shrink_to(num_bytes)
+
     def shrink_to(self, num_bytes: int) -> None:
         """Give back all but `num_bytes`."""
         excess = max(0, self._held_bytes - num_bytes)
