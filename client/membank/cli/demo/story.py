@@ -77,7 +77,8 @@ class Demo:
         self._config = config
         self._run = RunDirectory(config.out)
         self._bank_url = config.bank_url or str(self._run.bank_dir)
-        saved = {**config.run.to_json(), "bank": self._bank_url, "study": config.study}
+        # Not the study: it may be added to a demo that is done.
+        saved = {**config.run.to_json(), "bank": self._bank_url}
         self._state = DemoState(config.out / "state.json", saved)
         self._evaluator: Evaluator | None = None
 
