@@ -8,6 +8,7 @@ from statistics import quantiles
 from typing import Any
 
 from membank.cli.demo.checks import recall_goals, service_checks
+from membank.cli.demo.environment import environment
 from membank.cli.demo.state import DemoState
 from membank.trainer.model import MemoryConfig, Recipe, plan
 from membank.trainer.run import RunConfig
@@ -75,6 +76,7 @@ def report_document(state: DemoState, config: RunConfig, *, claims: bool) -> dic
         "sizes": asdict(plan(_recipe(config), optimizer=config.optimizer.kind.value)),
         "prepared": prepared,
         "config": config.to_json(),
+        "environment": environment(),
     }
     if state.has("study"):
         document["recall_longer_anchor"] = {
