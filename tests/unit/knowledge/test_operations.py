@@ -200,6 +200,17 @@ def test_rollback_leaves_what_was_created_anew_after_a_delete(rig: ShardRig) -> 
     np.testing.assert_array_equal(rig.weight(TOPIC), filled(TOPIC, 5.0))
 
 
+def test_rollback_leaves_what_was_never_written_before_its_delete(rig: ShardRig) -> None:
+    # The pinned manifest does not name such a block, so nothing there tells of the delete.
+    leaf = UNDER[0]
+    rig.operations.create_snapshot(asked("r1"), "first")
+    rig.operations.delete_topic(asked("r2"), TOPIC)
+    rig.operations.swap_blocks(asked("r3"), [SetContent(ref=leaf, weight=filled(leaf, 5.0))])
+    report = rig.operations.rollback(asked("r4"), "first")
+    assert report.changes == ()
+    np.testing.assert_array_equal(rig.weight(leaf), filled(leaf, 5.0))
+
+
 def test_snapshot_survives_updates_that_are_folded_later(rig: ShardRig) -> None:
     rig.push(TOPIC, "p1")
     content = rig.weight(TOPIC)

@@ -10,7 +10,7 @@ from membank.bank_service.knowledge.contract import AdminRequest, ExportedPack
 from membank.bank_service.knowledge.revisions import RevisionLog
 from membank.bank_service.knowledge.shards import ShardGroup
 from membank.bank_service.knowledge.topics import TopicCatalog
-from membank.bank_service.knowledge.transactions import Coordinator, Plan
+from membank.bank_service.knowledge.transactions import Coordinator, Plan, report_of
 from membank.bank_service.knowledge.trees import TreeStore
 from membank.bank_service.shard.contract import (
     BlockOperation,
@@ -296,12 +296,11 @@ class BankOperations:
     def _restore_entries(self, snapshot: Snapshot, topic: BlockRef | None) -> list[BlockOperation]:
         spec = self.spec
         refs = list(spec.blocks() if topic is None else spec.subtree(topic))
+        erased = self._erased_since(snapshot.revision)
         pinned: dict[int, Manifest | None] = {}
         operations: list[BlockOperation] = []
         for ref, status in sorted(self._shards.describe(refs).items()):
-            # Shards see to the rest of the rule: what a delete took from the pinned manifest stays
-            # out, even if the block was created anew since.
-            if status.state is BlockState.DELETED:
+            if status.state is BlockState.DELETED or ref in erased:
                 continue
             partition = spec.partition_of(ref)
             if partition not in pinned:
@@ -314,6 +313,16 @@ class BankOperations:
                 number = 0 if manifest is None else manifest.number
                 operations.append(RestoreEntry(ref=ref, manifest=number))
         return operations
+
+    def _erased_since(self, revision: int) -> set[BlockRef]:
+        # A rollback cannot cross a delete, even where the block was created anew since. Its pinned
+        # manifest does not always say so: it never named a block that was not written by then.
+        return {
+            change.ref
+            for record in self._log.committed_after(revision)
+            if record.operation == "delete"
+            for change in report_of(record).changes
+        }
 
 
 def _audit_record(record: RevisionRecord) -> AuditRecord:
