@@ -76,7 +76,9 @@ def write_report(
         latency=document["latency"],
         sizes=[(name, form(document["sizes"][key])) for name, key, form in _SIZE_ROWS],
         seconds=document["seconds"],
-        config=json.dumps(document["config"], indent=1, default=str),
+        config=json.dumps(
+            {name: document[name] for name in ("environment", "config")}, indent=1, default=str
+        ),
         pct=lambda share: "-" if share is None else f"{100 * share:.0f} %",
         figures={
             "recall": figures.recall_bars(recall),
