@@ -13,7 +13,7 @@ import numpy as np
 
 from membank.client import BankClient
 from membank.trainer.run.answer import Answerer
-from membank.wire.errors import NotFoundError
+from membank.wire.errors import AlreadyExistsError, NotFoundError
 from membank.wire.records import TransactionReport
 from membank.wire.spec import Array, BlockRef, BlockState
 
@@ -51,6 +51,13 @@ class Operator:
         self._client = client
         self._answerer = answerer
         self.steps: list[Step] = []
+
+    def pin_or_return(self, name: str) -> None:
+        """Pin the bank as it is; or, where an attempt before did, bring it back to that."""
+        try:
+            self._client.snapshot(name)
+        except AlreadyExistsError:
+            self._client.rollback(name)
 
     def swap_and_back(self, question: str) -> bool:
         """Swap the leaf that answers `question` for zeros and back again.

@@ -68,7 +68,8 @@ class DemoState:
 
     def finish(self, step: str, result: object) -> None:
         """Keep the JSON-able result of a step, after which it is not done again."""
-        self._body["results"][step] = result
+        # As a rerun reads it: results of steps before and after a stop are compared.
+        self._body["results"][step] = json.loads(json.dumps(result, default=str))
         self._save()
 
     @contextmanager

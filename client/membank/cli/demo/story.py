@@ -26,7 +26,7 @@ from membank.trainer.run.stages import (
     run_stage1,
     run_stage2,
 )
-from membank.wire.errors import AlreadyExistsError
+from membank.wire.errors import AlreadyExistsError, UnavailableError
 from membank.wire.format.pack import Pack, decode_pack
 from membank.wire.spec import BlockRef
 
@@ -38,6 +38,9 @@ _TIMED_AS = {
     "import": "operate",
 }
 """Heading of the report under which a step's time is counted, where it is not its own."""
+
+_LAST_SERVED = "after_import"
+"""The last step that needs the service."""
 
 QUESTION = "The atomic number of hafnium is"
 
@@ -93,11 +96,12 @@ class Demo:
         with self._state.timed("total"):
             self._step("prepare", self._prepare)
             self._step("stage1", self._stage1)
-            with self._served() as endpoint:
-                self._step("stage2", lambda: self._stage2(endpoint))
-                self._step("generic", self._generic)
-                with BankClient.connect(endpoint.address) as client:
-                    self._ask_and_operate(client)
+            if not self._state.has(_LAST_SERVED):
+                with self._served() as endpoint:
+                    self._step("stage2", lambda: self._stage2(endpoint))
+                    self._step("generic", self._generic)
+                    with BankClient.connect(endpoint.address) as client:
+                        self._ask_and_operate(client)
             if self._config.study:
                 self._step("study", self._longer_anchor)
         return self._report()
@@ -110,7 +114,7 @@ class Demo:
         self._step("delete", lambda: self._delete(client))
         self._step("after_delete", lambda: self._evaluate(client), timed_as="eval")
         self._step("import", lambda: self._import(client))
-        self._step("after_import", lambda: self._evaluate(client), timed_as="eval")
+        self._step(_LAST_SERVED, lambda: self._evaluate(client), timed_as="eval")
 
     # The steps, in the order in which they happen.
 
@@ -224,6 +228,9 @@ class Demo:
         spec = config.bank_spec(fingerprint=self._run.fingerprint())
         with suppress(AlreadyExistsError):
             Bank.create(self._bank_url, spec, tree=self._run.tree(), principal="demo")
+        # A run that was killed could not stop its service.
+        with suppress(UnavailableError):
+            down(bank_url=self._bank_url)
         with err_console.status("starting the service"), self._state.timed("up"):
             endpoint = up(
                 UpConfig(bank_url=self._bank_url, num_shards=self._config.num_shards, port=0)
