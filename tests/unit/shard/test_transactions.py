@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from membank.bank_service.shard.contract import (
     SetState,
 )
 from membank.bank_service.store import Bank
+from membank.bank_service.store.journal import PosixLogFile
 from membank.wire.errors import (
     ConflictError,
     CorruptionError,
@@ -253,6 +256,36 @@ def test_erase_leaves_no_byte(shard: Shard, bank: Bank, tmp_path: Path) -> None:
     # What others have in the same snapshot is still there, and a restart changes nothing.
     transact(shard, bank, [RestoreEntry(ref=C, manifest=bank.named_manifest(1, 0))])
     assert shard.describe([A, C])[1].step == 0
+
+
+class _DyingLogFile(PosixLogFile):
+    """Fails from the second frame of an update on, and cannot undo what it wrote of it."""
+
+    num_appends = 0
+
+    def append(self, buffers: Sequence[bytes | memoryview]) -> None:
+        self.num_appends += 1
+        if self.num_appends > 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        super().append(buffers)
+
+    def truncate(self, num_bytes: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_nothing_is_deleted_while_the_journal_cannot_be_trimmed(bank: Bank) -> None:
+    shard = Shard.open(bank, config=NO_WAIT, open_log_file=_DyingLogFile)
+    _push(shard, "kept", A)
+    with pytest.raises(UnavailableError):
+        _push(shard, "lost", A)
+    with pytest.raises(UnavailableError) as caught:
+        shard.prepare(1, [Erase(ref=A)])
+    assert caught.value.reason is Reason.STORE_FAILED
+    shard.close()
+    # As the message says: a new owner finds out what the journal holds, and then it can.
+    shard = Shard.open(bank)
+    transact(shard, bank, [Erase(ref=A)])
+    shard.close()
 
 
 def _holding(root: Path, pattern: bytes) -> list[str]:

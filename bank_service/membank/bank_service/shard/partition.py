@@ -377,6 +377,8 @@ class Partition:
             assert self._held is None
             if self._fenced is not None:
                 raise self._fenced
+            # A journal that failed cannot be trimmed, so it would keep what is to be deleted.
+            self.journal.require_usable()
             self._held = Hold(revision, self._context.clock())
 
     def fold_held(self) -> None:
