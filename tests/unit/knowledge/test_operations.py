@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from membank.bank_service.knowledge import ShardGroup, TreeStore
+from membank.bank_service.knowledge.topics import TopicCatalog
 from membank.bank_service.shard.contract import SetContent
 from membank.wire.errors import (
     AlreadyExistsError,
@@ -18,7 +20,7 @@ from membank.wire.errors import (
     Reason,
     UnavailableError,
 )
-from membank.wire.format import decode_tree
+from membank.wire.format import TreeDocument, decode_tree
 from membank.wire.spec import Array, BlockRef, BlockState
 from shard_rig import RIG_SPEC, ShardRig, asked
 
@@ -252,6 +254,35 @@ def test_topics_join_labels_and_states(rig: ShardRig) -> None:
     assert by_ref[TOPIC].state is BlockState.WITHHELD
     assert by_ref[TOPIC].num_documents == 11
     assert by_ref[OTHER].partition == 2
+
+
+class _RacedTrees(TreeStore):
+    """A transaction comes in right before the first read."""
+
+    def __init__(self, rig: ShardRig, transaction: Callable[[], object]) -> None:
+        super().__init__(rig.bank)
+        self._transaction: Callable[[], object] | None = transaction
+
+    def read(self, revision: int) -> TreeDocument:
+        transaction, self._transaction = self._transaction, None
+        if transaction is not None:
+            transaction()
+        return super().read(revision)
+
+
+@pytest.mark.parametrize("first", [BlockRef(1, 3), None])
+def test_topics_are_told_while_a_delete_replaces_the_tree(
+    rig: ShardRig, first: BlockRef | None
+) -> None:
+    # A document of revision 0 may be absent, and one of a later revision may not.
+    if first is not None:
+        rig.operations.delete_topic(asked("r0"), first)
+    trees = _RacedTrees(rig, lambda: rig.operations.delete_topic(asked("r1"), TOPIC))
+    topics, revision = TopicCatalog(rig.spec, ShardGroup(rig.spec, rig), rig.log, trees).list(
+        OTHER, depth=1
+    )
+    assert revision == rig.log.last
+    assert topics[0].label == "label of 1-2"
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
-from membank.bank_service.shard.content import BlockRecord, Content, initial_content
+from membank.bank_service.shard.content import (
+    INITIAL_ENTRY,
+    BlockRecord,
+    Content,
+    initial_content,
+)
+from membank.bank_service.shard.partition_store import PartitionStore
 from membank.bank_service.shard.residency import Records, Residency
-from membank.wire.format import NO_SLOT, Entry
+from membank.wire.format import NO_SLOT, Entry, initial_weight
 from membank.wire.spec import Array, BlockRef, Role
-from tiny_bank import tiny_spec
+from tiny_bank import create_bank, tiny_spec
 
 A, B, C = BlockRef(1, 0), BlockRef(1, 1), BlockRef(1, 2)
 
@@ -35,6 +43,16 @@ def test_wipe_spares_what_it_cannot_count() -> None:
     below = np.ones(4, np.int32)
     Content({Role.WEIGHT: below.view(np.float32)}, 0).wipe()
     assert below.tolist() == [1, 1, 1, 1]
+
+
+def test_a_block_is_loaded_though_a_removal_wiped_what_was_resident(tmp_path: Path) -> None:
+    bank = create_bank(tmp_path)
+    record = BlockRecord(INITIAL_ENTRY, initial_content(bank.spec, A))
+    assert record.content is not None
+    record.content.wipe()
+    loaded = PartitionStore(bank, 0).load_content(A, record, bank.spec.roles)
+    assert loaded.is_complete(bank.spec)
+    np.testing.assert_array_equal(loaded.weight, initial_weight(bank.spec, A))
 
 
 def _record(slot: int, crcs: tuple[int, ...] = (1, 2, 3)) -> BlockRecord:

@@ -112,7 +112,10 @@ class Gateway:
     def tree(self) -> bytes:
         """Return the tree document in force."""
         served = self._require()
-        return served.trees.read_bytes(served.log.committed.tree_revision)
+        _, document = served.log.read_in_force(
+            lambda record: served.trees.read_bytes(record.tree_revision)
+        )
+        return document
 
     def create_bank(self, request: AdminRequest, spec: BankSpec, tree: bytes) -> BankSpec:
         """Create the bank and serve it."""

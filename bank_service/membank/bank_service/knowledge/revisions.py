@@ -7,10 +7,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from membank.bank_service.store import Bank
-from membank.wire.errors import CorruptionError, Reason
+from membank.wire.errors import CorruptionError, NotFoundError, Reason
 from membank.wire.format import RevisionRecord
+
+T = TypeVar("T")
 
 REMEMBERED_REQUESTS = 4096
 """Newest records whose request ids are known; an older retry would be taken for a new request."""
@@ -98,6 +101,23 @@ class RevisionLog:
                 metadata={"revision": str(revision)},
             )
         return record
+
+    def read_in_force(self, read: Callable[[RevisionRecord], T]) -> tuple[RevisionRecord, T]:
+        """Return the newest commit and what `read` finds of it.
+
+        A transaction destroys what it replaces, such as the tree document; where one came between,
+        both are read again.
+        """
+        while True:
+            record = self.committed
+            try:
+                found = read(record)
+            except (NotFoundError, CorruptionError):
+                if self.committed.revision == record.revision:
+                    raise
+            else:
+                if self.committed.revision == record.revision:
+                    return record, found
 
     def find(self, request_id: str) -> RevisionRecord | None:
         """Return the commit that this request id made, or None."""

@@ -9,7 +9,7 @@ from membank.bank_service.knowledge.shards import ShardGroup
 from membank.bank_service.knowledge.trees import TreeStore
 from membank.bank_service.shard.contract import BlockStatus
 from membank.wire.errors import InvalidArgumentError, Reason
-from membank.wire.format import TreeDocument
+from membank.wire.format import RevisionRecord, TreeDocument
 from membank.wire.records import BlockDescription, Topic
 from membank.wire.spec import BankSpec, BlockRef
 
@@ -49,8 +49,7 @@ class TopicCatalog:
             If there are more than `MAX_TOPICS`.
         """
         refs = list(self._refs(parent, depth))
-        record = self._log.committed
-        tree = self._trees.read(record.tree_revision)
+        record, tree = self._tree()
         statuses = self._shards.describe(refs)
         return tuple(self._topic(tree, statuses[ref]) for ref in refs), record.revision
 
@@ -58,7 +57,7 @@ class TopicCatalog:
         """Return blocks in full, in the order asked."""
         for ref in refs:
             self._spec.check_ref(ref)
-        tree = self._trees.read(self._log.committed.tree_revision)
+        _, tree = self._tree()
         statuses = self._shards.describe(refs)
         return tuple(
             BlockDescription(
@@ -70,6 +69,9 @@ class TopicCatalog:
             )
             for ref in refs
         )
+
+    def _tree(self) -> tuple[RevisionRecord, TreeDocument]:
+        return self._log.read_in_force(lambda record: self._trees.read(record.tree_revision))
 
     def _refs(self, parent: BlockRef | None, depth: int) -> Iterable[BlockRef]:
         spec = self._spec

@@ -100,13 +100,15 @@ class PartitionStore:
             If the slot is missing or damaged; also if it was removed since `record` was current.
         """
         spec = self._bank.spec
-        content = record.content
-        if content is None:
-            content = initial_content(spec, ref) if record.is_initial else Content({}, 0)
-        missing = [role for role in roles if role not in content.arrays]
-        if not missing:
-            return content
+        content = record.content or Content({}, 0)
+        # A copy: a removal may wipe the content at any moment.
         arrays: dict[Role, Array] = dict(content.arrays)
+        if record.is_initial and Role.WEIGHT not in arrays:
+            content = initial_content(spec, ref)
+            arrays = dict(content.arrays)
+        missing = [role for role in roles if role not in arrays]
+        if not missing:
+            return Content(arrays, content.weight_crc)
         if record.is_initial:
             return Content(arrays | zero_state(spec, ref), content.weight_crc)
         crcs = dict(zip(spec.roles, record.entry.crcs, strict=True))
