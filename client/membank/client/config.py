@@ -58,7 +58,8 @@ class Secret:
 class RetryConfig:
     """When and how often a call that found no service is made again.
 
-    Only UNAVAILABLE is retried: everything else is an answer. A mutation is retried with the same
+    Only UNAVAILABLE is retried, and an overload that says when to come again: everything else is an
+    answer. A mutation is retried with the same
     request id, so that a service that did apply it does not apply it twice.
     """
 

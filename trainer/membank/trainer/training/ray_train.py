@@ -11,11 +11,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -84,6 +85,12 @@ class ServedTraining:
         check_range("max_failures", self.max_failures, -1, float("inf"), open_high=True)
         for name in ("patience_s", "cpus_per_worker"):
             check_range(name, getattr(self, name), 1e-3, float("inf"), open_high=True)
+
+    @property
+    def patient_client(self) -> ClientConfig:
+        """Configuration of a worker's client, whose retries end with `patience_s` alone."""
+        retry = replace(self.client.retry, max_attempts=sys.maxsize)
+        return replace(self.client, retry=retry)
 
     def losses_path(self, rank: int) -> Path:
         """Return the file with the losses of one worker (`read_losses`)."""
@@ -199,7 +206,7 @@ def _train_worker(config: Mapping[str, object]) -> None:
     # Here and not at import: OpenMP keeps the number per thread, and this thread trains.
     torch.set_num_threads(job.num_threads)
     position = PositionCheckpoint(job.position_path(rank))
-    with BankClient.connect(job.endpoint, config=job.client) as client:
+    with BankClient.connect(job.endpoint, config=job.patient_client) as client:
         result = train_memories(
             # Ray shows each worker its own GPU alone.
             load_anchor(job.anchor).to("cuda" if job.use_gpu else "cpu"),
