@@ -20,7 +20,7 @@ from membank.cli.output import (
     format_share,
     table,
 )
-from membank.wire.errors import InvalidArgumentError, Reason
+from membank.wire.errors import FailedPreconditionError, InvalidArgumentError, Reason
 
 RunOption = Annotated[
     Path, typer.Option("--run", help="Directory of the run: tokenizer, tree, anchor, losses.")
@@ -158,6 +158,14 @@ def tree(
         from membank.trainer.run import RunDirectory, named_run, prepare_run
     config = named_run(recipe, corpus=corpus_name, fan_outs=_fan_outs(fan_out), embedder=embedder)
     directory = RunDirectory(run)
+    if directory.anchor_file.is_file() or directory.stage1_dir.is_dir():
+        # Another tokenizer under a trained anchor would go unnoticed until its answers are read.
+        raise FailedPreconditionError(
+            f"{run} has been trained on its tokenizer and tree; prepare another directory (--run), "
+            "or remove this one first",
+            reason=Reason.BAD_CONFIG,
+            metadata={"run": str(run)},
+        )
     with err_console.status("preparing") as spinner:
         done = prepare_run(directory, config, notice=lambda what: spinner.update(f"making {what}"))
     document = directory.tree()
@@ -203,7 +211,7 @@ def create(
     directory = RunDirectory(run)
     config = load_config(directory)
     spec = config.bank_spec(fingerprint=directory.fingerprint())
-    created = Bank.create(bank, spec, tree=directory.tree()).spec
+    created = Bank.create(bank, spec, tree=directory.tree(), principal="local").spec
     payload = {"bank": bank, "name": created.name, "bank_id": created.bank_id}
 
     def render() -> None:
@@ -218,10 +226,10 @@ def create(
 def _fan_outs(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as err:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise InvalidArgumentError(
-            f"--fan-out is {text!r}; write numbers with commas, such as 16,16",
+            f"--fan-out is {text!r}; write numbers of at least 1 with commas, such as 16,16",
             reason=Reason.BAD_CONFIG,
-        ) from err
+        )
+    return tuple(int(part) for part in parts)

@@ -73,6 +73,10 @@ def _render(document: dict[str, Any], out: Path) -> None:
     ]
     columns = ("", "facts recalled", *(f"{condition}>" for condition in conditions))
     console.print(table(columns, rows))
+    for relation, share in document.get("recall_longer_anchor", {}).items():
+        console.print(
+            f"anchor trained on for both stages' tokens: {format_share(share)} of {relation}"
+        )
     for check in document["checks"]:
         mark = "[green]holds[/]" if check["ok"] else "[red]fails[/]"
         console.print(f"{mark}  {check['what']} [dim]({check['seen']})[/]")

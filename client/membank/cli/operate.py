@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -146,9 +147,12 @@ def export(
             with partial.open("wb") as file:
                 client.export_to(ref, file, weights_only=weights_only)
             partial.replace(pack)
+        except OSError as err:
+            raise InvalidArgumentError(f"{pack} cannot be written: {err.strerror}") from err
         finally:
             # A pack appears whole or not at all.
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
     size = pack.stat().st_size
     payload = {"topic": str(ref), "pack": str(pack), "bytes": size}
     emit(

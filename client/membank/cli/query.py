@@ -18,7 +18,7 @@ from membank.cli.connection import (
     resolve_topic,
 )
 from membank.cli.output import JsonOption, console, emit, format_bytes, table
-from membank.wire.records import Topic
+from membank.wire.records import AuditRecord, Topic
 from membank.wire.spec import BlockState
 
 
@@ -46,7 +46,12 @@ def topics(
     """
     with connect(bank, token_file, ca_file) as client:
         start = None if parent is None else resolve_topic(client, parent)
-        found = client.topics(parent=start, depth=depth)
+        spec = client.info().spec
+        # Each topic stands above what lies under it, as the indentation says.
+        found = sorted(
+            client.topics(parent=start, depth=depth),
+            key=lambda topic: [ref.cluster for ref in spec.path_to(topic.ref)],
+        )
 
     def render() -> None:
         columns = ("topic", "label", "state", "version>", "steps>", "documents>", "bytes>")
@@ -147,7 +152,7 @@ def audit(
                 time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(record.time_s)),
                 record.principal,
                 record.operation,
-                record.detail.get("topic", record.detail.get("snapshot", "")),
+                _audited(record),
             )
             for record in records
         ]
@@ -168,6 +173,14 @@ def topic_json(topic: Topic) -> dict[str, object]:
         "bytes": topic.num_bytes,
         "partition": topic.partition,
     }
+
+
+def _audited(record: AuditRecord) -> str:
+    detail = record.detail
+    blocks = [str(ref) for ref in detail.get("blocks", ())]
+    named = ", ".join(blocks[:4]) + (" ..." if len(blocks) > 4 else "")
+    snapshot = str(detail.get("snapshot", ""))
+    return " ".join(part for part in (str(detail.get("topic", "")) or named, snapshot) if part)
 
 
 def _topic_row(topic: Topic) -> tuple[object, ...]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
 from membank.cli.build import RunOption
 from membank.cli.connection import (
@@ -18,8 +19,12 @@ from membank.cli.connection import (
     connect,
 )
 from membank.cli.extras import needs_extra
-from membank.cli.output import JsonOption, console, emit, format_share, table
+from membank.cli.output import JsonOption, console, emit, err_console, format_share, table
 from membank.cli.progress import stage_progress
+
+if TYPE_CHECKING:
+    # Only for the annotation: importing the trainer takes seconds.
+    from membank.trainer.evaluation import PerplexityReport
 
 _DEFAULT_RUN = Path("runs/run")
 
@@ -52,14 +57,16 @@ def train(
     Examples: ``membank train --run runs/mine --stage anchor``, and once the bank is served,
     ``membank train --run runs/mine --stage memories --bank localhost:7600``.
     """
+    stages = _stages(stage)
     with needs_extra("trainer"):
         from membank.trainer.run import RunDirectory, load_config
         from membank.trainer.run.stages import run_generic, run_stage1, run_stage2
-    stages = _stages(stage)
     directory = RunDirectory(run)
     config = load_config(directory)
     results: dict[str, object] = {}
-    if "anchor" in stages and not directory.anchor_file.is_file():
+    if "anchor" in stages and directory.anchor_file.is_file():
+        err_console.print(f"stage 1: {directory.anchor_file} is trained already")
+    elif "anchor" in stages:
         with stage_progress("stage 1: anchor") as on_progress:
             results["anchor"] = run_stage1(directory, config, on_progress=on_progress).to_json()
     if "memories" in stages:
@@ -123,8 +130,13 @@ def evaluate(
             (r.relation, r.num_facts, *(format_share(r.recall[c]) for c in conditions))
             for r in relations
         ]
-        columns = ("relation", "facts>", *(f"{c}>" for c in conditions))
-        console.print(table(columns, rows, title="recall by completion"))
+        if rows:
+            columns = ("relation", "facts>", *(f"{c}>" for c in conditions))
+            console.print(table(columns, rows, title="recall by completion"))
+        else:
+            console.print("the corpus has no facts to ask for; --perplexity measures its texts")
+        if per_topic is not None:
+            console.print(_perplexity_table(per_topic))
 
     emit(payload, as_json=as_json, render=render)
 
@@ -145,6 +157,8 @@ def ask(
 
     Example: ``membank ask "The atomic number of hafnium is" --run runs/demo``.
     """
+    if not prompt:
+        raise typer.BadParameter("the prompt is empty")
     with needs_extra("trainer"):
         from membank.trainer.run import RunDirectory
         from membank.trainer.run.answer import Answerer
@@ -171,6 +185,16 @@ def ask(
     emit(
         {**answer.to_json(), "prompt": prompt, "total_ms": total_ms}, as_json=as_json, render=render
     )
+
+
+def _perplexity_table(report: PerplexityReport) -> Table:
+    topics = list(report.topics.values())
+    conditions = list(topics[0].perplexity) if topics else []
+    columns = ("topic", "documents>", *(f"{condition}>" for condition in conditions))
+    rows = [
+        (t.topic, t.num_documents, *(f"{t.perplexity[c]:.1f}" for c in conditions)) for t in topics
+    ]
+    return table(columns, rows, title="perplexity")
 
 
 def _stages(text: str) -> frozenset[str]:

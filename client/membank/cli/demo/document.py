@@ -16,7 +16,7 @@ from membank.trainer.run import RunConfig
 RELATIONS = {"atomic_number": "elements", "capital": "capitals"}
 """Relation of the corpus -> its name in the report."""
 
-SECONDS = ("prepare", "stage1", "stage2", "generic", "eval", "operate", "up", "total")
+SECONDS = ("prepare", "stage1", "stage2", "generic", "eval", "operate", "up", "study", "total")
 """Steps whose time is reported."""
 
 

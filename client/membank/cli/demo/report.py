@@ -66,6 +66,7 @@ def write_report(
         lead=lead,
         recall=recall,
         conditions=figures.CONDITIONS,
+        longer_anchor=document.get("recall_longer_anchor"),
         questions=document["questions"],
         checks=document["checks"],
         routing=document["routing"],
