@@ -377,6 +377,16 @@ def test_slots_are_chunks_for_any_zarr_reader(tmp_path: Path, dtype: str) -> Non
     shard.close()
 
 
+def test_a_retry_may_leave_out_what_was_withheld_since(shard: Shard) -> None:
+    # A and C lie in one partition, and so in one entry of its log.
+    whole = make_update(shard, [A, C], "r")
+    first = shard.push(whole)
+    again = shard.push(replace(whole, gradients=whole.gradients[:1]))
+    assert again.duplicate
+    assert again.results == first.results[:1]
+    assert [status.version for status in shard.describe([A, C])] == [1, 1]
+
+
 def test_concurrent_fetches_and_updates_agree(bank: Bank) -> None:
     shard = Shard.open(bank, config=ShardConfig(consolidate_bytes=4000, resident_bytes=0))
     stop = threading.Event()

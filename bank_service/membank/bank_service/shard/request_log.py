@@ -38,16 +38,19 @@ class RequestLog:
     def answer(self, request_id: str, refs: Sequence[BlockRef]) -> tuple[UpdateResult, ...] | None:
         """Return what was answered to an update of `refs`; None = it is new.
 
+        A retry may have fewer blocks than the first attempt: a trainer that goes on after a stop
+        fetches again, and leaves out what has been withheld or deleted since.
+
         Raises
         ------
         InvalidArgumentError
-            If the id was used for an update of other blocks.
+            If the id was used for an update without one of `refs`.
         """
         known = self._results.get(request_id)
         if known is None:
             return None
         by_ref = {result.ref: result for result in known}
-        if by_ref.keys() != set(refs):
+        if not by_ref.keys() >= set(refs):
             raise InvalidArgumentError(
                 f"request id {request_id!r} was used for an update of other blocks; "
                 "give each update an id of its own",
