@@ -63,7 +63,7 @@ class RetryConfig:
     request id, so that a service that did apply it does not apply it twice.
     """
 
-    max_attempts: int = 60
+    max_attempts: int = 200
     """Most attempts of one call, the first included; 1 = never retry. The deadline of the call
     usually ends the retries first."""
     initial_backoff_s: float = 0.05
