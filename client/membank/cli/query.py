@@ -177,7 +177,8 @@ def topic_json(topic: Topic) -> dict[str, object]:
 
 def _audited(record: AuditRecord) -> str:
     detail = record.detail
-    blocks = [str(ref) for ref in detail.get("blocks", ())]
+    found = detail.get("blocks")
+    blocks = [str(ref) for ref in found] if isinstance(found, list) else []
     named = ", ".join(blocks[:4]) + (" ..." if len(blocks) > 4 else "")
     snapshot = str(detail.get("snapshot", ""))
     return " ".join(part for part in (str(detail.get("topic", "")) or named, snapshot) if part)
