@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from membank.client import BankClient, ClientConfig, TlsConfig
-from membank.wire.errors import NotFoundError, Reason
+from membank.wire.errors import NotFoundError, Reason, UnavailableError
 from membank.wire.records import Topic
 from membank.wire.spec import BlockRef
 
+if TYPE_CHECKING:
+    # Only for the annotation: a client-only install lacks the service.
+    from membank.bank_service.cluster import Endpoint
+
 DEFAULT_ENDPOINT = "localhost:7600"
+
+_LOOPBACK = ("localhost", "127.0.0.1")
 
 BankOption = Annotated[
     str,
@@ -49,8 +56,44 @@ def client_config(token_file: Path | None = None, ca_file: Path | None = None) -
 def connect(
     endpoint: str, token_file: Path | None = None, ca_file: Path | None = None
 ) -> BankClient:
-    """Connect to a service with what the command line says."""
+    """Connect to a service with what the command line says.
+
+    Raises
+    ------
+    UnavailableError
+        If nothing answers. On this machine that is said at once, unless the service was started
+        here and may be coming back.
+    """
+    host, _, port = endpoint.rpartition(":")
+    if host in _LOOPBACK and port.isdecimal() and _is_refused(host, int(port)):
+        running = [service.address for service in _running_here()]
+        if not any(address.rpartition(":")[2] == port for address in running):
+            others = f"; running here: {', '.join(running)}" if running else ""
+            raise UnavailableError(
+                f"no service answers at {endpoint}; start one with `membank up`, "
+                f"or name it with --bank HOST:PORT{others}",
+                reason=Reason.CONNECT_FAILED,
+                metadata={"endpoint": endpoint},
+            )
     return BankClient.connect(endpoint, config=client_config(token_file, ca_file))
+
+
+def _is_refused(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=1.0):
+            return False
+    except ConnectionRefusedError:
+        return True
+    except (OSError, OverflowError):
+        return False  # the client has the words for it
+
+
+def _running_here() -> tuple[Endpoint, ...]:
+    try:
+        from membank.bank_service.cluster import list_running
+    except ImportError:
+        return ()
+    return list_running()
 
 
 def resolve_topic(bank: BankClient, text: str) -> BlockRef:

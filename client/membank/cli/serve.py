@@ -11,6 +11,7 @@ import typer
 from membank.cli.connection import DEFAULT_ENDPOINT, CaOption, TokenOption, connect
 from membank.cli.extras import needs_extra
 from membank.cli.output import JsonOption, console, emit, err_console, format_bytes, table
+from membank.wire.errors import NotFoundError
 from membank.wire.records import BankStats
 
 
@@ -53,6 +54,7 @@ def up(
     with needs_extra("service"):
         from membank.bank_service.cluster import UpConfig
         from membank.bank_service.cluster import up as start
+        from membank.bank_service.store import Bank
     config = UpConfig(
         bank_url=bank,
         num_shards=shards,
@@ -67,15 +69,28 @@ def up(
     )
     with err_console.status(f"starting {shards} shards on {bank}"):
         endpoint = start(config)
+    try:
+        Bank.open(bank)
+    except NotFoundError:
+        is_bank = False  # the service waits for CreateBank
+    else:
+        is_bank = True
     payload = {
         "endpoint": endpoint.address,
         "bank": endpoint.bank_url,
         "ray_address": endpoint.ray_address,
+        "is_bank": is_bank,
     }
 
     def render() -> None:
         console.print(f"serving {endpoint.bank_url} at [bold]{endpoint.address}[/]")
-        console.print(f"try: membank topics --bank {endpoint.address}; stop: membank down")
+        if is_bank:
+            console.print(f"try: membank topics --bank {endpoint.address}; stop: membank down")
+        else:
+            console.print(
+                "[yellow]there is no bank there yet[/]: if that is no slip, stop this service "
+                f"(membank down), run membank create --bank {bank}, and start it again"
+            )
 
     emit(payload, as_json=as_json, render=render)
 
