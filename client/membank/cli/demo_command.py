@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from membank.cli.extras import needs_extra
-from membank.cli.output import JsonOption, console, emit, format_share, table
+from membank.cli.output import JsonOption, console, emit, err_console, format_share, table
 
 _DEFAULT_OUT = Path("runs/demo")
 
@@ -52,7 +52,11 @@ def demo(
         claims=not fast,
         study=study,
     )
-    document = Demo(config).tell()
+    try:
+        document = Demo(config).tell()
+    except KeyboardInterrupt:
+        err_console.print("stopped; the same command goes on from here")
+        raise
     emit(document, as_json=as_json, render=lambda: _render(document, out))
     if not all(check["ok"] for check in document["checks"] if check["must"]):
         # A goal of learning may be missed and is reported; a property of the service may not.
