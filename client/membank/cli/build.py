@@ -20,7 +20,7 @@ from membank.cli.output import (
     format_share,
     table,
 )
-from membank.wire.errors import FailedPreconditionError, InvalidArgumentError, Reason
+from membank.wire.errors import InvalidArgumentError, Reason
 
 RunOption = Annotated[
     Path, typer.Option("--run", help="Directory of the run: tokenizer, tree, anchor, losses.")
@@ -148,24 +148,35 @@ def tree(
     embedder: Annotated[
         str | None, typer.Option(help="lsa, minilm, or minilm:PATH of a local copy.")
     ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the bank; default: the recipe's.")
+    ] = None,
+    stage1_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to train the anchor on.")
+    ] = None,
+    stage2_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to train the memories on.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Prepare a run: train the tokenizer, fit the topic tree and retriever, pack the sequences.
 
-    Example: ``membank tree texts.jsonl --run runs/mine --fan-out 16,16``.
+    Sizes and lengths come from the recipe, where they are not given here.
+
+    Example: ``membank tree texts.jsonl --run runs/mine --fan-out 16,16 --stage2-tokens 500000``.
     """
     with needs_extra("trainer"):
         from membank.trainer.run import RunDirectory, named_run, prepare_run
-    config = named_run(recipe, corpus=corpus_name, fan_outs=_fan_outs(fan_out), embedder=embedder)
+    config = named_run(
+        recipe,
+        corpus=corpus_name,
+        fan_outs=_fan_outs(fan_out),
+        embedder=embedder,
+        bank_name=name,
+        stage1_tokens=stage1_tokens,
+        stage2_tokens=stage2_tokens,
+    )
     directory = RunDirectory(run)
-    if directory.anchor_file.is_file() or directory.stage1_dir.is_dir():
-        # Another tokenizer under a trained anchor would go unnoticed until its answers are read.
-        raise FailedPreconditionError(
-            f"{run} has been trained on its tokenizer and tree; prepare another directory (--run), "
-            "or remove this one first",
-            reason=Reason.BAD_CONFIG,
-            metadata={"run": str(run)},
-        )
     with err_console.status("preparing") as spinner:
         done = prepare_run(directory, config, notice=lambda what: spinner.update(f"making {what}"))
     document = directory.tree()

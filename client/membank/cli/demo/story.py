@@ -206,7 +206,8 @@ class Demo:
     def _longer_anchor(self) -> object:
         longer = RunDirectory(self._config.out / "longer-anchor")
         config = longer_anchor(self._run_config())
-        prepare_run(longer, config)
+        if not longer.is_trained:
+            prepare_run(longer, config)
         with stage_progress("study: the anchor, for the tokens of both stages") as on_progress:
             run_stage1(longer, config, on_progress=on_progress)
         return Evaluator(longer, config).anchor_recall().to_json()["relations"]

@@ -154,10 +154,10 @@ def demo() -> Recipe:
     )
 
 
-def demo_fast() -> Recipe:
+def fast() -> Recipe:
     """Return the demo with a smaller tree, to see that everything works; no claim rests on it."""
     return Recipe(
-        name="demo_fast",
+        name="fast",
         anchor=_demo_anchor(),
         memory=MemoryConfig(block_widths=(8, 24), fan_outs=(8, 16), dtype="float32"),
     )
@@ -184,7 +184,7 @@ RECIPES: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
             qwen2_5_0_5b,
             llama3_2_1b,
             demo,
-            demo_fast,
+            fast,
         )
     }
 )

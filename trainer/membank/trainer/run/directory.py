@@ -86,6 +86,11 @@ class RunDirectory:
         """The bank, unless another URL was given."""
         return self.path / "bank"
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether stage 1 has begun, after which tokenizer and tree must stay."""
+        return self.anchor_file.is_file() or self.stage1_dir.is_dir()
+
     def write_json(self, file: Path, value: object) -> None:
         """Write a JSON file of this run."""
         write_atomically(file, json.dumps(value, indent=1, default=str).encode())

@@ -22,7 +22,7 @@ from membank.trainer.tree import (
     routing_report,
     topic_scores,
 )
-from membank.wire.errors import InvalidArgumentError, Reason
+from membank.wire.errors import FailedPreconditionError, InvalidArgumentError, Reason
 
 Notice = Callable[[str], None]
 """Called with the name of what is being made."""
@@ -64,7 +64,20 @@ def prepare_run(
     -------
     Prepared
         Sizes and scores; also saved as ``prepared.json``.
+
+    Raises
+    ------
+    FailedPreconditionError
+        If the run has been trained: another tokenizer under a trained anchor would go unnoticed
+        until its answers are read.
     """
+    if run.is_trained:
+        raise FailedPreconditionError(
+            f"{run.path} has been trained on its tokenizer and tree; prepare another directory "
+            "(--run), or remove this one first",
+            reason=Reason.BAD_CONFIG,
+            metadata={"run": str(run.path)},
+        )
     notice("corpus")
     corpus = open_corpus(config.corpus)
     notice("tokenizer")

@@ -49,7 +49,7 @@ def fast() -> RunConfig:
         base,
         name="fast",
         corpus="fast",
-        **_shape(recipes.demo_fast()),
+        **_shape(recipes.fast()),
         stage1=replace(base.stage1, num_tokens=500_000),
         stage2=replace(base.stage2, num_tokens=500_000),
     )
@@ -82,6 +82,9 @@ def named_run(
     corpus: str | None = None,
     fan_outs: tuple[int, ...] | None = None,
     embedder: str | None = None,
+    bank_name: str | None = None,
+    stage1_tokens: int | None = None,
+    stage2_tokens: int | None = None,
 ) -> RunConfig:
     """Return a named configuration, changed where something is given.
 
@@ -96,6 +99,10 @@ def named_run(
         last level and its first width for the others.
     embedder
         Another embedder.
+    bank_name
+        Another name of run and bank.
+    stage1_tokens, stage2_tokens
+        Other lengths of the stages, in tokens.
 
     Raises
     ------
@@ -118,7 +125,11 @@ def named_run(
             block_widths=(config.block_widths[0],) * upper + (config.block_widths[-1],),
             learning_rates=(config.learning_rates[0],) * upper + (config.learning_rates[-1],),
         )
-    return config if embedder is None else replace(config, embedder=embedder)
+    if stage1_tokens is not None:
+        config = replace(config, stage1=replace(config.stage1, num_tokens=stage1_tokens))
+    if stage2_tokens is not None:
+        config = replace(config, stage2=replace(config.stage2, num_tokens=stage2_tokens))
+    return replace(config, name=bank_name or config.name, embedder=embedder or config.embedder)
 
 
 def load_config(run: RunDirectory) -> RunConfig:
