@@ -32,6 +32,20 @@ def stage_progress(title: str) -> Iterator[Callable[[Progress], None]]:
         yield report
 
 
+@contextmanager
+def counted_progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar with time left; yields what is told how many of how many are done.
+
+    Where standard error is no terminal, nothing is shown.
+    """
+    if not err_console.is_terminal:
+        yield lambda done, total: None
+        return
+    with progress_bars() as bars:
+        task = bars.add_task(title, total=None, note="")
+        yield lambda done, total: bars.update(task, total=total, completed=done)
+
+
 class _LineReporter:
     def __init__(self, title: str) -> None:
         self._title = title

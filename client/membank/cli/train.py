@@ -20,7 +20,7 @@ from membank.cli.connection import (
 )
 from membank.cli.extras import needs_extra
 from membank.cli.output import JsonOption, console, emit, err_console, format_share, table
-from membank.cli.progress import stage_progress
+from membank.cli.progress import counted_progress, stage_progress
 
 if TYPE_CHECKING:
     # Only for the annotation: importing the trainer takes seconds.
@@ -117,7 +117,8 @@ def evaluate(
     evaluator = Evaluator(directory, config)
     with connect(bank, token_file, ca_file) as client:
         directory.check_fingerprint(client.info().spec.fingerprint)
-        recall = evaluator.recall(client)
+        with counted_progress("asking") as on_progress:
+            recall = evaluator.recall(client, on_progress=on_progress)
         per_topic = evaluator.perplexity(client) if perplexity else None
     payload = recall.to_json(facts=False)
     if per_topic is not None:

@@ -15,7 +15,7 @@ from membank.cli.demo.operations import Operator, fetch_latencies
 from membank.cli.demo.report import write_report
 from membank.cli.demo.state import DemoState
 from membank.cli.output import err_console
-from membank.cli.progress import stage_progress
+from membank.cli.progress import counted_progress, stage_progress
 from membank.client import BankClient
 from membank.trainer.run import RunConfig, RunDirectory, prepare_run
 from membank.trainer.run.answer import Answerer
@@ -148,9 +148,12 @@ class Demo:
     def _evaluate(self, client: BankClient, *, perplexity: bool = False) -> object:
         if self._evaluator is None:
             self._evaluator = Evaluator(self._run, self._run_config())
-        with err_console.status("asking every question under every condition"):
-            recall = self._evaluator.recall(client)
-            topics = self._evaluator.perplexity(client) if perplexity else None
+        with counted_progress("asking") as on_progress:
+            recall = self._evaluator.recall(client, on_progress=on_progress)
+        topics = None
+        if perplexity:
+            with err_console.status("scoring documents of every topic"):
+                topics = self._evaluator.perplexity(client)
         return {
             "recall": recall.to_json()["relations"],
             "perplexity": None if topics is None else topics.to_json(),
