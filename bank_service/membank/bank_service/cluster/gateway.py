@@ -161,7 +161,8 @@ class Gateway:
         if not self._waiting_for_bank:
             raise UnavailableError("the service is starting; retry")
         raise NotFoundError(
-            f"there is no bank at {self._bank_url} yet; create one with `membank create`",
+            f"this service was started where no bank is, at {self._bank_url}: create one through it "
+            "(BankClient.create_bank), or stop it, run `membank create`, and start it again",
             reason=Reason.UNKNOWN_BANK,
             metadata={"bank": self._bank_url},
         )
