@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ray
@@ -69,8 +69,10 @@ class ControllerActor:
 
     def __init__(self, config: UpConfig) -> None:
         logging.basicConfig(level=logging.INFO)
-        self._config = config
         self._is_restart = ray.get_runtime_context().was_current_actor_reconstructed
+        # A controller that comes back may have been on the node that was lost: waiting for as many
+        # nodes as at first would keep the shards that are left from being served.
+        self._config = config = replace(config, min_nodes=1) if self._is_restart else config
         self._ready = threading.Event()
         self._stopping = threading.Event()
         self._error: MembankError | None = None
