@@ -26,7 +26,7 @@ RunOption = Annotated[
     Path, typer.Option("--run", help="Directory of the run: tokenizer, tree, anchor, losses.")
 ]
 RecipeOption = Annotated[str, typer.Option(help="Named run configuration: demo or fast.")]
-_DEFAULT_RUN = Path("runs/run")
+DEFAULT_RUN = Path("runs/run")
 
 
 def register(app: typer.Typer) -> None:
@@ -140,7 +140,7 @@ def tree(
     corpus_name: Annotated[
         str | None, typer.Argument(metavar="[CORPUS]", help="Corpus; default: the recipe's.")
     ] = None,
-    run: RunOption = _DEFAULT_RUN,
+    run: RunOption = DEFAULT_RUN,
     recipe: RecipeOption = "demo",
     fan_out: Annotated[
         str | None, typer.Option(help="Children per cluster and level, such as 16,16.")
@@ -206,7 +206,7 @@ def tree(
 
 def create(
     bank: Annotated[str, typer.Option("--bank", help="Where: a directory or URL.")],
-    run: RunOption = _DEFAULT_RUN,
+    run: RunOption = DEFAULT_RUN,
     as_json: JsonOption = False,
 ) -> None:
     """Create the bank of a run whose tree is fitted and whose anchor is trained.

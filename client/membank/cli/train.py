@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from membank.cli.build import RunOption
+from membank.cli.build import DEFAULT_RUN, RunOption
 from membank.cli.connection import (
     DEFAULT_ENDPOINT,
     BankOption,
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     # Only for the annotation: importing the trainer takes seconds.
     from membank.trainer.evaluation import PerplexityReport
 
-_DEFAULT_RUN = Path("runs/run")
-
 
 def register(app: typer.Typer) -> None:
     """Add this module's commands to `app`."""
@@ -37,7 +34,7 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    run: RunOption = _DEFAULT_RUN,
+    run: RunOption = DEFAULT_RUN,
     stage: Annotated[
         str, typer.Option(help="anchor (stage 1), memories (stage 2), control, or all.")
     ] = "all",
@@ -98,7 +95,7 @@ def train(
 
 
 def evaluate(
-    run: RunOption = _DEFAULT_RUN,
+    run: RunOption = DEFAULT_RUN,
     perplexity: Annotated[bool, typer.Option(help="Also perplexity per topic.")] = False,
     bank: BankOption = DEFAULT_ENDPOINT,
     token_file: TokenOption = None,
@@ -144,7 +141,7 @@ def evaluate(
 
 def ask(
     prompt: Annotated[str, typer.Argument(help="The text to complete.")],
-    run: RunOption = _DEFAULT_RUN,
+    run: RunOption = DEFAULT_RUN,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=512)] = 16,
     without_memory: Annotated[
         bool, typer.Option("--without-memory", help="The anchor alone.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,6 @@ class Demo:
         # Not the study: it may be added to a demo that is done.
         saved = {**config.run.to_json(), "bank": self._bank_url}
         self._state = DemoState(config.out / "state.json", saved)
-        self._evaluator: Evaluator | None = None
 
     def tell(self) -> dict[str, Any]:
         """Run what is left of the story and write the report.
@@ -146,8 +146,6 @@ class Demo:
             return run_generic(self._run, self._run_config(), on_progress=on_progress).to_json()
 
     def _evaluate(self, client: BankClient, *, perplexity: bool = False) -> object:
-        if self._evaluator is None:
-            self._evaluator = Evaluator(self._run, self._run_config())
         with counted_progress("asking") as on_progress:
             recall = self._evaluator.recall(client, on_progress=on_progress)
         topics = None
@@ -160,10 +158,8 @@ class Demo:
         }
 
     def _latency(self, client: BankClient) -> object:
-        assert self._evaluator is not None or self._state.has("eval")
         retriever = client.retriever()
-        evaluator = self._evaluator or Evaluator(self._run, self._run_config())
-        paths = retriever.route_all([fact.prompt for fact in evaluator.facts])
+        paths = retriever.route_all([fact.prompt for fact in self._evaluator.facts])
         latencies, num_bytes = fetch_latencies(client, paths, count=self._config.num_fetches)
         return {"ms": latencies, "bytes": num_bytes}
 
@@ -248,13 +244,16 @@ class Demo:
     def _run_config(self) -> RunConfig:
         return self._config.run.with_vocab_size(self._run.tokenizer().vocab_size)
 
+    @cached_property
+    def _evaluator(self) -> Evaluator:
+        """Made when it is first needed, since it reads what the stages before leave behind."""
+        return Evaluator(self._run, self._run_config())
+
     def _answerer(self) -> Answerer:
         return Answerer(self._run)
 
     def _topics(self) -> tuple[BlockRef, ...]:
         """Level-1 topics that hold the elements; they are what is deleted."""
-        if self._evaluator is None:
-            self._evaluator = Evaluator(self._run, self._run_config())
         return self._evaluator.holding_topics("atomic_number")
 
     def _pack(self, topic: BlockRef) -> Path:
