@@ -43,6 +43,31 @@ def up(
     token_file: Annotated[
         Path | None, typer.Option(help="Tokens that may call: lines `TOKEN PRINCIPAL ROLE`.")
     ] = None,
+    durability: Annotated[
+        str,
+        typer.Option(
+            help="What an acknowledged update survives: process (kill -9), host (loss of power), "
+            "store (loss of the machine)."
+        ),
+    ] = "process",
+    ship_every: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds between copies of the journals to the bank's storage, for a bank behind "
+            "a URL; 0 = none.",
+        ),
+    ] = 0.0,
+    journal_dir: Annotated[
+        Path | None,
+        typer.Option(help="Local directory of the journals; default: in a bank's directory."),
+    ] = None,
+    resident: Annotated[
+        float, typer.Option(min=0, help="GiB of blocks that each shard keeps in memory.")
+    ] = 1.0,
+    keep_revisions: Annotated[
+        int, typer.Option(min=1, help="Newest revisions that can be rolled back to.")
+    ] = 8,
     as_json: JsonOption = False,
 ) -> None:
     """Serve a bank: a controller and shard actors on Ray, each with its own gRPC server.
@@ -66,6 +91,11 @@ def up(
         tls_cert=tls_cert,
         tls_key=tls_key,
         token_file=token_file,
+        durability=durability,
+        ship_every_s=ship_every,
+        journal_dir=journal_dir,
+        resident_bytes=int(resident * (1 << 30)),
+        retained_revisions=keep_revisions,
     )
     with err_console.status(f"starting {shards} shards on {bank}"):
         endpoint = start(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,7 +43,9 @@ def canonical_url(url: str) -> str:
 
 def bank_key(url: str) -> str:
     """Return a short name of the bank at `url`, for actors and files."""
-    return hashlib.sha256(canonical_url(url).encode()).hexdigest()[:12]
+    # Which client library reaches the bank does not make it another bank.
+    place = canonical_url(url).removeprefix("fsspec+")
+    return hashlib.sha256(place.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,15 +83,28 @@ class UpConfig:
     """Where the running service is noted, and where journals lie of banks that are no directory."""
     resident_bytes: int = 1 << 30
     """Bytes of blocks and optimizer state that each shard keeps in memory."""
-    durability: Durability = Durability.PROCESS
+    durability: Durability | str = Durability.PROCESS
     """What an acknowledged update survives."""
+    journal_dir: Path | None = None
+    """Local directory of the journals, at this path on every node that runs a shard; None = in a
+    bank's directory, or under `runtime_dir` for a bank behind a URL."""
+    ship_every_s: float = 0.0
+    """Seconds between two copies of the journals to the bank's storage, for a bank behind a URL:
+    about what is lost at most with a machine. 0 = none."""
+    lease_s: float = 10.0
+    """Seconds that a shard of a bank behind a URL answers without asking the storage whether it has
+    been replaced; a shard that replaces one on a lost machine waits as long."""
+    retained_revisions: int = 8
+    """Newest revisions that can be rolled back to, besides snapshots; at least 1."""
+    service_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Random; names this service in the claim that it writes into a bank behind a URL."""
     max_in_flight_bytes: int = 1 << 30
     """Payload bytes that each server holds at one time; beyond, callers are told to retry."""
     start_timeout_s: float = 90.0
     """Longest wait for the service to answer, > 0."""
 
     def __post_init__(self) -> None:
-        for name in ("tls_cert", "tls_key", "token_file", "runtime_dir"):
+        for name in ("tls_cert", "tls_key", "token_file", "runtime_dir", "journal_dir"):
             path = getattr(self, name)
             if path is not None:
                 # Actors have another working directory.
@@ -134,11 +150,16 @@ class UpConfig:
 
     def shard_config(self) -> ShardConfig:
         """Return the settings of each shard."""
-        journal_dir = None if self.is_directory else str(self.runtime_dir / f"journal-{self.key}")
+        journal_dir = self.journal_dir
+        if journal_dir is None and not self.is_directory:
+            journal_dir = self.runtime_dir / f"journal-{self.key}"
         return ShardConfig(
-            durability=self.durability,
-            journal_dir=journal_dir,
+            durability=Durability.of(self.durability),
+            journal_dir=None if journal_dir is None else str(journal_dir),
+            ship_every_s=self.ship_every_s,
+            lease_s=self.lease_s,
             resident_bytes=self.resident_bytes,
+            retained_revisions=self.retained_revisions,
         )
 
 

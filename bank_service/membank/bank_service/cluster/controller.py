@@ -17,6 +17,7 @@ from pathlib import Path
 import ray
 
 from membank.bank_service.cluster.addresses import gateway_listening
+from membank.bank_service.cluster.claim import BankClaim
 from membank.bank_service.cluster.config import UpConfig
 from membank.bank_service.cluster.fleet import ShardFleet, ShardStatus
 from membank.bank_service.cluster.gateway import Gateway
@@ -26,6 +27,7 @@ from membank.bank_service.rpc.admin_servicer import AdminServicer
 from membank.bank_service.rpc.block_servicer import BankInfoServicer
 from membank.bank_service.rpc.budget import ByteBudget
 from membank.bank_service.rpc.server import BankServer, Service, join_address
+from membank.bank_service.store import open_objects
 from membank.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from membank.v1.block_service_pb2_grpc import add_BlockServiceServicer_to_server
 from membank.wire.errors import (
@@ -79,6 +81,7 @@ class ControllerActor:
         self._fleet: ShardFleet | None = None
         self._server: BankServer | None = None
         self._bank_lock: int | None = None
+        self._claim: BankClaim | None = None
         self._gateway = Gateway(
             config.bank_url, self._start_fleet, check_spec=lambda spec: check_spec(config, spec)
         )
@@ -112,6 +115,8 @@ class ControllerActor:
             self._server.stop()
         if self._fleet is not None:
             self._fleet.stop(timeout_s)
+        if self._claim is not None:
+            self._claim.release()
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -155,6 +160,7 @@ class ControllerActor:
             # First of all: a taken port is found before shards are started for nothing.
             server.start()
             self._server = server
+        self._claim_bank()
         self._gateway.open()
 
     def _start_fleet(self, spec: BankSpec) -> ShardFleet:
@@ -189,6 +195,16 @@ class ControllerActor:
                 time.sleep(0.1)
         # Held until the process ends, however it ends.
         self._bank_lock = handle
+
+    def _claim_bank(self) -> None:
+        """Keep other services off a bank behind a URL, where no file lock reaches."""
+        if self._claim is None and not self._config.is_directory:
+            self._claim = BankClaim.take(
+                open_objects(self._config.bank_url),
+                service=self._config.service_id,
+                host=ray.util.get_node_ip_address(),
+                endpoint=self._address(),
+            )
 
     def _address(self) -> str:
         listening = gateway_listening(self._config.host, ray.util.get_node_ip_address())

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import threading
-import time
 import uuid
 
 from membank.bank_service.cluster.identity import (
@@ -19,14 +17,14 @@ from membank.bank_service.knowledge.trees import TreeStore
 from membank.bank_service.rpc.block_servicer import BlockServicer
 from membank.bank_service.rpc.budget import ByteBudget
 from membank.bank_service.rpc.server import BankServer, Service, join_address
+from membank.bank_service.shard.lease import boot_clock
+from membank.bank_service.shard.maintenance import ThreadMaintenance
 from membank.bank_service.shard.shard import Shard
 from membank.bank_service.store import Bank
 from membank.v1.block_service_pb2_grpc import add_BlockServiceServicer_to_server
 from membank.wire.errors import CorruptionError, NotFoundError, Reason, UnavailableError
 from membank.wire.format import RevisionRecord
 from membank.wire.records import BankInfo, Placement, ShardStats
-
-_LOG = logging.getLogger(__name__)
 
 _SETTLE_EVERY_S = 5.0
 
@@ -53,11 +51,13 @@ class ShardServer:
         self._placement: Placement | None = None
         self._stopping = threading.Lock()
         self._stopped = False
+        maintenance = ThreadMaintenance()
         self.shard = Shard.open(
             self._bank,
             shard_id=settings.shard_id,
             partitions=settings.partitions,
             config=settings.shard,
+            maintenance=maintenance,
         )
         """The engine."""
         servicer = BlockServicer(self.shard, self, ByteBudget(settings.max_in_flight_bytes))
@@ -70,11 +70,8 @@ class ShardServer:
         except Exception:
             self.shard.close()
             raise
-        self._ended = threading.Event()
-        self._housekeeper = threading.Thread(
-            target=self._keep_house, name="membank-housekeeper", daemon=True
-        )
-        self._housekeeper.start()
+        # A coordinator that died must not keep trainers out of a partition for ever.
+        maintenance.every(_SETTLE_EVERY_S, lambda: self.shard.settle(boot_clock()))
         self.identity = ShardIdentity(
             shard_id=settings.shard_id,
             incarnation=uuid.uuid4().hex,
@@ -129,18 +126,7 @@ class ShardServer:
             if not self._stopped:
                 self._stopped = True
                 self._server.stop()
-                self._ended.set()
-                self._housekeeper.join()
                 self.shard.close()
-
-    def _keep_house(self) -> None:
-        # A coordinator that died must not keep trainers out of a partition for ever.
-        while not self._ended.wait(_SETTLE_EVERY_S):
-            try:
-                self.shard.settle(time.monotonic())
-            except Exception:
-                # It is tried again; the thread must not end with the first failure.
-                _LOG.exception("%s could not settle transactions", self._settings.shard_id)
 
     def _record(self) -> RevisionRecord:
         revision = self.shard.revision

@@ -14,37 +14,68 @@ class Durability(StrEnum):
     PROCESS = "process"
     """The death of the shard's process."""
     HOST = "host"
-    """The loss of power of its machine."""
+    """The loss of power of its machine: the update is synced to the disk of its journal."""
+    STORE = "store"
+    """The loss of its machine: the update lies in the bank's own storage."""
+
+    @classmethod
+    def of(cls, value: str) -> Durability:
+        """Return the level called `value`.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If there is none.
+        """
+        try:
+            return cls(value)
+        except ValueError:
+            known = ", ".join(kind.value for kind in cls)
+            raise InvalidArgumentError(
+                f"durability is {value!r}; accepted: {known}", reason=Reason.BAD_CONFIG
+            ) from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardConfig:
-    """Settings of a shard. Administrative operations are always as durable as the storage."""
+    """Settings of a shard. Administrative operations always survive the loss of the machine, as
+    far as the bank's storage does."""
 
     durability: Durability = Durability.PROCESS
     """What an acknowledged update survives."""
     journal_dir: str | None = None
-    """Local directory of the journals; None = beside the blocks, for a bank in a directory."""
+    """Local directory of the journals and of the locks that keep a second process away; None =
+    beside the blocks, for a bank in a directory."""
+    ship_every_s: float = 0.0
+    """Seconds between two copies of the journal to the bank's storage: what an owner that loses its
+    machine loses at most, beside what one copy takes. 0 = none; of no use with `store`."""
     consolidate_bytes: int = 64 << 20
     """Bytes of a partition's journal from which on it is folded into slots, at least 1."""
+    journal_limit_bytes: int = 256 << 20
+    """Bytes of a partition's journal from which on updates wait until it is folded; at least
+    `consolidate_bytes`."""
     segment_bytes: int = 16 << 20
     """Bytes of a journal segment from which on the next one is begun, at least 1."""
     resident_bytes: int = 4 << 30
-    """Bytes of blocks and optimizer state that are kept in memory once they are in slots; what
-    is not in slots yet is kept besides."""
+    """Bytes of blocks and optimizer state that are kept in memory. Blocks that are not in slots
+    yet are written back when they fill a third of it, and updates wait at two thirds."""
     retained_revisions: int = 8
     """Newest revisions that can be rolled back to, besides snapshots; at least 1."""
     retained_requests: int = 1024
     """Newest pushes per partition of which a late retry is recognised, at least 1."""
     hold_wait_s: float = 5.0
-    """Seconds that a push waits for a transaction on its partition before it is turned away."""
+    """Seconds that a push waits for a transaction, or for room, before it is turned away."""
+    lease_s: float = 10.0
+    """Seconds that an owner answers without asking the storage whether it has been replaced, and
+    that a new owner waits unless it knows the old one to be gone. 0 = do not ask; a replaced owner
+    then finds out when it next publishes. Of no use for a bank in a directory: a lock decides."""
     settle_after_s: float = 60.0
     """Seconds after which a prepared transaction without a decision is given up."""
     watch_queue_events: int = 4096
     """Events that a subscription holds at most; the oldest are dropped and counted."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "durability", _durability(self.durability))
+        object.__setattr__(self, "durability", Durability.of(self.durability))
         for name in (
             "consolidate_bytes",
             "segment_bytes",
@@ -53,18 +84,15 @@ class ShardConfig:
             "watch_queue_events",
         ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
-        for name in ("resident_bytes", "hold_wait_s", "settle_after_s"):
+        for name in ("resident_bytes", "hold_wait_s", "settle_after_s", "lease_s", "ship_every_s"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+        limit = max(self.journal_limit_bytes, self.consolidate_bytes)
+        object.__setattr__(self, "journal_limit_bytes", limit)
 
-
-def _durability(value: str) -> Durability:
-    try:
-        return Durability(value)
-    except ValueError:
-        known = ", ".join(kind.value for kind in Durability)
-        raise InvalidArgumentError(
-            f"durability is {value!r}; accepted: {known}", reason=Reason.BAD_CONFIG
-        ) from None
+    @property
+    def is_replayed_elsewhere(self) -> bool:
+        """Whether another machine, with other kernels, may have to replay the journal."""
+        return self.durability is Durability.STORE or self.ship_every_s > 0
 
 
 def _require(ok: bool, name: str, value: object, accepted: str) -> None:

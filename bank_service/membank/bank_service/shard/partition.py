@@ -1,349 +1,127 @@
-"""One partition: its blocks, and how updates reach them.
-
-Every change takes the same way: compute, write to the journal, install, acknowledge. A change that
-cannot be journalled is not installed.
-"""
+"""One partition: its blocks, how updates reach them, and its part in transactions."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from threading import Condition, RLock
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from membank.bank_service.shard.content import (
-    INITIAL_ENTRY,
-    BlockRecord,
-    Content,
-)
-from membank.bank_service.shard.context import ShardContext
-from membank.bank_service.shard.optimizer import kernel_fingerprint
-from membank.bank_service.shard.partition_store import PartitionStore
-from membank.bank_service.shard.request_log import RequestLog
-from membank.bank_service.shard.residency import Records
-from membank.bank_service.shard.update_frame import (
-    AppliedGradient,
-    UpdateFrame,
-    encode_update,
-)
-from membank.bank_service.store.journal import FrameKind, Journal
-from membank.wire.errors import (
-    CorruptionError,
-    FailedPreconditionError,
-    MembankError,
-    NotFoundError,
-    Reason,
-    ResourceExhaustedError,
-    UnavailableError,
-)
-from membank.wire.format import Entry, Manifest
+from membank.bank_service.shard.content import BlockRecord, Content
+from membank.bank_service.shard.folding import Folding
+from membank.bank_service.shard.state import Hold, PartitionState
+from membank.bank_service.shard.update_frame import UpdateFrame
+from membank.bank_service.shard.update_path import UpdatePath
+from membank.bank_service.store.journal import Journal, ShippedJournal
+from membank.wire.errors import NotFoundError, Reason
+from membank.wire.format import Manifest
 from membank.wire.records import BlockEvent, Gradient, Update, UpdateResult
-from membank.wire.spec import Array, BlockRef, BlockState
-
-_LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Hold:
-    """A partition's share of a transaction; it holds updates back until the decision."""
-
-    revision: int
-    """Revision that the transaction would create."""
-    since: float
-    """When it began, by the shard's clock."""
-    manifest: Manifest | None = None
-    """The prepared manifest; None while it is being prepared."""
-    records: Mapping[BlockRef, BlockRecord] = field(default_factory=dict)
-    """The blocks that the transaction changes, as they will be."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Staged:
-    """An accepted gradient and what it makes of its block."""
-
-    result: UpdateResult
-    entry: Entry
-    content: Content
-    applied: AppliedGradient
+from membank.wire.spec import BlockRef, BlockState
 
 
 class Partition:
-    """One partition of a shard.
+    """One partition of a shard. Locks: see `PartitionState`.
 
     Parameters
     ----------
-    context
-        What all partitions of the shard share.
-    number
-        The partition.
-    store
-        Its slots and manifests.
-    journal
-        Its journal.
-    manifest
-        Its newest manifest.
-    revision
-        Newest committed revision of the bank.
+    state
+        Its data, as it was when its owner took over.
     """
 
-    # Lock order: `_writer` (several of them: by ascending partition), then `context.state_lock`.
-    # `_writer` is held by whoever changes the partition, during input and output; `state_lock`
-    # guards `records`, `manifest` and `revision`, which readers look at. `_held`, `_requests`, the
-    # journal and the store belong to the holder of `_writer`.
+    def __init__(self, state: PartitionState) -> None:
+        self._state = state
+        self._folding = Folding(state)
+        self._updates = UpdatePath(state, self._folding)
+        self.number = state.number
+        self.store = state.store
 
-    def __init__(
-        self,
-        context: ShardContext,
-        number: int,
-        store: PartitionStore,
-        journal: Journal,
-        manifest: Manifest,
-        revision: int,
-    ) -> None:
-        self.number = number
-        self.store = store
-        self.journal = journal
-        self.records: Records = {r: BlockRecord(e) for r, e in manifest.entries.items()}
-        self.manifest = manifest
-        self.revision = revision
-        self._context = context
-        self._spec = context.bank.spec
-        self._rule = context.rule
-        self._kernel = kernel_fingerprint()
-        self._writer = RLock()
-        self._released = Condition(self._writer)
-        self._held: Hold | None = None
-        self._requests = RequestLog(context.config.retained_requests, manifest.requests)
-        self._consolidate_at = context.config.consolidate_bytes
-        self._fenced: UnavailableError | None = None
-        # A removal may have been cut short before this owner started.
-        self._removal_pending = True
+    # ---- reading (state lock held by the caller, unless said otherwise)
 
-    # ---- reading (state lock held by the caller)
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest in force."""
+        return self._state.manifest
 
-    def record(self, ref: BlockRef) -> BlockRecord:
-        """Return what is known of `ref`."""
-        return self.records.get(ref, _INITIAL_RECORD)
+    @property
+    def revision(self) -> int:
+        """Newest committed revision of the bank."""
+        return self._state.revision
+
+    @revision.setter
+    def revision(self, revision: int) -> None:
+        self._state.revision = revision
 
     @property
     def held(self) -> Hold | None:
         """The transaction that holds updates back, if any."""
-        return self._held
+        return self._state.held
+
+    @property
+    def journal_bytes(self) -> int:
+        """Bytes of the journal; no lock is needed."""
+        return self._state.journal.num_bytes
+
+    def record(self, ref: BlockRef) -> BlockRecord:
+        """Return what is known of `ref`."""
+        return self._state.table.record(ref)
 
     def keep(self, ref: BlockRef, record: BlockRecord, content: Content) -> None:
-        """Keep a loaded content in memory, if `record` still is what is known of `ref`."""
-        with self._context.state_lock:
-            if self.record(ref) is record:
-                self._context.residency.put(self.records, ref, replace(record, content=content))
+        """Keep a loaded content in memory, if `record` still is what is known of `ref`.
+
+        Takes the state lock itself.
+        """
+        with self._state.context.state_lock:
+            now = self.record(ref)
+            has_less = now.content is None or len(now.content.arrays) < len(content.arrays)
+            if now.entry == record.entry and has_less:
+                self._state.set_record(ref, replace(now, content=content))
+
+    def require_lease(self) -> None:
+        """Return if this owner may answer; no lock is held by the caller.
+
+        Raises
+        ------
+        UnavailableError
+            If another owner took the partition over (FENCED), or the storage cannot be asked.
+        """
+        if self._state.fenced is not None:
+            raise self._state.fenced
+        self._state.lease.require()
+
+    def renew_lease(self) -> None:
+        """Make sure now that there is no other owner; raises as `require_lease` does."""
+        self._state.lease.renew()
+
+    def ship(self) -> None:
+        """Copy to the bank's storage what of the journal is not there yet, where it is set so."""
+        if isinstance(self._state.journal, ShippedJournal):
+            self._state.journal.ship()
 
     # ---- updates
 
     def push(
         self, update: Update, gradients: Sequence[Gradient]
     ) -> tuple[tuple[UpdateResult, ...], bool]:
-        """Apply those gradients of `update` that belong here; also say whether it is a repeat.
+        """See `UpdatePath.push`."""
+        return self._updates.push(update, gradients)
 
-        Notes
-        -----
-        All of them take effect, as far as they are accepted, or none. The results say which were.
-        """
-        with self._writer:
-            self._wait_until_free()
-            refs = [gradient.ref for gradient in gradients]
-            if (known := self._requests.answer(update.request_id, refs)) is not None:
-                return known, True
-            self.journal.require_usable()
-            staged = [self._stage(update, gradient) for gradient in gradients]
-            results = tuple(item.result if isinstance(item, _Staged) else item for item in staged)
-            accepted = [item for item in staged if isinstance(item, _Staged)]
-            if accepted:
-                applied = [item.applied for item in accepted]
-                payload = encode_update(update, results, applied, self._kernel)
-                self.journal.append(FrameKind.UPDATE, payload)
-                self._install(update.request_id, results, accepted)
-                self._maybe_consolidate()
-            return results, False
-
-    def apply_frame(self, frame: UpdateFrame) -> None:
-        """Apply a journalled update again, at recovery.
-
-        Raises
-        ------
-        CorruptionError
-            If the result differs from what was journalled (REPLAY_MISMATCH).
-        """
-        staged = []
-        for applied in frame.gradients:
-            record = self.record(applied.ref)
-            found = self._apply(applied.ref, record, applied.values, frame.learning_rate_scale)
-            if found is None or (found[0].version, found[0].crcs) != (
-                applied.version,
-                applied.crcs,
-            ):
-                raise self._replay_mismatch(frame, applied)
-            result = UpdateResult(ref=applied.ref, accepted=True, version=applied.version)
-            staged.append(_Staged(result, *found, applied))
-        self._install(frame.request_id, frame.results, staged, tell=False)
-
-    def _stage(self, update: Update, gradient: Gradient) -> _Staged | UpdateResult:
-        ref = gradient.ref
-        record = self.record(ref)
-        if (reason := self._rule.refusal(record.entry, gradient.base_version)) is not None:
-            return _refused(ref, record.entry, reason)
-        found = self._apply(ref, record, gradient.values, update.learning_rate_scale)
-        if found is None:
-            return _refused(ref, record.entry, Reason.NOT_FINITE)
-        entry, content = found
-        applied = AppliedGradient(ref, entry.version, entry.crcs, gradient.values)
-        result = UpdateResult(ref=ref, accepted=True, version=entry.version)
-        return _Staged(result, entry, content, applied)
-
-    def _apply(
-        self, ref: BlockRef, record: BlockRecord, values: Array, scale: float
-    ) -> tuple[Entry, Content] | None:
-        content = self.store.load_content(ref, record, self._spec.roles)
-        return self._rule.apply(ref, record.entry, content, values, scale)
-
-    def _install(
-        self,
-        request_id: str,
-        results: tuple[UpdateResult, ...],
-        staged: Sequence[_Staged],
-        *,
-        tell: bool = True,
-    ) -> None:
-        with self._context.state_lock:
-            for item in staged:
-                record = BlockRecord(item.entry, item.content)
-                self._context.residency.put(self.records, item.applied.ref, record)
-        self._requests.add(request_id, results)
-        if tell:
-            self._context.hub.publish(
-                [
-                    BlockEvent(
-                        ref=item.applied.ref,
-                        version=item.entry.version,
-                        state=item.entry.state,
-                        revision=self.revision,
-                        is_update=True,
-                    )
-                    for item in staged
-                ]
-            )
-
-    # ---- consolidation
+    def replay(self, frame: UpdateFrame) -> None:
+        """See `UpdatePath.replay`."""
+        self._updates.replay(frame)
 
     def consolidate(self) -> bool:
-        """Fold the journal into slots; False where a transaction holds the partition."""
-        with self._writer:
-            if self._held is not None:
-                return False
-            self.fold()
-            return True
-
-    def fold(self) -> None:
-        """Write dirty blocks to slots, publish a manifest that names them, trim the journal.
-
-        For the holder of the partition; others call `consolidate`.
-        """
-        dirty = {ref: record for ref, record in self._all_records().items() if record.is_dirty}
-        if not dirty and self.journal.last_lsn <= self.manifest.lsn:
-            return
-        with self.fresh_slots(dirty) as slotted:
-            entries = {ref: record.entry for ref, record in slotted.items()}
-            published = self.publish({**self.entries(), **entries})
-        with self._context.state_lock:
-            self.manifest = published
-            for ref, record in slotted.items():
-                self._context.residency.put(self.records, ref, record)
-        self.tidy()
-
-    @contextmanager
-    def fresh_slots(
-        self, records: Mapping[BlockRef, BlockRecord]
-    ) -> Iterator[dict[BlockRef, BlockRecord]]:
-        """Write contents to fresh slots; yield the records that name them, to be published."""
-        slotted: dict[BlockRef, BlockRecord] = {}
-        try:
-            for ref, record in records.items():
-                assert record.content is not None
-                slot = self.store.write_block(ref, record.content, record.entry.crcs)
-                slotted[ref] = replace(record, entry=replace(record.entry, slot=slot))
-            self.store.sync((ref.level, r.entry.slot) for ref, r in slotted.items())
-            yield slotted
-        except (ResourceExhaustedError, FailedPreconditionError):
-            # Surely not published, and the space may be needed. After any other error the
-            # manifest may exist in spite of it, so its slots must stay.
-            self.store.release((ref.level, r.entry.slot) for ref, r in slotted.items())
-            raise
-
-    def entries(self) -> dict[BlockRef, Entry]:
-        """Return the entry of every block that was ever changed."""
-        return {
-            ref: record.entry for ref, record in self._all_records().items() if record.entry.version
-        }
-
-    def _all_records(self) -> Records:
-        # A copy: readers add what they loaded at any time.
-        with self._context.state_lock:
-            return dict(self.records)
-
-    def publish(
-        self, entries: Mapping[BlockRef, Entry], *, prepared_for: int | None = None
-    ) -> Manifest:
-        """Publish and return the next manifest.
-
-        Raises
-        ------
-        UnavailableError
-            If another owner took the partition over (FENCED); this one accepts nothing from then
-            on.
-        """
-        draft = replace(
-            self.manifest,
-            revision=self.revision if prepared_for is None else prepared_for,
-            lsn=max(self.journal.last_lsn, self.manifest.lsn),
-            entries=entries,
-            prepared=prepared_for is not None,
-            requests=self._requests.export(),
-        )
-        try:
-            return self.store.publish(draft)
-        except UnavailableError as err:
-            if err.reason is Reason.FENCED:
-                self._fenced = err
-            raise
+        """See `Folding.consolidate`."""
+        return self._folding.consolidate()
 
     def tidy(self) -> None:
-        """Trim the journal and remove what nothing retained needs; a failure is only logged."""
-        self._consolidate_at = self._context.config.consolidate_bytes
-        try:
-            self.journal.trim(self.manifest.lsn)
-            self.retire()
-        except MembankError as err:
-            # Nothing is lost: what was to go is found and removed again at the next attempt.
-            _LOG.warning("partition %d was not tidied: %s", self.number, err)
+        """See `Folding.tidy`; for an owner that is about to serve."""
+        with self._state.folding:
+            self._folding.tidy()
 
-    def retire(self) -> None:
-        """Remove the manifests, and their slots, that nothing retained needs."""
-        num_revisions = self._context.config.retained_revisions
-        keep = self.store.retained(self.revision, num_revisions)
-        if self._held is not None and self._held.manifest is not None:
-            keep.add(self._held.manifest.number)
-        self.store.retire(keep | {self.manifest.number})
-
-    def _maybe_consolidate(self) -> None:
-        if self.journal.num_bytes < self._consolidate_at:
-            return
-        try:
-            self.fold()
-        except MembankError as err:
-            if self._fenced is not None:
-                raise  # nobody will ever read this journal, so nothing may be acknowledged
-            # The update is in the journal, so it stands; try again after as many bytes.
-            self._consolidate_at = self.journal.num_bytes + self._context.config.consolidate_bytes
-            _LOG.warning("partition %d was not consolidated: %s", self.number, err)
+    def settle_inheritance(self, inherited: Journal) -> None:
+        """Bring what was replayed from another journal into slots, and give that journal up."""
+        with self._state.folding:
+            self._folding.fold()
+            inherited.trim(inherited.last_lsn)
+            inherited.close()
 
     # ---- transactions
 
@@ -355,7 +133,7 @@ class Partition:
         NotFoundError
             If it is not retained (OBJECT_MISSING).
         """
-        with self._writer:
+        with self._state.folding:
             if not self.store.has_manifest(number):
                 raise NotFoundError(
                     f"manifest {number} of partition {self.number} is not retained; "
@@ -367,25 +145,21 @@ class Partition:
 
     def count_slots(self, refs: Sequence[BlockRef]) -> int:
         """Return how many slots hold versions of `refs`; one to come counts for a dirty block."""
-        with self._writer:
-            dirty = sum(self.record(ref).is_dirty for ref in refs)
+        with self._state.folding:
+            dirty = sum(self._state.record(ref).is_dirty for ref in refs)
             return len(self.store.slots_of(refs)) + dirty
 
     def hold(self, revision: int) -> None:
-        """Hold updates back for a transaction; no other may hold the partition."""
-        with self._writer:
-            assert self._held is None
-            if self._fenced is not None:
-                raise self._fenced
-            # A journal that failed cannot be trimmed, so it would keep what is to be deleted.
-            self.journal.require_usable()
-            self._held = Hold(revision, self._context.clock())
+        """Hold updates back until `release` or `finish`; a consolidation under way ends first."""
+        state = self._state
+        with state.folding, state.writer:
+            state.held = Hold(revision, state.context.clock())
 
     def fold_held(self) -> None:
         """Bring the partition into slots for the transaction that holds it."""
-        with self._writer:
-            self.finish_removal()
-            self.fold()
+        with self._state.folding:
+            self._folding.finish_removal()
+            self._folding.fold()
 
     def prepare(self, changes: Mapping[BlockRef, BlockRecord]) -> Manifest:
         """Make `changes` durable as a manifest that counts once the revision is committed.
@@ -402,33 +176,34 @@ class Partition:
         Manifest
             What the record of the revision must name.
         """
-        with self._writer:
-            assert self._held is not None
-            fresh = {ref: record for ref, record in changes.items() if record.is_dirty}
-            with self.fresh_slots(fresh) as slotted:
-                records = {**changes, **slotted}
-                entries = {ref: record.entry for ref, record in records.items()}
-                manifest = self.publish(
-                    {**self.entries(), **entries}, prepared_for=self._held.revision
-                )
-            self._held = replace(self._held, manifest=manifest, records=records)
+        state = self._state
+        with state.folding:
+            assert state.held is not None
+            manifest, records = self._folding.publish_prepared(changes, state.held.revision)
+            with state.writer:
+                state.held = replace(state.held, manifest=manifest, records=records)
             return manifest
 
     def resume_hold(self, manifest: Manifest) -> None:
         """Hold updates back for a transaction that was prepared before a restart."""
-        before = self.entries()
-        changed = {ref: e for ref, e in manifest.entries.items() if before.get(ref) != e}
-        with self._writer:
-            records = {ref: BlockRecord(entry) for ref, entry in changed.items()}
-            self._held = Hold(manifest.revision, self._context.clock(), manifest, records)
+        state = self._state
+        with state.folding, state.writer:
+            before = self._folding.capture().manifest.entries
+            records = {
+                ref: BlockRecord(entry)
+                for ref, entry in manifest.entries.items()
+                if before.get(ref) != entry
+            }
+            state.held = Hold(manifest.revision, state.context.clock(), manifest, records)
 
     def install(self) -> list[BlockEvent]:
         """Put what was prepared in force; the caller holds the state lock of the shard."""
-        assert self._held is not None
+        state = self._state
+        assert state.held is not None
         events = []
-        for ref, record in self._held.records.items():
+        for ref, record in state.held.records.items():
             old = self.record(ref)
-            self._context.residency.put(self.records, ref, record)
+            state.set_record(ref, record)
             entry = record.entry
             if entry.state is BlockState.DELETED and old.content is not None:
                 old.content.wipe()
@@ -437,80 +212,52 @@ class Partition:
                     ref=ref,
                     version=entry.version,
                     state=entry.state,
-                    revision=self._held.revision,
+                    revision=state.held.revision,
                 )
             )
-        if self._held.manifest is not None:
-            self.manifest = self._held.manifest
+        if state.held.manifest is not None:
+            state.manifest = state.held.manifest
+            state.table.rebase(state.manifest.entries)
         return events
 
     def release(self, *, drop_prepared: bool) -> None:
         """Let updates pass again, after a transaction was put in force or given up."""
-        with self._writer:
-            held, self._held = self._held, None
-            self._released.notify_all()
+        state = self._state
+        with state.folding:
+            with state.writer:
+                held, state.held = state.held, None
+                state.changed.notify_all()
             if held is not None and held.manifest is not None and drop_prepared:
                 self.store.drop(held.manifest.number)
 
     def finish(self) -> None:
         """After `install`: destroy what was deleted, then let updates pass again."""
-        with self._writer:
-            assert self._held is not None
+        state = self._state
+        with state.folding:
+            assert state.held is not None
             if any(
-                record.entry.state is BlockState.DELETED for record in self._held.records.values()
+                record.entry.state is BlockState.DELETED for record in state.held.records.values()
             ):
-                self._removal_pending = True
+                self._folding.expect_removal()
             try:
                 self.finish_removal()
             finally:
                 self.release(drop_prepared=False)
-            self.tidy()
+            self._folding.tidy()
 
     def finish_removal(self) -> None:
-        """Destroy what journal and storage still hold of deleted blocks; may be repeated."""
-        with self._writer:
-            if not self._removal_pending:
-                return
-            self.journal.trim(self.manifest.lsn)
-            if self.journal.base < self.manifest.lsn:
-                # An earlier trim failed, and later updates share a segment with the deleted ones.
-                self.fold()
-                self.journal.trim(self.manifest.lsn)
-            self.store.purge(self.manifest)
-            self._removal_pending = False
+        """See `Folding.finish_removal`."""
+        self._folding.finish_removal()
+
+    # ---- the end
 
     def close(self, *, consolidate: bool) -> None:
-        """Fold the journal if asked to and possible, then accept nothing more."""
-        with self._writer:
+        """Fold the journal if asked to and possible, and let go; accept nothing more."""
+        state = self._state
+        with state.folding:
             try:
-                if consolidate and self._fenced is None:
-                    self.consolidate()
+                if consolidate and state.fenced is None and self._folding.consolidate():
+                    self._folding.let_go()
             finally:
-                self.journal.close()
-
-    def _wait_until_free(self) -> None:
-        wait_s = self._context.config.hold_wait_s
-        if not self._released.wait_for(lambda: self._held is None, wait_s):
-            raise UnavailableError(
-                f"a transaction holds partition {self.number} back; retry",
-                reason=Reason.TRANSACTION_IN_PROGRESS,
-                metadata={"partition": str(self.number)},
-            )
-        if self._fenced is not None:
-            raise self._fenced
-
-    def _replay_mismatch(self, frame: UpdateFrame, applied: AppliedGradient) -> CorruptionError:
-        return CorruptionError(
-            f"replaying update {frame.request_id} on block {applied.ref} does not give what was "
-            f"acknowledged as version {applied.version} (journalled with {frame.kernel}, "
-            f"replayed with {self._kernel}); start the shard where it ran before",
-            reason=Reason.REPLAY_MISMATCH,
-            metadata={"block": str(applied.ref), "request_id": frame.request_id},
-        )
-
-
-_INITIAL_RECORD = BlockRecord(INITIAL_ENTRY)
-
-
-def _refused(ref: BlockRef, entry: Entry, reason: Reason) -> UpdateResult:
-    return UpdateResult(ref=ref, accepted=False, version=entry.version, reason=reason)
+                with state.writer:
+                    state.journal.close()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from threading import Lock
 
 from membank.bank_service.shard.content import (
     BlockRecord,
@@ -18,6 +21,7 @@ from membank.wire.errors import (
     AlreadyExistsError,
     CorruptionError,
     MembankError,
+    NotFoundError,
     Reason,
     UnavailableError,
 )
@@ -27,6 +31,10 @@ from membank.wire.spec import Array, BlockRef, BlockState, Role
 
 SlotName = tuple[int, int]
 """Level and slot."""
+
+_MAX_WRITERS = 8
+_IN_FLIGHT_BYTES = 64 << 20
+"""Bytes of blocks that are written side by side, at most; one block may have more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +48,9 @@ class LoadedManifests:
 
 
 class PartitionStore:
-    """Slots and manifests of one partition. Used by one thread at a time, but for `load_content`.
+    """Slots and manifests of one partition.
+
+    Used by one thread at a time, but for `load_content` and `require_sole_owner`.
 
     Slots are created, never overwritten, and their numbers are not used again: an owner that was
     replaced without knowing it can thus neither damage nor remove what its successor wrote.
@@ -58,6 +68,7 @@ class PartitionStore:
         self._partition = partition
         self._arrays = SlotArrays(bank.objects, bank.spec, partition)
         self._slots_of: dict[int, frozenset[SlotName]] = {}
+        self._slot_lock = Lock()
         self._next_slot: dict[int, int] = {}
         self._next_number = 1
 
@@ -116,19 +127,44 @@ class PartitionStore:
             arrays[role] = self._arrays.read(ref.level, record.entry.slot, role, crcs[role])
         return Content(arrays, crcs[Role.WEIGHT])
 
-    def write_block(self, ref: BlockRef, content: Content, crcs: tuple[int, ...]) -> int:
-        """Write a block with its optimizer state to a fresh slot and return the slot.
+    def write_blocks(self, records: Mapping[BlockRef, BlockRecord]) -> dict[BlockRef, int]:
+        """Write blocks with their optimizer state to fresh slots, durably, and return the slots.
 
-        It is not durable before `sync`.
+        If it fails, what was written is removed again, as far as that is possible.
         """
+        slots: dict[BlockRef, int] = {}
+        errors = []
+        with ThreadPoolExecutor(self._num_writers(records)) as pool:
+            futures = {
+                ref: pool.submit(self._write_block, ref, record) for ref, record in records.items()
+            }
+        for ref, future in futures.items():
+            try:
+                slots[ref] = future.result()
+            except MembankError as err:
+                errors.append(err)
+        try:
+            if errors:
+                raise errors[0]
+            self._arrays.sync((ref.level, slot) for ref, slot in slots.items())
+        except MembankError:
+            with suppress(MembankError):
+                self.release((ref.level, slot) for ref, slot in slots.items())
+            raise
+        return slots
+
+    def _num_writers(self, records: Mapping[BlockRef, BlockRecord]) -> int:
+        largest = max((r.content.num_bytes for r in records.values() if r.content), default=1)
+        return max(1, min(_MAX_WRITERS, _IN_FLIGHT_BYTES // largest))
+
+    def _write_block(self, ref: BlockRef, record: BlockRecord) -> int:
+        assert record.content is not None
         while True:
-            slot = self._next_slot.get(ref.level, 0)
-            self._next_slot[ref.level] = slot + 1
-            self._arrays.reserve(ref.level, slot)
+            slot = self._take_slot(ref.level)
             written: list[Role] = []
             try:
-                for role, crc in zip(self._bank.spec.roles, crcs, strict=True):
-                    self._arrays.write(ref.level, slot, role, content.arrays[role], crc)
+                for role, crc in zip(self._bank.spec.roles, record.entry.crcs, strict=True):
+                    self._arrays.write(ref.level, slot, role, record.content.arrays[role], crc)
                     written.append(role)
             except MembankError as err:
                 self._arrays.delete(ref.level, slot, written)
@@ -138,9 +174,12 @@ class PartitionStore:
             else:
                 return slot
 
-    def sync(self, slots: Iterable[SlotName]) -> None:
-        """Make slots survive the loss of power."""
-        self._arrays.sync(slots)
+    def _take_slot(self, level: int) -> int:
+        with self._slot_lock:
+            slot = self._next_slot.get(level, 0)
+            self._next_slot[level] = slot + 1
+        self._arrays.reserve(level, slot)
+        return slot
 
     def publish(self, manifest: Manifest) -> Manifest:
         """Publish `manifest` under the next number, with a fresh nonce, and return it so.
@@ -158,14 +197,37 @@ class PartitionStore:
         try:
             self._bank.publish_manifest(numbered)
         except AlreadyExistsError as err:
-            raise UnavailableError(
-                f"partition {self._partition} of bank {self._bank.spec.name} has another owner, "
-                f"which published manifest {number}; this one stops",
-                reason=Reason.FENCED,
-                metadata={"partition": str(self._partition)},
-            ) from err
+            raise self._fenced(number) from err
         self._note(numbered)
         return numbered
+
+    def require_sole_owner(self, owner: str) -> None:
+        """Return if nobody but `owner` has published a manifest since it took over.
+
+        Raises
+        ------
+        UnavailableError
+            If somebody has (FENCED), or the storage does not answer.
+        """
+        # Copied first: what is known then may be removed meanwhile, but was no stranger's.
+        known = set(self._slots_of)
+        for number in self._bank.manifest_numbers(self._partition):
+            if number in known:
+                continue
+            try:
+                manifest = self.manifest(number)
+            except NotFoundError:
+                continue  # our own, removed since it was listed
+            if manifest.owner != owner:
+                raise self._fenced(number)
+
+    def _fenced(self, number: int) -> UnavailableError:
+        return UnavailableError(
+            f"partition {self._partition} of bank {self._bank.spec.name} has another owner, "
+            f"which published manifest {number}; this one stops",
+            reason=Reason.FENCED,
+            metadata={"partition": str(self._partition)},
+        )
 
     def manifest(self, number: int) -> Manifest:
         """Return a stored manifest."""

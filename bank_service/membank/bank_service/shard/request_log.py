@@ -25,15 +25,15 @@ class RequestLog:
 
     def __init__(self, capacity: int, requests: Iterable[AppliedRequest]) -> None:
         self._capacity = capacity
-        self._results: OrderedDict[str, tuple[UpdateResult, ...]] = OrderedDict()
+        # Kept as a manifest has them: every manifest takes all, while a retry is rare.
+        self._requests: OrderedDict[str, AppliedRequest] = OrderedDict()
         for request in requests:
-            self.add(request.request_id, tuple(result_from_json(item) for item in request.results))
+            self._keep(request)
 
     def add(self, request_id: str, results: tuple[UpdateResult, ...]) -> None:
         """Remember an update."""
-        self._results[request_id] = results
-        while len(self._results) > self._capacity:
-            self._results.popitem(last=False)
+        written = tuple(result_to_json(result) for result in results)
+        self._keep(AppliedRequest(request_id=request_id, results=written))
 
     def answer(self, request_id: str, refs: Sequence[BlockRef]) -> tuple[UpdateResult, ...] | None:
         """Return what was answered to an update of `refs`; None = it is new.
@@ -46,10 +46,10 @@ class RequestLog:
         InvalidArgumentError
             If the id was used for an update without one of `refs`.
         """
-        known = self._results.get(request_id)
+        known = self._requests.get(request_id)
         if known is None:
             return None
-        by_ref = {result.ref: result for result in known}
+        by_ref = {result.ref: result for result in map(result_from_json, known.results)}
         if not by_ref.keys() >= set(refs):
             raise InvalidArgumentError(
                 f"request id {request_id!r} was used for an update of other blocks; "
@@ -60,7 +60,9 @@ class RequestLog:
 
     def export(self) -> tuple[AppliedRequest, ...]:
         """Return what a manifest must remember, oldest first."""
-        return tuple(
-            AppliedRequest(request_id=request_id, results=tuple(result_to_json(r) for r in results))
-            for request_id, results in self._results.items()
-        )
+        return tuple(self._requests.values())
+
+    def _keep(self, request: AppliedRequest) -> None:
+        self._requests[request.request_id] = request
+        while len(self._requests) > self._capacity:
+            self._requests.popitem(last=False)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -24,11 +25,15 @@ from membank.bank_service.shard.contract import (
     Subscription,
 )
 from membank.bank_service.shard.draft import check_array
+from membank.bank_service.shard.journals import journal_folder
+from membank.bank_service.shard.lease import boot_clock
+from membank.bank_service.shard.lock_file import LockFile
+from membank.bank_service.shard.maintenance import InlineMaintenance, Maintenance
 from membank.bank_service.shard.optimizer import convert
 from membank.bank_service.shard.participant import Participant, owned
 from membank.bank_service.shard.partition import Partition
 from membank.bank_service.shard.reader import BlockReader, LoadedBlock
-from membank.bank_service.shard.recovery import PartitionLock, journal_folder, open_partition
+from membank.bank_service.shard.recovery import recover, take_over
 from membank.bank_service.shard.residency import Residency
 from membank.bank_service.shard.update_rule import UpdateRule
 from membank.bank_service.shard.watch import WatchHub
@@ -47,6 +52,11 @@ from membank.wire.records import (
     UpdateResult,
 )
 from membank.wire.spec import DTYPES, BankSpec, BlockRef, BlockState, Role, dtype_of
+
+_LOG = logging.getLogger(__name__)
+
+_LEASE_RENEWALS = 3
+"""Renewals in the length of a lease: two may fail before an owner has to ask in a call."""
 
 
 @dataclass(slots=True)
@@ -95,7 +105,9 @@ class Shard:
         shard_id: str = "shard-0",
         partitions: Sequence[int] | None = None,
         config: ShardConfig | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        maintenance: Maintenance | None = None,
+        clock: Callable[[], float] = boot_clock,
+        sleep: Callable[[float], None] = time.sleep,
         open_log_file: Callable[[Path], LogFile] = PosixLogFile,
     ) -> Shard:
         """Take partitions of a bank over, with every update that was acknowledged.
@@ -110,8 +122,12 @@ class Shard:
             Partitions to own; None = all.
         config
             Settings; None = the defaults.
+        maintenance
+            Runs what nobody waits for; closed with the shard. None = in the calls that cause it.
         clock
-            Monotonic seconds, for the patience with transactions.
+            Monotonic seconds, the time that the machine slept included.
+        sleep
+            Waits for some seconds: for the lease of an owner that may still be alive.
         open_log_file
             Makes the files of journals.
 
@@ -135,24 +151,24 @@ class Shard:
             rule=UpdateRule(bank.spec),
             residency=Residency(config.resident_bytes),
             hub=WatchHub(config.watch_queue_events),
+            num_partitions=len(numbers),
+            maintenance=maintenance or InlineMaintenance(),
             clock=clock,
+            sleep=sleep,
             open_log_file=open_log_file,
         )
         with ExitStack() as undo:
-            folders = {number: journal_folder(context, number) for number in numbers}
-            for number, folder in folders.items():
-                lock = PartitionLock(folder, f"partition {number} of bank {bank.spec.name}")
-                undo.callback(lock.release)
+            undo.callback(context.maintenance.close)
+            locks = _lock_partitions(context, numbers, undo)
             latest = bank.latest_number()
             revision = bank.latest_commit().revision
-            opened: dict[int, Partition] = {}
-            for number, folder in folders.items():
-                opened[number] = open_partition(context, number, folder, revision)
-                undo.callback(opened[number].close, consolidate=False)
+            opened = _open_partitions(context, locks, revision, undo)
             participant = Participant(context, opened, revision=revision, last_record=latest)
             # A revision that was decided meanwhile may be in force in some partitions only.
             participant.catch_up()
-            return cls(context, shard_id, opened, participant, undo.pop_all())
+            shard = cls(context, shard_id, opened, participant, undo.pop_all())
+        shard._start_duties()
+        return shard
 
     @property
     def spec(self) -> BankSpec:
@@ -195,6 +211,7 @@ class Shard:
             _fetched(ref, block, name, unchanged=block.entry.version == version)
             for ref, block, version in zip(refs, loaded, held, strict=True)
         )
+        self._require_leases(refs)
         with self._counting:
             self._counters.num_blocks_fetched += len(blocks)
             self._counters.num_bytes_fetched += sum(block.header.num_bytes for block in blocks)
@@ -286,7 +303,7 @@ class Shard:
             pid=os.getpid(),
             partitions=self.partitions,
             resident_bytes=resident_bytes,
-            journal_bytes=sum(p.journal.num_bytes for p in self._partitions.values()),
+            journal_bytes=sum(p.journal_bytes for p in self._partitions.values()),
             **counters,
         )
 
@@ -296,6 +313,7 @@ class Shard:
             return
         self._closed = True
         self._context.hub.close()
+        self._context.maintenance.close()
         with self._locks:
             for partition in self._partitions.values():
                 self._locks.callback(partition.close, consolidate=consolidate)
@@ -311,6 +329,26 @@ class Shard:
             )
             if block.arrays:
                 yield _content(ref, block)
+
+    def _start_duties(self) -> None:
+        config, maintenance = self._context.config, self._context.maintenance
+        if config.lease_s:
+            maintenance.every(config.lease_s / _LEASE_RENEWALS, self._renew_leases)
+        if config.ship_every_s:
+            maintenance.every(config.ship_every_s, self._ship)
+
+    def _renew_leases(self) -> None:
+        for partition in self._partitions.values():
+            with suppress(UnavailableError):  # found again, and told, by the next call
+                partition.renew_lease()
+
+    def _ship(self) -> None:
+        for partition in self._partitions.values():
+            partition.ship()
+
+    def _require_leases(self, refs: Sequence[BlockRef]) -> None:
+        for number in {self.spec.partition_of(ref) for ref in refs}:
+            self._partitions[number].require_lease()
 
     def _owner(self, ref: BlockRef) -> Partition:
         return owned(self._partitions, self.spec.partition_of(ref))
@@ -366,6 +404,40 @@ class Shard:
             self._counters.num_updates_applied += accepted
             self._counters.num_updates_refused += len(results) - accepted
             self._counters.num_bytes_pushed += sum(g.values.nbytes for g in gradients)
+
+
+def _lock_partitions(
+    context: ShardContext, numbers: Sequence[int], undo: ExitStack
+) -> dict[int, tuple[Path, str]]:
+    """Lock partitions; return the journal's folder and the lock's identity of each."""
+    locked = {}
+    for number in numbers:
+        folder = journal_folder(context, number)
+        lock = LockFile(folder, f"partition {number} of bank {context.bank.spec.name}")
+        undo.callback(lock.release)
+        locked[number] = (folder, lock.identity)
+    return locked
+
+
+def _open_partitions(
+    context: ShardContext,
+    locks: Mapping[int, tuple[Path, str]],
+    revision: int,
+    undo: ExitStack,
+) -> dict[int, Partition]:
+    """Take partitions over and recover them; one wait for the leases of all."""
+    takeovers = [
+        take_over(context, number, folder, identity) for number, (folder, identity) in locks.items()
+    ]
+    wait_s = max((takeover.wait_s for takeover in takeovers), default=0.0)
+    if wait_s:
+        _LOG.info("waiting %.1f s: an owner on another machine may still be answering", wait_s)
+        context.sleep(wait_s)
+    opened = {}
+    for takeover in takeovers:
+        opened[takeover.number] = recover(context, takeover, revision)
+        undo.callback(opened[takeover.number].close, consolidate=False)
+    return opened
 
 
 def _checked_partitions(spec: BankSpec, partitions: Sequence[int] | None) -> list[int]:

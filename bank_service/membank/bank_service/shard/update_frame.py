@@ -1,38 +1,45 @@
 """Journal frames of updates: what must be known to apply a push again, and to check that it was.
 
-A payload is ``u32 head length | head (JSON, UTF-8) | gradients``, the gradients of the accepted
-blocks one after the other, in the order of the head and in the dtype in which they came.
+A payload is ``u32 head length | head (JSON, UTF-8) | arrays``. There are two kinds:
+
+- ``UPDATE`` holds the gradients of the accepted blocks, in the dtype in which they came. It is
+  small, and replayed by computing every step again; the CRCs prove that the bits are the same.
+- ``IMAGE`` holds what the update made of each block: the arrays of all roles, in their order. It
+  is larger, and replayed by any machine, whatever its kernels compute. Journals that another
+  machine may have to replay are made of these.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from membank.bank_service.store.journal import Frame, FrameKind
 from membank.wire.crc import as_uint8
 from membank.wire.errors import Reason
+from membank.wire.format import NO_SLOT, Entry
 from membank.wire.records import Update, UpdateResult
-from membank.wire.spec import Array, BankSpec, BlockRef, dtype_of
+from membank.wire.spec import Array, BankSpec, BlockRef, Role, dtype_of
 
 _U32 = struct.Struct("<I")
 
 
 @dataclass(frozen=True, slots=True)
-class AppliedGradient:
-    """A gradient that was accepted, as journalled."""
+class AppliedBlock:
+    """One block of an update as journalled, or to be journalled."""
 
     ref: BlockRef
     """The block."""
-    version: int
-    """Version after it."""
-    crcs: tuple[int, ...]
-    """CRC-32C of each role after it."""
-    values: Array
-    """(L, P, R, D), read-only."""
+    after: Entry
+    """Its entry after the update; the slot is not meant."""
+    gradient: Array | None = None
+    """(L, P, R, D), what was applied; None in an ``IMAGE`` frame that was read."""
+    arrays: Mapping[Role, Array] | None = None
+    """Per role (L, P, R, D) after the update; None in an ``UPDATE`` frame that was read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,40 +54,65 @@ class UpdateFrame:
     """Fingerprint of the kernels that were used."""
     results: tuple[UpdateResult, ...]
     """What became of every gradient of the request in this partition."""
-    gradients: tuple[AppliedGradient, ...]
+    blocks: tuple[AppliedBlock, ...]
     """The accepted ones."""
 
 
 def encode_update(
+    kind: FrameKind,
     update: Update,
     results: Sequence[UpdateResult],
-    gradients: Sequence[AppliedGradient],
+    blocks: Sequence[AppliedBlock],
     kernel: str,
 ) -> list[bytes | memoryview]:
-    """Return the pieces of a frame's payload; the gradients are not copied."""
+    """Return the pieces of a frame's payload; arrays are not copied.
+
+    Parameters
+    ----------
+    kind
+        ``UPDATE`` or ``IMAGE``: which arrays of `blocks` to write.
+    update
+        The push.
+    results
+        What became of every gradient of it in this partition.
+    blocks
+        The accepted ones, with what `kind` asks for.
+    kernel
+        Fingerprint of the kernels that were used.
+    """
+    arrays: list[Array] = []
+    for block in blocks:
+        if kind is FrameKind.IMAGE:
+            assert block.arrays is not None
+            arrays += block.arrays.values()
+        else:
+            assert block.gradient is not None
+            arrays.append(block.gradient)
     head = {
         "request_id": update.request_id,
         "step": update.step,
         "scale": update.learning_rate_scale,
         "kernel": kernel,
         "results": [result_to_json(result) for result in results],
-        "gradients": [[*g.ref, g.version, g.values.dtype.name, g.crcs] for g in gradients],
+        "blocks": [_block_to_json(block) for block in blocks],
     }
     text = json.dumps(head, separators=(",", ":")).encode()
-    return [_U32.pack(len(text)), text, *(as_uint8(g.values).data for g in gradients)]
+    return [_U32.pack(len(text)), text, *(as_uint8(array).data for array in arrays)]
 
 
-def decode_update(payload: memoryview, spec: BankSpec) -> UpdateFrame:
-    """Decode a frame's payload, which the journal has checked."""
-    (length,) = _U32.unpack_from(payload)
+def decode_update(frame: Frame, spec: BankSpec) -> UpdateFrame:
+    """Decode a frame of an update, which the journal has checked."""
+    (length,) = _U32.unpack_from(frame.payload)
     start = _U32.size + length
-    head = json.loads(bytes(payload[_U32.size : start]))
+    head = json.loads(bytes(frame.payload[_U32.size : start]))
+    data = frame.payload[start:]
+    read = _images if frame.kind is FrameKind.IMAGE else _gradients
     return UpdateFrame(
         request_id=head["request_id"],
         learning_rate_scale=head["scale"],
         kernel=head["kernel"],
         results=tuple(result_from_json(item) for item in head["results"]),
-        gradients=tuple(_gradients(head["gradients"], payload[start:], spec)),
+        blocks=tuple(read(head["blocks"], data, spec)),
     )
 
 
@@ -101,15 +133,53 @@ def result_from_json(item: Sequence[object]) -> UpdateResult:
     )
 
 
+def _block_to_json(block: AppliedBlock) -> list[object]:
+    after = block.after
+    dtype = "" if block.gradient is None else block.gradient.dtype.name
+    return [*block.ref, after.version, after.step, after.updates, dtype, after.crcs]
+
+
+def _block_from_json(item: Sequence[object], spec: BankSpec) -> tuple[AppliedBlock, str]:
+    level, cluster, version, step, updates, dtype, crcs = item
+    after = Entry(
+        slot=NO_SLOT,
+        version=int(str(version)),
+        step=int(str(step)),
+        updates=int(str(updates)),
+        crcs=tuple(crcs),  # type: ignore[arg-type]  # from our own JSON
+    )
+    ref = BlockRef(int(str(level)), int(str(cluster)))
+    spec.check_ref(ref)
+    return AppliedBlock(ref, after), str(dtype)
+
+
 def _gradients(
     items: Sequence[Sequence[object]], data: memoryview, spec: BankSpec
-) -> Iterator[AppliedGradient]:
+) -> Iterator[AppliedBlock]:
     offset = 0
-    for level, cluster, version, dtype_name, crcs in items:
-        ref = BlockRef(level, cluster)  # type: ignore[arg-type]  # from our own JSON
-        dtype = dtype_of(str(dtype_name))
-        shape = spec.block_shape(ref.level)
-        count = int(np.prod(shape))
-        values = np.frombuffer(data, dtype, count=count, offset=offset).reshape(shape)
+    for item in items:
+        block, dtype = _block_from_json(item, spec)
+        values = _array(data, offset, dtype_of(dtype), spec.block_shape(block.ref.level))
         offset += values.nbytes
-        yield AppliedGradient(ref, version, tuple(crcs), values)  # type: ignore[arg-type]
+        yield replace(block, gradient=values)
+
+
+def _images(
+    items: Sequence[Sequence[object]], data: memoryview, spec: BankSpec
+) -> Iterator[AppliedBlock]:
+    offset = 0
+    for item in items:
+        block, _ = _block_from_json(item, spec)
+        arrays: dict[Role, Array] = {}
+        for role in spec.roles:
+            shape = spec.block_shape(block.ref.level)
+            arrays[role] = _array(data, offset, spec.role_dtype(role), shape)
+            offset += arrays[role].nbytes
+        yield replace(block, arrays=arrays)
+
+
+def _array(
+    data: memoryview, offset: int, dtype: np.dtype[np.generic], shape: tuple[int, ...]
+) -> Array:
+    count = int(np.prod(shape))
+    return np.frombuffer(data, dtype, count=count, offset=offset).reshape(shape)

@@ -27,6 +27,8 @@ REVISIONS = "revisions"
 TREES = "trees"
 SNAPSHOTS = "snapshots"
 AUDIT = "audit"
+CLAIM_KEY = "service.json"
+"""Who serves the bank; not part of it."""
 
 
 def revision_key(revision: int) -> str:

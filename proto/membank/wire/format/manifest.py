@@ -88,7 +88,13 @@ class Manifest:
     """Revision of the bank that this manifest belongs to. The newest manifest of a partition is
     the one with the greatest (revision, number) among those that count."""
     epoch: int
-    """Owner that wrote it; grows at every takeover."""
+    """Counts the owners of the partition; grows at every takeover."""
+    owner: str = ""
+    """Random; names the opening of the partition that wrote it."""
+    lock: str = ""
+    """Identity of the lock that the owner holds while it answers; empty = it does no more."""
+    lease_s: float = 0.0
+    """Seconds that the owner may answer after it last made sure that it is the owner."""
     nonce: str
     """Random; tells the writer that its own put succeeded although the answer was lost."""
     lsn: int
@@ -116,6 +122,9 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "number": manifest.number,
         "revision": manifest.revision,
         "epoch": manifest.epoch,
+        "owner": manifest.owner,
+        "lock": manifest.lock,
+        "lease_s": manifest.lease_s,
         "nonce": manifest.nonce,
         "lsn": manifest.lsn,
         "prepared": manifest.prepared,
@@ -167,6 +176,9 @@ def decode_manifest(data: bytes, *, num_roles: int, key: str) -> Manifest:
         number=header["number"],
         revision=header["revision"],
         epoch=header["epoch"],
+        owner=header["owner"],
+        lock=header["lock"],
+        lease_s=header["lease_s"],
         nonce=header["nonce"],
         lsn=header["lsn"],
         prepared=header["prepared"],

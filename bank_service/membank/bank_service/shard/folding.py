@@ -1,0 +1,260 @@
+"""Consolidation: from the journal into slots, a manifest that names them, and what may go then."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from membank.bank_service.shard.content import BlockRecord
+from membank.bank_service.shard.state import PartitionState
+from membank.wire.errors import (
+    FailedPreconditionError,
+    MembankError,
+    Reason,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from membank.wire.format import Entry, Manifest
+from membank.wire.spec import BlockRef
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Capture:
+    """A partition as it was at one moment."""
+
+    manifest: Manifest
+    """What to publish, but for the slots of the dirty blocks."""
+    dirty: Mapping[BlockRef, BlockRecord]
+    """Blocks whose content is in no slot."""
+
+
+class Folding:
+    """Consolidates one partition, and publishes its manifests.
+
+    Slots are written while updates go on: the manifest describes the moment of the capture, and
+    what came after stays in the journal.
+
+    Parameters
+    ----------
+    state
+        The partition.
+    """
+
+    def __init__(self, state: PartitionState) -> None:
+        self._state = state
+        self.number = state.number
+        self._consolidate_at = state.context.config.consolidate_bytes
+        # A removal may have been cut short before this owner started.
+        self._removal_pending = True
+
+    # ---- when
+
+    def is_due(self) -> bool:
+        """Say whether journal or dirty blocks are large enough to be folded."""
+        state = self._state
+        return (
+            state.journal.num_bytes >= self._consolidate_at
+            or state.table.dirty_bytes >= state.context.dirty_share_bytes
+        )
+
+    def is_full(self) -> bool:
+        """Say whether updates must wait for a consolidation."""
+        state = self._state
+        return (
+            state.journal.num_bytes >= state.context.config.journal_limit_bytes
+            or state.table.dirty_bytes >= 2 * state.context.dirty_share_bytes
+        )
+
+    def try_consolidate(self) -> None:
+        """Consolidate for the sake of room; a failure is noted for those who need the room."""
+        state, error = self._state, None
+        try:
+            self.consolidate()
+        except MembankError as err:
+            # The updates are in the journal, so they stand; try again after as many bytes.
+            self._consolidate_at = (
+                state.journal.num_bytes + state.context.config.consolidate_bytes
+            )
+            _LOG.warning("partition %d was not consolidated: %s", state.number, err)
+            error = err
+        with state.writer:
+            state.fold_error = error
+            state.changed.notify_all()
+
+    # ---- how
+
+    def consolidate(self) -> bool:
+        """Fold the journal into slots; False where a transaction holds the partition."""
+        with self._state.folding:
+            if self._state.held is not None:
+                return False
+            self.fold()
+            return True
+
+    def fold(self) -> None:
+        """Write dirty blocks to slots, publish a manifest that names them, trim the journal.
+
+        For the holder of `folding`; others call `consolidate`.
+        """
+        state = self._state
+        capture = self.capture()
+        if not capture.dirty and capture.manifest.lsn <= state.manifest.lsn:
+            return
+        with self._fresh_slots(capture.dirty) as slotted, self._lent(capture.dirty):
+            published = self.publish(_with_records(capture.manifest, slotted))
+            with state.context.state_lock:
+                state.manifest = published
+                state.table.rebase(published.entries)
+                for ref, record in slotted.items():
+                    if state.table.record(ref).entry.version == record.entry.version:
+                        state.set_record(ref, record)
+        self.tidy()
+
+    def capture(self) -> _Capture:
+        """Return the partition as it is now."""
+        state = self._state
+        with state.writer:
+            lsn = state.journal.last_lsn
+            requests = state.requests.export()
+            with state.context.state_lock:
+                dirty = state.table.dirty()
+                before = state.manifest
+                revision = state.revision
+        manifest = replace(
+            before,
+            revision=revision,
+            lsn=max(lsn, before.lsn),
+            entries={**before.entries, **{ref: record.entry for ref, record in dirty.items()}},
+            requests=requests,
+            prepared=False,
+        )
+        return _Capture(manifest, dirty)
+
+    def publish_prepared(
+        self, changes: Mapping[BlockRef, BlockRecord], revision: int
+    ) -> tuple[Manifest, dict[BlockRef, BlockRecord]]:
+        """Publish a manifest with `changes` that counts once `revision` is committed.
+
+        Parameters
+        ----------
+        changes
+            The changed blocks as they will be; new content (a dirty record) goes into slots.
+        revision
+            The revision.
+
+        Returns
+        -------
+        tuple[Manifest, dict[BlockRef, BlockRecord]]
+            The manifest, and the changed blocks with their slots.
+        """
+        fresh = {ref: record for ref, record in changes.items() if record.is_dirty}
+        draft = replace(self.capture().manifest, revision=revision, prepared=True)
+        with self._fresh_slots(fresh) as slotted:
+            records = {**changes, **slotted}
+            return self.publish(_with_records(draft, records)), records
+
+    def let_go(self) -> None:
+        """Say in the manifest that this owner answers no more, so that the next need not wait."""
+        state = self._state
+        if state.manifest.lease_s:
+            published = self.publish(replace(self.capture().manifest, lock=""))
+            with state.context.state_lock:
+                state.manifest = published
+
+    def publish(self, draft: Manifest) -> Manifest:
+        """Publish `draft` as the next manifest and return it as it stands.
+
+        Raises
+        ------
+        UnavailableError
+            If another owner took the partition over (FENCED); this one acknowledges nothing from
+            then on.
+        """
+        try:
+            return self._state.store.publish(draft)
+        except UnavailableError as err:
+            if err.reason is Reason.FENCED:
+                self._state.fenced = err
+            raise
+
+    @contextmanager
+    def _fresh_slots(
+        self, records: Mapping[BlockRef, BlockRecord]
+    ) -> Iterator[dict[BlockRef, BlockRecord]]:
+        """Write contents to fresh slots; yield the records that name them, to be published."""
+        store = self._state.store
+        slots = store.write_blocks(records)
+        try:
+            yield {
+                ref: replace(record, entry=replace(record.entry, slot=slots[ref]))
+                for ref, record in records.items()
+            }
+        except (ResourceExhaustedError, FailedPreconditionError):
+            # Surely not published, and the space may be needed. After any other error the
+            # manifest may exist in spite of it, so its slots must stay.
+            store.release((ref.level, slot) for ref, slot in slots.items())
+            raise
+
+    @contextmanager
+    def _lent(self, records: Mapping[BlockRef, BlockRecord]) -> Iterator[None]:
+        """Count the contents that are being written twice: their blocks may move on meanwhile."""
+        context = self._state.context
+        num_bytes = sum(r.content.num_bytes for r in records.values() if r.content is not None)
+        with context.state_lock:
+            context.residency.lend(num_bytes)
+        try:
+            yield
+        finally:
+            with context.state_lock:
+                context.residency.lend(-num_bytes)
+
+    # ---- what may go
+
+    def tidy(self) -> None:
+        """Trim the journal and remove what nothing retained needs; a failure is only logged."""
+        state = self._state
+        self._consolidate_at = state.context.config.consolidate_bytes
+        try:
+            state.journal.trim(state.manifest.lsn)
+            self.retire()
+        except MembankError as err:
+            # Nothing is lost: what was to go is found and removed again at the next attempt.
+            _LOG.warning("partition %d was not tidied: %s", state.number, err)
+
+    def retire(self) -> None:
+        """Remove the manifests, and their slots, that nothing retained needs."""
+        state = self._state
+        keep = state.store.retained(state.revision, state.context.config.retained_revisions)
+        if state.held is not None and state.held.manifest is not None:
+            keep.add(state.held.manifest.number)
+        state.store.retire(keep | {state.manifest.number})
+
+    def expect_removal(self) -> None:
+        """Note that blocks were deleted, whose bytes are still to be destroyed."""
+        self._removal_pending = True
+
+    def finish_removal(self) -> None:
+        """Destroy what journal and storage still hold of deleted blocks; may be repeated."""
+        state = self._state
+        with state.folding:
+            if not self._removal_pending:
+                return
+            state.journal.trim(state.manifest.lsn)
+            if state.journal.base < state.manifest.lsn:
+                # An earlier trim failed, and later updates share a segment with the deleted ones.
+                self.fold()
+                state.journal.trim(state.manifest.lsn)
+            state.store.purge(state.manifest)
+            self._removal_pending = False
+
+
+def _with_records(manifest: Manifest, records: Mapping[BlockRef, BlockRecord]) -> Manifest:
+    entries: dict[BlockRef, Entry] = {
+        **manifest.entries,
+        **{ref: record.entry for ref, record in records.items()},
+    }
+    return replace(manifest, entries=entries)

@@ -1,0 +1,183 @@
+"""Which journal a partition writes, and which one holds what its last owner acknowledged."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from membank.bank_service.shard.config import Durability
+from membank.bank_service.shard.context import ShardContext
+from membank.bank_service.store.journal import (
+    Journal,
+    LocalJournal,
+    ObjectJournal,
+    Ownership,
+    ShippedJournal,
+)
+from membank.bank_service.store.local_objects import LocalObjects
+from membank.wire.errors import CorruptionError, FailedPreconditionError, Reason
+from membank.wire.format import Manifest
+from membank.wire.format.layout import manifest_prefix, partition_prefix
+
+_LOG = logging.getLogger(__name__)
+
+
+def journal_folder(context: ShardContext, number: int) -> Path:
+    """Return the directory of the journal and the lock of partition `number`.
+
+    Raises
+    ------
+    FailedPreconditionError
+        If the bank is not in a directory and no `journal_dir` is set.
+    """
+    bank, configured = context.bank, context.config.journal_dir
+    if configured is not None:
+        return Path(configured) / bank.spec.bank_id / f"{number:04d}"
+    if isinstance(bank.objects, LocalObjects):
+        return bank.objects.root / partition_prefix(number) / "journal"
+    raise FailedPreconditionError(
+        f"{bank.url} is not a directory, so journal_dir must say where the journals go",
+        reason=Reason.BAD_CONFIG,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionJournals:
+    """The journals of a partition.
+
+    There are two where the settings have changed since the last owner: a bank that was served
+    with journals on a disk may be opened with journals in the bank's storage, and the other way
+    round. Nothing that was acknowledged may be overlooked for that.
+    """
+
+    journal: Journal
+    """Where the new owner writes."""
+    inherited: Journal | None
+    """Where the updates since the manifest are, if not in `journal`."""
+
+    def begin(self, ownership: Ownership, after_lsn: int) -> None:
+        """Let the new owner begin; from then on the old one appends nothing to them."""
+        if self.inherited is not None:
+            self.inherited.begin(ownership, after_lsn)
+            # A journal that begins after the manifest says that there is another one in between:
+            # so the inherited one is found again if this owner dies before it is in slots.
+            after_lsn = max(after_lsn, self.inherited.last_lsn)
+        self.journal.begin(ownership, after_lsn)
+
+    @property
+    def epoch(self) -> int:
+        """Greatest epoch that a journal knows; 0 = none."""
+        found = [self.journal.ownership, self.inherited.ownership if self.inherited else None]
+        return max((ownership.epoch for ownership in found if ownership is not None), default=0)
+
+
+def open_journals(
+    context: ShardContext, number: int, folder: Path, manifest: Manifest
+) -> PartitionJournals:
+    """Open the journals of partition `number` and find the one that continues `manifest`.
+
+    Parameters
+    ----------
+    context
+        What the shard's partitions share.
+    number
+        The partition.
+    folder
+        Directory of the journal, locked by the caller.
+    manifest
+        The newest manifest that counts.
+
+    Raises
+    ------
+    CorruptionError
+        If a journal is damaged, or the one that must be there is missing.
+    """
+    config, bank = context.config, context.bank
+    identity = f"{bank.spec.bank_id}/{number}"
+    local = LocalJournal.open(
+        folder,
+        identity,
+        sync=config.durability is Durability.HOST,
+        segment_bytes=config.segment_bytes,
+        open_file=context.open_log_file,
+    )
+    stored = ObjectJournal.open(bank.objects, number, identity)
+    journal: Journal
+    others: list[Journal]
+    if config.durability is Durability.STORE:
+        journal, others = stored, [local]
+    elif config.ship_every_s:
+        journal, others = ShippedJournal.open(local, stored), []
+    else:
+        journal, others = local, [stored]
+    found = [j for j in (journal, *others) if j.ownership is not None]
+    current = [j for j in found if _continues(j, manifest)]
+    if not current:
+        is_elsewhere = config.journal_dir is not None
+        _require_replaceable(found, manifest, folder, is_elsewhere=is_elsewhere)
+    for stale in found:
+        if stale not in current:
+            _discard(stale, manifest, folder)
+    if not current:
+        return PartitionJournals(journal, None)
+    joined = [j for j in current if j.base <= manifest.lsn]
+    if not joined:
+        raise _gap(current[0], manifest, folder)
+    return PartitionJournals(journal, None if joined[0] is journal else joined[0])
+
+
+def _continues(journal: Journal, manifest: Manifest) -> bool:
+    """Say whether `journal` was begun by the owner that wrote `manifest`, or after it."""
+    found = journal.ownership
+    return found is not None and (
+        (found.epoch, found.owner) == (manifest.epoch, manifest.owner)
+        or found.onto == manifest.nonce
+    )
+
+
+def _require_replaceable(
+    stale: list[Journal], manifest: Manifest, folder: Path, *, is_elsewhere: bool
+) -> None:
+    """Raise unless a partition may go on without the journal of its last owner.
+
+    It may if the journal was on another machine: what that one acknowledged since its last
+    consolidation (or shipping) is lost with it, as its durability says.
+    """
+    if manifest.number == 0 and stale:
+        prefix = manifest_prefix(manifest.partition)
+        raise CorruptionError(
+            f"the journal in {folder} continues a manifest, but {prefix} holds none; restore the "
+            "manifests from a copy",
+            reason=Reason.MANIFEST_CORRUPT,
+            metadata={"file": str(folder), "key": prefix},
+        )
+    if manifest.number and not is_elsewhere:
+        raise CorruptionError(
+            f"the journal in {folder} is missing, or its last segment is; restore it from a copy, "
+            "or set journal_dir if it is kept elsewhere",
+            reason=Reason.JOURNAL_CORRUPT,
+            metadata={"file": str(folder)},
+        )
+
+
+def _discard(journal: Journal, manifest: Manifest, folder: Path) -> None:
+    if journal.last_lsn > manifest.lsn:
+        _LOG.warning(
+            "discarding updates %d to %d in %s: another owner took the partition over without them",
+            manifest.lsn + 1,
+            journal.last_lsn,
+            folder,
+        )
+    journal.discard()
+
+
+def _gap(journal: Journal, manifest: Manifest, folder: Path) -> CorruptionError:
+    prefix = manifest_prefix(manifest.partition)
+    return CorruptionError(
+        f"the journal in {folder} continues after update {journal.base}, but the newest "
+        f"manifest in {prefix} (number {manifest.number}) ends at {manifest.lsn}; restore the "
+        "missing manifest or journal from a copy",
+        reason=Reason.MANIFEST_CORRUPT,
+        metadata={"file": str(folder), "key": prefix},
+    )
