@@ -99,6 +99,9 @@ class Manifest:
     """True where it counts only if the record of its revision is a commit that names it."""
     requests: tuple[AppliedRequest, ...] = field(default=())
     """Latest applied requests, oldest first."""
+    history_from: int = 0
+    """Oldest revision whose end is kept: what the end of this one and of each later one needs has
+    not been removed, and must not be while this manifest is in force."""
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -119,6 +122,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "nonce": manifest.nonce,
         "lsn": manifest.lsn,
         "prepared": manifest.prepared,
+        "history_from": manifest.history_from,
         "num_entries": len(table),
         "requests": [[request.request_id, request.results] for request in manifest.requests],
     }
@@ -170,6 +174,8 @@ def decode_manifest(data: bytes, *, num_roles: int, key: str) -> Manifest:
         nonce=header["nonce"],
         lsn=header["lsn"],
         prepared=header["prepared"],
+        # Writers before this field promised nothing of the revisions before their own.
+        history_from=header.get("history_from", header["revision"]),
         entries=_entries(table, num_roles),
         requests=tuple(
             AppliedRequest(
