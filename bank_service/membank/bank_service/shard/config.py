@@ -34,6 +34,8 @@ class ShardConfig:
     is not in slots yet is kept besides."""
     retained_revisions: int = 8
     """Newest revisions that can be rolled back to, besides snapshots; at least 1."""
+    retained_s: float = 0.0
+    """Revisions that ended less than so many seconds ago can be rolled back to as well, >= 0."""
     retained_requests: int = 1024
     """Newest pushes per partition of which a late retry is recognised, at least 1."""
     hold_wait_s: float = 5.0
@@ -53,7 +55,7 @@ class ShardConfig:
             "watch_queue_events",
         ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
-        for name in ("resident_bytes", "hold_wait_s", "settle_after_s"):
+        for name in ("resident_bytes", "retained_s", "hold_wait_s", "settle_after_s"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
 
 

@@ -327,11 +327,7 @@ class Partition:
 
     def retire(self) -> None:
         """Remove the manifests, and their slots, that nothing retained needs."""
-        num_revisions = self._context.config.retained_revisions
-        keep = self.store.retained(self.revision, num_revisions)
-        if self._held is not None and self._held.manifest is not None:
-            keep.add(self._held.manifest.number)
-        self.store.retire(keep | {self.manifest.number})
+        self.store.retire()
 
     def _maybe_consolidate(self) -> None:
         if self.journal.num_bytes < self._consolidate_at:
@@ -356,7 +352,7 @@ class Partition:
             If it is not retained (OBJECT_MISSING).
         """
         with self._writer:
-            if not self.store.has_manifest(number):
+            if not self.store.is_retained(number):
                 raise NotFoundError(
                     f"manifest {number} of partition {self.number} is not retained; "
                     "choose a later revision, or a snapshot",
@@ -369,7 +365,7 @@ class Partition:
         """Return how many slots hold versions of `refs`; one to come counts for a dirty block."""
         with self._writer:
             dirty = sum(self.record(ref).is_dirty for ref in refs)
-            return len(self.store.slots_of(refs)) + dirty
+            return self.store.num_slots(refs) + dirty
 
     def hold(self, revision: int) -> None:
         """Hold updates back for a transaction; no other may hold the partition."""

@@ -12,6 +12,7 @@ from membank.bank_service.shard.config import Durability
 from membank.bank_service.shard.context import ShardContext
 from membank.bank_service.shard.partition import Partition
 from membank.bank_service.shard.partition_store import PartitionStore
+from membank.bank_service.shard.retention import Retention
 from membank.bank_service.shard.update_frame import decode_update
 from membank.bank_service.store.journal import Journal
 from membank.bank_service.store.local_objects import LocalObjects
@@ -104,7 +105,12 @@ def open_partition(context: ShardContext, number: int, folder: Path, revision: i
         segment_bytes=config.segment_bytes,
         open_file=context.open_log_file,
     )
-    store = PartitionStore(context.bank, number)
+    retention = Retention(
+        num_revisions=config.retained_revisions,
+        ended_within_s=config.retained_s,
+        clock=context.wall_clock,
+    )
+    store = PartitionStore(context.bank, number, retention=retention)
     loaded = store.load_manifests()
     before = loaded.current or _empty_manifest(number)
     _check_continuity(journal, before, folder, is_elsewhere=config.journal_dir is not None)
