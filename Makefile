@@ -19,7 +19,7 @@ QUICK := -m "not slow and not ray" -n $(JOBS)
 SLOW := -m "slow or ray"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint type test test-slow test-all proto proto-check wheel demo study clean ci
+.PHONY: help setup s3-server fmt lint type test test-slow test-all proto proto-check wheel demo study clean ci
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,10 +50,13 @@ lint: setup ## formatting, rules, docstrings, import direction
 type: setup ## mypy, strict
 	$(BIN)/mypy
 
-test: setup ## the quick suite
+s3-server: ## install the S3 server that tests run against (Debian, as root; elsewhere it says why not)
+	scripts/s3/install.sh
+
+test: setup s3-server ## the quick suite
 	$(BIN)/pytest $(QUICK) $(PYTEST_ARGS)
 
-test-slow: setup ## the slow and the Ray tests
+test-slow: setup s3-server ## the slow and the Ray tests
 	$(BIN)/pytest $(SLOW) $(PYTEST_ARGS)
 
 test-all: test test-slow ## both suites

@@ -9,7 +9,7 @@ import typer
 
 from membank.cli.exits import run
 
-_COMMAND_MODULES = ("demo_command", "build", "serve", "train", "query", "operate")
+_COMMAND_MODULES = ("demo_command", "build", "serve", "train", "query", "operate", "bench_command")
 
 app = typer.Typer(
     name="membank",

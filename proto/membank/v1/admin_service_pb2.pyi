@@ -7,6 +7,7 @@ import builtins
 import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
+import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import membank.v1.types_pb2
 import sys
@@ -18,6 +19,50 @@ else:
     import typing_extensions
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+class _GarbageKind:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _GarbageKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_GarbageKind.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    GARBAGE_KIND_UNSPECIFIED: _GarbageKind.ValueType  # 0
+    """Not set; never sent by a server."""
+    GARBAGE_KIND_RETIRED_MANIFEST: _GarbageKind.ValueType  # 1
+    """Manifests that no retained revision and no snapshot needs."""
+    GARBAGE_KIND_ABANDONED_MANIFEST: _GarbageKind.ValueType  # 2
+    """Manifests that were prepared for a transaction that was given up."""
+    GARBAGE_KIND_RETIRED_SLOT: _GarbageKind.ValueType  # 3
+    """Slots that only such manifests name."""
+    GARBAGE_KIND_UNNAMED_SLOT: _GarbageKind.ValueType  # 4
+    """Slots that no manifest names: their writer failed before it published."""
+    GARBAGE_KIND_SNAPSHOT: _GarbageKind.ValueType  # 5
+    """Names of snapshots whose revision was never committed."""
+    GARBAGE_KIND_TREE: _GarbageKind.ValueType  # 6
+    """Tree documents that are not in force."""
+    GARBAGE_KIND_PROBE: _GarbageKind.ValueType  # 7
+    """What a test of the storage left, cut off in the middle."""
+
+class GarbageKind(_GarbageKind, metaclass=_GarbageKindEnumTypeWrapper):
+    """Kinds of objects that nothing needs."""
+
+GARBAGE_KIND_UNSPECIFIED: GarbageKind.ValueType  # 0
+"""Not set; never sent by a server."""
+GARBAGE_KIND_RETIRED_MANIFEST: GarbageKind.ValueType  # 1
+"""Manifests that no retained revision and no snapshot needs."""
+GARBAGE_KIND_ABANDONED_MANIFEST: GarbageKind.ValueType  # 2
+"""Manifests that were prepared for a transaction that was given up."""
+GARBAGE_KIND_RETIRED_SLOT: GarbageKind.ValueType  # 3
+"""Slots that only such manifests name."""
+GARBAGE_KIND_UNNAMED_SLOT: GarbageKind.ValueType  # 4
+"""Slots that no manifest names: their writer failed before it published."""
+GARBAGE_KIND_SNAPSHOT: GarbageKind.ValueType  # 5
+"""Names of snapshots whose revision was never committed."""
+GARBAGE_KIND_TREE: GarbageKind.ValueType  # 6
+"""Tree documents that are not in force."""
+GARBAGE_KIND_PROBE: GarbageKind.ValueType  # 7
+"""What a test of the storage left, cut off in the middle."""
+Global___GarbageKind: typing_extensions.TypeAlias = GarbageKind
 
 @typing.final
 class BlockChange(google.protobuf.message.Message):
@@ -819,8 +864,59 @@ class ListSnapshotsResponse(google.protobuf.message.Message):
 Global___ListSnapshotsResponse: typing_extensions.TypeAlias = ListSnapshotsResponse
 
 @typing.final
+class DeleteSnapshotRequest(google.protobuf.message.Message):
+    """Gives up a snapshot."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BANK_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    SNAPSHOT_FIELD_NUMBER: builtins.int
+    bank: builtins.str
+    """Name of the bank; empty = the one that is served."""
+    request_id: builtins.str
+    """Unique id of the request."""
+    snapshot: builtins.str
+    """Name of the snapshot."""
+    def __init__(
+        self,
+        *,
+        bank: builtins.str = ...,
+        request_id: builtins.str = ...,
+        snapshot: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bank", b"bank", "request_id", b"request_id", "snapshot", b"snapshot"]) -> None: ...
+
+Global___DeleteSnapshotRequest: typing_extensions.TypeAlias = DeleteSnapshotRequest
+
+@typing.final
+class DeleteSnapshotResponse(google.protobuf.message.Message):
+    """The snapshot that was given up."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SNAPSHOT_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
+    revision: builtins.int
+    """Revision of the bank after it."""
+    @property
+    def snapshot(self) -> Global___Snapshot:
+        """The snapshot."""
+
+    def __init__(
+        self,
+        *,
+        snapshot: Global___Snapshot | None = ...,
+        revision: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["snapshot", b"snapshot"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["revision", b"revision", "snapshot", b"snapshot"]) -> None: ...
+
+Global___DeleteSnapshotResponse: typing_extensions.TypeAlias = DeleteSnapshotResponse
+
+@typing.final
 class RollbackRequest(google.protobuf.message.Message):
-    """Rolls back."""
+    """Rolls back, to a snapshot or to a revision."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -829,14 +925,20 @@ class RollbackRequest(google.protobuf.message.Message):
     SNAPSHOT_FIELD_NUMBER: builtins.int
     TOPIC_FIELD_NUMBER: builtins.int
     DRY_RUN_FIELD_NUMBER: builtins.int
+    REVISION_PLUS_ONE_FIELD_NUMBER: builtins.int
+    ONLY_BLOCK_FIELD_NUMBER: builtins.int
     bank: builtins.str
     """Name of the bank; empty = the one that is served."""
     request_id: builtins.str
     """Unique id of the request."""
     snapshot: builtins.str
-    """Snapshot to return to."""
+    """Snapshot to return to; empty = the revision below."""
     dry_run: builtins.bool
     """True only reports what would change."""
+    revision_plus_one: builtins.int
+    """Revision to whose end to return, plus 1; 0 = the snapshot above."""
+    only_block: builtins.bool
+    """True leaves what lies under the topic as it is."""
     @property
     def topic(self) -> membank.v1.types_pb2.BlockRef:
         """Only this topic; unset = the whole bank."""
@@ -849,9 +951,11 @@ class RollbackRequest(google.protobuf.message.Message):
         snapshot: builtins.str = ...,
         topic: membank.v1.types_pb2.BlockRef | None = ...,
         dry_run: builtins.bool = ...,
+        revision_plus_one: builtins.int = ...,
+        only_block: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["topic", b"topic"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bank", b"bank", "dry_run", b"dry_run", "request_id", b"request_id", "snapshot", b"snapshot", "topic", b"topic"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bank", b"bank", "dry_run", b"dry_run", "only_block", b"only_block", "request_id", b"request_id", "revision_plus_one", b"revision_plus_one", "snapshot", b"snapshot", "topic", b"topic"]) -> None: ...
 
 Global___RollbackRequest: typing_extensions.TypeAlias = RollbackRequest
 
@@ -875,6 +979,98 @@ class RollbackResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["report", b"report"]) -> None: ...
 
 Global___RollbackResponse: typing_extensions.TypeAlias = RollbackResponse
+
+@typing.final
+class Garbage(google.protobuf.message.Message):
+    """Objects of one kind that nothing needs."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    NUM_OBJECTS_FIELD_NUMBER: builtins.int
+    NUM_BYTES_FIELD_NUMBER: builtins.int
+    KEYS_FIELD_NUMBER: builtins.int
+    kind: Global___GarbageKind.ValueType
+    """The kind."""
+    num_objects: builtins.int
+    """Number of objects."""
+    num_bytes: builtins.int
+    """Their bytes."""
+    @property
+    def keys(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Their keys in the bank's storage; only the first ones where there are very many."""
+
+    def __init__(
+        self,
+        *,
+        kind: Global___GarbageKind.ValueType = ...,
+        num_objects: builtins.int = ...,
+        num_bytes: builtins.int = ...,
+        keys: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["keys", b"keys", "kind", b"kind", "num_bytes", b"num_bytes", "num_objects", b"num_objects"]) -> None: ...
+
+Global___Garbage: typing_extensions.TypeAlias = Garbage
+
+@typing.final
+class CollectGarbageRequest(google.protobuf.message.Message):
+    """Asks for the removal of what nothing retained needs."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BANK_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
+    KEEP_REVISIONS_FIELD_NUMBER: builtins.int
+    bank: builtins.str
+    """Name of the bank; empty = the one that is served."""
+    request_id: builtins.str
+    """Unique id of the request."""
+    dry_run: builtins.bool
+    """True only reports what would be removed."""
+    keep_revisions: builtins.int
+    """Newest revisions whose history is kept, for good: what older ones need goes unless a snapshot
+    needs it too. 0 = as the settings of the service say.
+    """
+    def __init__(
+        self,
+        *,
+        bank: builtins.str = ...,
+        request_id: builtins.str = ...,
+        dry_run: builtins.bool = ...,
+        keep_revisions: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bank", b"bank", "dry_run", b"dry_run", "keep_revisions", b"keep_revisions", "request_id", b"request_id"]) -> None: ...
+
+Global___CollectGarbageRequest: typing_extensions.TypeAlias = CollectGarbageRequest
+
+@typing.final
+class CollectGarbageResponse(google.protobuf.message.Message):
+    """What was, or would be, removed."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    GARBAGE_FIELD_NUMBER: builtins.int
+    HISTORY_FROM_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
+    history_from: builtins.int
+    """Oldest revision that the whole bank can be rolled back to afterwards, snapshots aside."""
+    dry_run: builtins.bool
+    """True where nothing was removed."""
+    @property
+    def garbage(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Garbage]:
+        """One entry for each kind of which there was something."""
+
+    def __init__(
+        self,
+        *,
+        garbage: collections.abc.Iterable[Global___Garbage] | None = ...,
+        history_from: builtins.int = ...,
+        dry_run: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dry_run", b"dry_run", "garbage", b"garbage", "history_from", b"history_from"]) -> None: ...
+
+Global___CollectGarbageResponse: typing_extensions.TypeAlias = CollectGarbageResponse
 
 @typing.final
 class GetStatsRequest(google.protobuf.message.Message):
@@ -998,17 +1194,21 @@ class ListAuditRecordsRequest(google.protobuf.message.Message):
 
     BANK_FIELD_NUMBER: builtins.int
     LIMIT_FIELD_NUMBER: builtins.int
+    RETAINED_ONLY_FIELD_NUMBER: builtins.int
     bank: builtins.str
     """Name of the bank; empty = the one that is served."""
     limit: builtins.int
     """Records to return, newest first; 0 = 100."""
+    retained_only: builtins.bool
+    """True returns only the revisions that the whole bank can be rolled back to."""
     def __init__(
         self,
         *,
         bank: builtins.str = ...,
         limit: builtins.int = ...,
+        retained_only: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bank", b"bank", "limit", b"limit"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bank", b"bank", "limit", b"limit", "retained_only", b"retained_only"]) -> None: ...
 
 Global___ListAuditRecordsRequest: typing_extensions.TypeAlias = ListAuditRecordsRequest
 

@@ -92,10 +92,20 @@ class AdminServiceStub(object):
                 request_serializer=membank_dot_v1_dot_admin__service__pb2.ListSnapshotsRequest.SerializeToString,
                 response_deserializer=membank_dot_v1_dot_admin__service__pb2.ListSnapshotsResponse.FromString,
                 _registered_method=True)
+        self.DeleteSnapshot = channel.unary_unary(
+                '/membank.v1.AdminService/DeleteSnapshot',
+                request_serializer=membank_dot_v1_dot_admin__service__pb2.DeleteSnapshotRequest.SerializeToString,
+                response_deserializer=membank_dot_v1_dot_admin__service__pb2.DeleteSnapshotResponse.FromString,
+                _registered_method=True)
         self.Rollback = channel.unary_unary(
                 '/membank.v1.AdminService/Rollback',
                 request_serializer=membank_dot_v1_dot_admin__service__pb2.RollbackRequest.SerializeToString,
                 response_deserializer=membank_dot_v1_dot_admin__service__pb2.RollbackResponse.FromString,
+                _registered_method=True)
+        self.CollectGarbage = channel.unary_unary(
+                '/membank.v1.AdminService/CollectGarbage',
+                request_serializer=membank_dot_v1_dot_admin__service__pb2.CollectGarbageRequest.SerializeToString,
+                response_deserializer=membank_dot_v1_dot_admin__service__pb2.CollectGarbageResponse.FromString,
                 _registered_method=True)
         self.GetStats = channel.unary_unary(
                 '/membank.v1.AdminService/GetStats',
@@ -192,9 +202,25 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteSnapshot(self, request, context):
+        """Gives up a snapshot; what only it kept becomes garbage.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Rollback(self, request, context):
-        """Brings the bank or one topic back to a snapshot. Versions go on growing, and deleted blocks
-        stay deleted.
+        """Brings the bank, a topic or a block back to a snapshot, or to the end of a retained revision.
+        Versions go on growing, and deleted blocks stay deleted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CollectGarbage(self, request, context):
+        """Removes what nothing retained needs. No transaction, unless it gives up history: that is
+        written to the audit log before anything of it is removed. It may be cut off at any moment, and
+        a repetition goes on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -272,10 +298,20 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     request_deserializer=membank_dot_v1_dot_admin__service__pb2.ListSnapshotsRequest.FromString,
                     response_serializer=membank_dot_v1_dot_admin__service__pb2.ListSnapshotsResponse.SerializeToString,
             ),
+            'DeleteSnapshot': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteSnapshot,
+                    request_deserializer=membank_dot_v1_dot_admin__service__pb2.DeleteSnapshotRequest.FromString,
+                    response_serializer=membank_dot_v1_dot_admin__service__pb2.DeleteSnapshotResponse.SerializeToString,
+            ),
             'Rollback': grpc.unary_unary_rpc_method_handler(
                     servicer.Rollback,
                     request_deserializer=membank_dot_v1_dot_admin__service__pb2.RollbackRequest.FromString,
                     response_serializer=membank_dot_v1_dot_admin__service__pb2.RollbackResponse.SerializeToString,
+            ),
+            'CollectGarbage': grpc.unary_unary_rpc_method_handler(
+                    servicer.CollectGarbage,
+                    request_deserializer=membank_dot_v1_dot_admin__service__pb2.CollectGarbageRequest.FromString,
+                    response_serializer=membank_dot_v1_dot_admin__service__pb2.CollectGarbageResponse.SerializeToString,
             ),
             'GetStats': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStats,
@@ -599,6 +635,33 @@ class AdminService(object):
             _registered_method=True)
 
     @staticmethod
+    def DeleteSnapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/membank.v1.AdminService/DeleteSnapshot',
+            membank_dot_v1_dot_admin__service__pb2.DeleteSnapshotRequest.SerializeToString,
+            membank_dot_v1_dot_admin__service__pb2.DeleteSnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Rollback(request,
             target,
             options=(),
@@ -615,6 +678,33 @@ class AdminService(object):
             '/membank.v1.AdminService/Rollback',
             membank_dot_v1_dot_admin__service__pb2.RollbackRequest.SerializeToString,
             membank_dot_v1_dot_admin__service__pb2.RollbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectGarbage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/membank.v1.AdminService/CollectGarbage',
+            membank_dot_v1_dot_admin__service__pb2.CollectGarbageRequest.SerializeToString,
+            membank_dot_v1_dot_admin__service__pb2.CollectGarbageResponse.FromString,
             options,
             channel_credentials,
             insecure,

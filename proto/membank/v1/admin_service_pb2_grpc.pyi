@@ -201,6 +201,22 @@ _AdminServiceListSnapshotsType = typing_extensions.TypeVar(
     ],
 )
 
+_AdminServiceDeleteSnapshotType = typing_extensions.TypeVar(
+    '_AdminServiceDeleteSnapshotType',
+    grpc.UnaryUnaryMultiCallable[
+        membank.v1.admin_service_pb2.DeleteSnapshotRequest,
+        membank.v1.admin_service_pb2.DeleteSnapshotResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        membank.v1.admin_service_pb2.DeleteSnapshotRequest,
+        membank.v1.admin_service_pb2.DeleteSnapshotResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        membank.v1.admin_service_pb2.DeleteSnapshotRequest,
+        membank.v1.admin_service_pb2.DeleteSnapshotResponse,
+    ],
+)
+
 _AdminServiceRollbackType = typing_extensions.TypeVar(
     '_AdminServiceRollbackType',
     grpc.UnaryUnaryMultiCallable[
@@ -214,6 +230,22 @@ _AdminServiceRollbackType = typing_extensions.TypeVar(
     default=grpc.UnaryUnaryMultiCallable[
         membank.v1.admin_service_pb2.RollbackRequest,
         membank.v1.admin_service_pb2.RollbackResponse,
+    ],
+)
+
+_AdminServiceCollectGarbageType = typing_extensions.TypeVar(
+    '_AdminServiceCollectGarbageType',
+    grpc.UnaryUnaryMultiCallable[
+        membank.v1.admin_service_pb2.CollectGarbageRequest,
+        membank.v1.admin_service_pb2.CollectGarbageResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        membank.v1.admin_service_pb2.CollectGarbageRequest,
+        membank.v1.admin_service_pb2.CollectGarbageResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        membank.v1.admin_service_pb2.CollectGarbageRequest,
+        membank.v1.admin_service_pb2.CollectGarbageResponse,
     ],
 )
 
@@ -249,7 +281,7 @@ _AdminServiceListAuditRecordsType = typing_extensions.TypeVar(
     ],
 )
 
-class AdminServiceStub(typing.Generic[_AdminServiceCreateBankType, _AdminServiceListTopicsType, _AdminServiceDescribeBlocksType, _AdminServiceSwapBlocksType, _AdminServiceWithholdTopicType, _AdminServiceRestoreTopicType, _AdminServiceDeleteTopicType, _AdminServiceExportTopicType, _AdminServiceImportTopicType, _AdminServiceCreateSnapshotType, _AdminServiceListSnapshotsType, _AdminServiceRollbackType, _AdminServiceGetStatsType, _AdminServiceListAuditRecordsType]):
+class AdminServiceStub(typing.Generic[_AdminServiceCreateBankType, _AdminServiceListTopicsType, _AdminServiceDescribeBlocksType, _AdminServiceSwapBlocksType, _AdminServiceWithholdTopicType, _AdminServiceRestoreTopicType, _AdminServiceDeleteTopicType, _AdminServiceExportTopicType, _AdminServiceImportTopicType, _AdminServiceCreateSnapshotType, _AdminServiceListSnapshotsType, _AdminServiceDeleteSnapshotType, _AdminServiceRollbackType, _AdminServiceCollectGarbageType, _AdminServiceGetStatsType, _AdminServiceListAuditRecordsType]):
     """Changes and describes a bank. Every change is one transaction: it takes effect on all shards at
     one revision or not at all, carries a request id (a retry returns the first answer) and is
     written to the audit log with the name of the caller.
@@ -302,8 +334,16 @@ class AdminServiceStub(typing.Generic[_AdminServiceCreateBankType, _AdminService
             membank.v1.admin_service_pb2.ListSnapshotsResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
+            membank.v1.admin_service_pb2.DeleteSnapshotRequest,
+            membank.v1.admin_service_pb2.DeleteSnapshotResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
             membank.v1.admin_service_pb2.RollbackRequest,
             membank.v1.admin_service_pb2.RollbackResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            membank.v1.admin_service_pb2.CollectGarbageRequest,
+            membank.v1.admin_service_pb2.CollectGarbageResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             membank.v1.admin_service_pb2.GetStatsRequest,
@@ -362,8 +402,16 @@ class AdminServiceStub(typing.Generic[_AdminServiceCreateBankType, _AdminService
             membank.v1.admin_service_pb2.ListSnapshotsResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            membank.v1.admin_service_pb2.DeleteSnapshotRequest,
+            membank.v1.admin_service_pb2.DeleteSnapshotResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             membank.v1.admin_service_pb2.RollbackRequest,
             membank.v1.admin_service_pb2.RollbackResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            membank.v1.admin_service_pb2.CollectGarbageRequest,
+            membank.v1.admin_service_pb2.CollectGarbageResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
             membank.v1.admin_service_pb2.GetStatsRequest,
@@ -408,9 +456,18 @@ class AdminServiceStub(typing.Generic[_AdminServiceCreateBankType, _AdminService
     ListSnapshots: _AdminServiceListSnapshotsType
     """Lists snapshots."""
 
+    DeleteSnapshot: _AdminServiceDeleteSnapshotType
+    """Gives up a snapshot; what only it kept becomes garbage."""
+
     Rollback: _AdminServiceRollbackType
-    """Brings the bank or one topic back to a snapshot. Versions go on growing, and deleted blocks
-    stay deleted.
+    """Brings the bank, a topic or a block back to a snapshot, or to the end of a retained revision.
+    Versions go on growing, and deleted blocks stay deleted.
+    """
+
+    CollectGarbage: _AdminServiceCollectGarbageType
+    """Removes what nothing retained needs. No transaction, unless it gives up history: that is
+    written to the audit log before anything of it is removed. It may be cut off at any moment, and
+    a repetition goes on.
     """
 
     GetStats: _AdminServiceGetStatsType
@@ -465,8 +522,16 @@ AdminServiceAsyncStub: typing_extensions.TypeAlias = AdminServiceStub[
         membank.v1.admin_service_pb2.ListSnapshotsResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
+        membank.v1.admin_service_pb2.DeleteSnapshotRequest,
+        membank.v1.admin_service_pb2.DeleteSnapshotResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
         membank.v1.admin_service_pb2.RollbackRequest,
         membank.v1.admin_service_pb2.RollbackResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        membank.v1.admin_service_pb2.CollectGarbageRequest,
+        membank.v1.admin_service_pb2.CollectGarbageResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         membank.v1.admin_service_pb2.GetStatsRequest,
@@ -573,13 +638,32 @@ class AdminServiceServicer(metaclass=abc.ABCMeta):
         """Lists snapshots."""
 
     @abc.abstractmethod
+    def DeleteSnapshot(
+        self,
+        request: membank.v1.admin_service_pb2.DeleteSnapshotRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[membank.v1.admin_service_pb2.DeleteSnapshotResponse, collections.abc.Awaitable[membank.v1.admin_service_pb2.DeleteSnapshotResponse]]:
+        """Gives up a snapshot; what only it kept becomes garbage."""
+
+    @abc.abstractmethod
     def Rollback(
         self,
         request: membank.v1.admin_service_pb2.RollbackRequest,
         context: _ServicerContext,
     ) -> typing.Union[membank.v1.admin_service_pb2.RollbackResponse, collections.abc.Awaitable[membank.v1.admin_service_pb2.RollbackResponse]]:
-        """Brings the bank or one topic back to a snapshot. Versions go on growing, and deleted blocks
-        stay deleted.
+        """Brings the bank, a topic or a block back to a snapshot, or to the end of a retained revision.
+        Versions go on growing, and deleted blocks stay deleted.
+        """
+
+    @abc.abstractmethod
+    def CollectGarbage(
+        self,
+        request: membank.v1.admin_service_pb2.CollectGarbageRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[membank.v1.admin_service_pb2.CollectGarbageResponse, collections.abc.Awaitable[membank.v1.admin_service_pb2.CollectGarbageResponse]]:
+        """Removes what nothing retained needs. No transaction, unless it gives up history: that is
+        written to the audit log before anything of it is removed. It may be cut off at any moment, and
+        a repetition goes on.
         """
 
     @abc.abstractmethod

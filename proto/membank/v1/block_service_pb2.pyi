@@ -158,12 +158,17 @@ class FetchBlocksRequest(google.protobuf.message.Message):
     HELD_VERSION_PLUS_ONE_FIELD_NUMBER: builtins.int
     DTYPE_FIELD_NUMBER: builtins.int
     MIN_REVISION_FIELD_NUMBER: builtins.int
+    SNAPSHOT_FIELD_NUMBER: builtins.int
     bank: builtins.str
     """Name of the bank; empty = the one that is served."""
     dtype: membank.v1.types_pb2.DataType.ValueType
     """Element type to send; UNSPECIFIED = as kept in the bank."""
     min_revision: builtins.int
     """Answer only at this revision or a later one; UNAVAILABLE where the shard is behind."""
+    snapshot: builtins.str
+    """Read the blocks as this snapshot pins them; empty = as they are. The answer has the revision of
+    the snapshot. What is withheld or deleted by now is answered as such.
+    """
     @property
     def refs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[membank.v1.types_pb2.BlockRef]:
         """The blocks, at most 65,536."""
@@ -182,8 +187,9 @@ class FetchBlocksRequest(google.protobuf.message.Message):
         held_version_plus_one: collections.abc.Iterable[builtins.int] | None = ...,
         dtype: membank.v1.types_pb2.DataType.ValueType = ...,
         min_revision: builtins.int = ...,
+        snapshot: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bank", b"bank", "dtype", b"dtype", "held_version_plus_one", b"held_version_plus_one", "min_revision", b"min_revision", "refs", b"refs"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bank", b"bank", "dtype", b"dtype", "held_version_plus_one", b"held_version_plus_one", "min_revision", b"min_revision", "refs", b"refs", "snapshot", b"snapshot"]) -> None: ...
 
 Global___FetchBlocksRequest: typing_extensions.TypeAlias = FetchBlocksRequest
 

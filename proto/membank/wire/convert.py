@@ -17,6 +17,9 @@ from membank.wire.records import (
     BlockDescription,
     BlockEvent,
     BlockHeader,
+    Garbage,
+    GarbageKind,
+    GarbageReport,
     PartitionOwner,
     Placement,
     ShardStats,
@@ -377,6 +380,45 @@ def snapshot_from_pb(message: admin_pb.Snapshot) -> Snapshot:
     return Snapshot(
         name=message.name, revision=message.revision, create_time_s=message.create_time_s
     )
+
+
+def garbage_to_pb(report: GarbageReport) -> admin_pb.CollectGarbageResponse:
+    """Encode what a collection removed."""
+    return admin_pb.CollectGarbageResponse(
+        garbage=[
+            admin_pb.Garbage(
+                # The numbers are the same on purpose.
+                kind=admin_pb.GarbageKind.ValueType(garbage.kind),
+                num_objects=garbage.num_objects,
+                num_bytes=garbage.num_bytes,
+                keys=garbage.keys,
+            )
+            for garbage in report.garbage
+        ],
+        history_from=report.history_from,
+        dry_run=report.dry_run,
+    )
+
+
+def garbage_from_pb(message: admin_pb.CollectGarbageResponse) -> GarbageReport:
+    """Decode what a collection removed."""
+    return GarbageReport(
+        garbage=tuple(
+            Garbage(
+                kind=_garbage_kind(garbage.kind),
+                num_objects=garbage.num_objects,
+                num_bytes=garbage.num_bytes,
+                keys=tuple(garbage.keys),
+            )
+            for garbage in message.garbage
+        ),
+        history_from=message.history_from,
+        dry_run=message.dry_run,
+    )
+
+
+def _garbage_kind(value: int) -> GarbageKind:
+    return GarbageKind(value) if value in set(GarbageKind) else GarbageKind.UNKNOWN
 
 
 _SHARD_COUNTERS = (

@@ -93,6 +93,7 @@ class Reason(StrEnum):
     REPLAY_MISMATCH = "REPLAY_MISMATCH"
     MISSING_EXTRA = "MISSING_EXTRA"
     UNEXPECTED = "UNEXPECTED"
+    UNKNOWN_REVISION = "UNKNOWN_REVISION"
 
 
 class MembankError(Exception):

@@ -7,6 +7,7 @@ shape (L, P, R, D); the down part is kept transposed so that all three parts hav
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 from membank.wire.errors import Reason
 from membank.wire.spec import Array, BankSpec, BlockRef, BlockState
@@ -230,6 +231,58 @@ class Snapshot:
     """Revision it pins."""
     create_time_s: float
     """Seconds since 1970-01-01 UTC."""
+
+
+class GarbageKind(IntEnum):
+    """Kinds of objects that nothing needs; the numbers travel."""
+
+    UNKNOWN = 0
+    """A kind that only a newer service knows."""
+    RETIRED_MANIFEST = 1
+    """A manifest that no retained revision and no snapshot needs."""
+    ABANDONED_MANIFEST = 2
+    """A manifest that was prepared for a transaction that was given up."""
+    RETIRED_SLOT = 3
+    """Part of a slot that only such manifests name."""
+    UNNAMED_SLOT = 4
+    """Part of a slot that no manifest names: its writer failed before it published."""
+    SNAPSHOT = 5
+    """The name of a snapshot whose revision was never committed."""
+    TREE = 6
+    """A tree document that is not in force."""
+    PROBE = 7
+    """What a test of the storage left, cut off in the middle."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Garbage:
+    """Objects of one kind that nothing needs."""
+
+    kind: GarbageKind
+    """The kind."""
+    num_objects: int
+    """How many."""
+    num_bytes: int
+    """Their bytes."""
+    keys: tuple[str, ...] = ()
+    """Their keys in the bank's storage; the first ones only where there are very many."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GarbageReport:
+    """What a collection removed, or would remove."""
+
+    garbage: tuple[Garbage, ...]
+    """One entry for each kind of which there was something."""
+    history_from: int
+    """Oldest revision that the whole bank can be rolled back to afterwards, snapshots aside."""
+    dry_run: bool = False
+    """True where nothing was removed."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in all."""
+        return sum(garbage.num_bytes for garbage in self.garbage)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

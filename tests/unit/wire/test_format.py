@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -50,6 +51,7 @@ MANIFEST = Manifest(
         BlockRef(2, 0): Entry(slot=NO_SLOT, version=1, state=BlockState.WITHHELD),
     },
     requests=(AppliedRequest(request_id="r", results=((1, 2, True, 8, ""),)),),
+    history_from=2,
 )
 TREE = TreeDocument(
     labels={BlockRef(1, 0): "metals", BlockRef(2, 1): "iron"},
@@ -74,6 +76,18 @@ RECORD = RevisionRecord(
 
 def test_manifest_round_trip() -> None:
     assert decode_manifest(encode_manifest(MANIFEST), num_roles=3, key="k") == MANIFEST
+
+
+def test_a_manifest_without_a_promise_of_history_promises_its_own_revision() -> None:
+    data = encode_manifest(MANIFEST)
+    start = len(b"MBMANIF1") + 4
+    head_length = int.from_bytes(data[start - 4 : start], "little")
+    header = json.loads(data[start : start + head_length])
+    del header["history_from"]
+    head = json.dumps(header).encode()
+    body = b"MBMANIF1" + len(head).to_bytes(4, "little") + head + data[start + head_length : -4]
+    older = body + crc32c(body).to_bytes(4, "little")
+    assert decode_manifest(older, num_roles=3, key="k").history_from == MANIFEST.revision
 
 
 def test_spec_round_trip() -> None:

@@ -71,8 +71,10 @@ METHOD_ROLES: Mapping[str, Role] = MappingProxyType(
         _ADMIN + "ExportTopic": Role.OPERATOR,
         _ADMIN + "ImportTopic": Role.OPERATOR,
         _ADMIN + "CreateSnapshot": Role.OPERATOR,
+        _ADMIN + "DeleteSnapshot": Role.OPERATOR,
         _ADMIN + "Rollback": Role.OPERATOR,
         _ADMIN + "ListAuditRecords": Role.OPERATOR,
+        _ADMIN + "CollectGarbage": Role.ADMIN,
         _ADMIN + "CreateBank": Role.ADMIN,
     }
 )

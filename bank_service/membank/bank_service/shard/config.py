@@ -61,6 +61,8 @@ class ShardConfig:
     yet are written back when they fill a third of it, and updates wait at two thirds."""
     retained_revisions: int = 8
     """Newest revisions that can be rolled back to, besides snapshots; at least 1."""
+    retained_s: float = 0.0
+    """Revisions that ended less than so many seconds ago can be rolled back to as well, >= 0."""
     retained_requests: int = 1024
     """Newest pushes per partition of which a late retry is recognised, at least 1."""
     hold_wait_s: float = 5.0
@@ -84,7 +86,11 @@ class ShardConfig:
             "watch_queue_events",
         ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+<<<<<<< HEAD
         for name in ("resident_bytes", "hold_wait_s", "settle_after_s", "lease_s", "ship_every_s"):
+=======
+        for name in ("resident_bytes", "retained_s", "hold_wait_s", "settle_after_s"):
+>>>>>>> main
             _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         limit = max(self.journal_limit_bytes, self.consolidate_bytes)
         object.__setattr__(self, "journal_limit_bytes", limit)

@@ -16,7 +16,7 @@ from membank.wire.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from membank.wire.format import Entry, Manifest
+from membank.wire.format import EntryTable, Manifest
 from membank.wire.spec import BlockRef
 
 _LOG = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class _Capture:
     """A partition as it was at one moment."""
 
     manifest: Manifest
-    """What to publish, but for the slots of the dirty blocks."""
+    """What to publish, but for the entries of the dirty blocks."""
     dirty: Mapping[BlockRef, BlockRecord]
     """Blocks whose content is in no slot."""
 
@@ -128,7 +128,6 @@ class Folding:
             before,
             revision=revision,
             lsn=max(lsn, before.lsn),
-            entries={**before.entries, **{ref: record.entry for ref, record in dirty.items()}},
             requests=requests,
             prepared=False,
         )
@@ -227,11 +226,7 @@ class Folding:
 
     def retire(self) -> None:
         """Remove the manifests, and their slots, that nothing retained needs."""
-        state = self._state
-        keep = state.store.retained(state.revision, state.context.config.retained_revisions)
-        if state.held is not None and state.held.manifest is not None:
-            keep.add(state.held.manifest.number)
-        state.store.retire(keep | {state.manifest.number})
+        self._state.store.retire()
 
     def expect_removal(self) -> None:
         """Note that blocks were deleted, whose bytes are still to be destroyed."""
@@ -253,8 +248,7 @@ class Folding:
 
 
 def _with_records(manifest: Manifest, records: Mapping[BlockRef, BlockRecord]) -> Manifest:
-    entries: dict[BlockRef, Entry] = {
-        **manifest.entries,
-        **{ref: record.entry for ref, record in records.items()},
-    }
-    return replace(manifest, entries=entries)
+    table = EntryTable.of(manifest.entries)
+    return replace(
+        manifest, entries=table.updated({ref: record.entry for ref, record in records.items()})
+    )

@@ -134,7 +134,7 @@ class Partition:
             If it is not retained (OBJECT_MISSING).
         """
         with self._state.folding:
-            if not self.store.has_manifest(number):
+            if not self.store.is_retained(number):
                 raise NotFoundError(
                     f"manifest {number} of partition {self.number} is not retained; "
                     "choose a later revision, or a snapshot",
@@ -147,7 +147,7 @@ class Partition:
         """Return how many slots hold versions of `refs`; one to come counts for a dirty block."""
         with self._state.folding:
             dirty = sum(self._state.record(ref).is_dirty for ref in refs)
-            return len(self.store.slots_of(refs)) + dirty
+            return self.store.num_slots(refs) + dirty
 
     def hold(self, revision: int) -> None:
         """Hold updates back until `release` or `finish`; a consolidation under way ends first."""
@@ -188,11 +188,10 @@ class Partition:
         """Hold updates back for a transaction that was prepared before a restart."""
         state = self._state
         with state.folding, state.writer:
-            before = self._folding.capture().manifest.entries
             records = {
                 ref: BlockRecord(entry)
                 for ref, entry in manifest.entries.items()
-                if before.get(ref) != entry
+                if state.record(ref).entry != entry
             }
             state.held = Hold(manifest.revision, state.context.clock(), manifest, records)
 

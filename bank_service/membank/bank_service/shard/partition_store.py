@@ -15,6 +15,14 @@ from membank.bank_service.shard.content import (
     initial_content,
     zero_state,
 )
+from membank.bank_service.shard.retention import Chain, Retention, StoredManifest
+from membank.bank_service.shard.slot_sets import (
+    SlotName,
+    names_of,
+    slots_of,
+    union,
+    without,
+)
 from membank.bank_service.store.arrays import SlotArrays
 from membank.bank_service.store.bank import Bank
 from membank.wire.errors import (
@@ -28,9 +36,6 @@ from membank.wire.errors import (
 from membank.wire.format import NO_SLOT, Entry, Manifest, encode_manifest
 from membank.wire.format.layout import manifest_key, revision_key
 from membank.wire.spec import Array, BlockRef, BlockState, Role
-
-SlotName = tuple[int, int]
-"""Level and slot."""
 
 _MAX_WRITERS = 8
 _IN_FLIGHT_BYTES = 64 << 20
@@ -61,16 +66,22 @@ class PartitionStore:
         The bank.
     partition
         The partition.
+    retention
+        How much history to keep; None = the defaults.
     """
 
-    def __init__(self, bank: Bank, partition: int) -> None:
+    def __init__(self, bank: Bank, partition: int, *, retention: Retention | None = None) -> None:
         self._bank = bank
         self._partition = partition
+        self._retention = retention or Retention()
         self._arrays = SlotArrays(bank.objects, bank.spec, partition)
-        self._slots_of: dict[int, frozenset[SlotName]] = {}
+        self._stored: dict[int, StoredManifest] = {}
         self._slot_lock = Lock()
         self._next_slot: dict[int, int] = {}
         self._next_number = 1
+        # Written by this owner and named by no manifest that it knows: about to be published, or
+        # by one whose publication may have succeeded although it was reported as failed.
+        self._unpublished: set[SlotName] = set()
 
     def load_manifests(self) -> LoadedManifests:
         """Find the manifest in force, and remove those that were prepared and given up.
@@ -168,6 +179,7 @@ class PartitionStore:
                     written.append(role)
             except MembankError as err:
                 self._arrays.delete(ref.level, slot, written)
+                self._unpublished.discard((ref.level, slot))
                 # Left by a writer that died before it published: take the next one.
                 if not isinstance(err, AlreadyExistsError):
                     raise
@@ -178,6 +190,7 @@ class PartitionStore:
         with self._slot_lock:
             slot = self._next_slot.get(level, 0)
             self._next_slot[level] = slot + 1
+            self._unpublished.add((level, slot))
         self._arrays.reserve(level, slot)
         return slot
 
@@ -191,8 +204,13 @@ class PartitionStore:
         """
         number = self._next_number
         self._next_number += 1
+        floor = self._retention.floor(self._bank, manifest.revision)
         numbered = replace(
-            manifest, partition=self._partition, number=number, nonce=uuid.uuid4().hex
+            manifest,
+            partition=self._partition,
+            number=number,
+            nonce=uuid.uuid4().hex,
+            history_from=max(manifest.history_from, floor),
         )
         try:
             self._bank.publish_manifest(numbered)
@@ -210,7 +228,7 @@ class PartitionStore:
             If somebody has (FENCED), or the storage does not answer.
         """
         # Copied first: what is known then may be removed meanwhile, but was no stranger's.
-        known = set(self._slots_of)
+        known = set(self._stored)
         for number in self._bank.manifest_numbers(self._partition):
             if number in known:
                 continue
@@ -233,44 +251,61 @@ class PartitionStore:
         """Return a stored manifest."""
         return self._bank.read_manifest(self._partition, number)
 
-    def has_manifest(self, number: int) -> bool:
-        """Say whether a manifest is stored."""
-        return number in self._slots_of
+    def is_retained(self, number: int) -> bool:
+        """Say whether a manifest counts and is needed."""
+        stored = self._stored.get(number)
+        return (
+            stored is not None
+            and self._counts(stored) is True
+            and number in self._needed(self.history_from)
+        )
 
-    def slots_of(self, refs: Collection[BlockRef]) -> set[SlotName]:
-        """Return every slot of any stored version of `refs`."""
-        return {slot for number in self._slots_of for slot in _slots(self.manifest(number), refs)}
+    @property
+    def history_from(self) -> int:
+        """Oldest revision that can be returned to, snapshots aside."""
+        # What is undecided may be in force soon, and its promise with it.
+        undecided = [m for m in self._stored.values() if self._counts(m) is None]
+        newest = self._chain().newest
+        promises = [m.history_from for m in (newest, *undecided) if m is not None]
+        return min(promises, default=0)
 
-    def retire(self, keep: Collection[int]) -> None:
-        """Remove the manifests not in `keep`, and the slots that only they name."""
-        for number in sorted(set(self._slots_of) - set(keep)):
+    def ends(self) -> dict[int, int]:
+        """Return the number of the manifest that ends each revision that has one of its own."""
+        return self._chain().ends()
+
+    def num_slots(self, refs: Collection[BlockRef]) -> int:
+        """Return how many slots hold stored versions of `refs`."""
+        return len(
+            {slot for number in self._stored for slot in _slots(self.manifest(number), refs)}
+        )
+
+    def retire(self) -> None:
+        """Remove the manifests that nothing retained needs, and the slots that only they name."""
+        for number in sorted(self._stored.keys() - self._needed(self.history_from)):
             self.drop(number)
 
     def drop(self, number: int) -> None:
         """Remove one manifest and the slots that only it names."""
-        others = [slots for other, slots in self._slots_of.items() if other != number]
+        others = [m.slots for m in self._stored.values() if m.number != number]
         # Slots first: a crash in between leaves the manifest, by which they are found again.
-        self.release(self._slots_of[number].difference(*others))
+        self.release(names_of(without(self._stored[number].slots, others)))
         self._bank.objects.delete(manifest_key(self._partition, number))
-        del self._slots_of[number]
+        del self._stored[number]
 
     def release(self, slots: Iterable[SlotName]) -> None:
         """Remove slots that no manifest names."""
         for level, slot in slots:
             self._arrays.delete(level, slot)
+            self._unpublished.discard((level, slot))
 
-    def retained(self, revision: int, num_revisions: int) -> set[int]:
-        """Return the manifests that the newest revisions up to `revision`, or snapshots, need."""
-        revisions = {snapshot.revision for snapshot in self._bank.snapshots()}
-        committed = 0
-        for number in range(revision, -1, -1):
-            record = self._bank.record(number)
-            if record is not None and record.committed:
-                revisions.add(number)
-                committed += 1
-            if committed == num_revisions:
-                break
-        return {self._bank.named_manifest(number, self._partition) for number in revisions}
+    def _chain(self) -> Chain:
+        return Chain(m for m in self._stored.values() if self._counts(m))
+
+    def _needed(self, history_from: int) -> set[int]:
+        """Return the numbers of the manifests that are needed; undecided ones are."""
+        undecided = {n for n, m in self._stored.items() if self._counts(m) is None}
+        pinned = [snapshot.revision for snapshot in self._bank.snapshots()]
+        return undecided | self._chain().needed(history_from, pinned)
 
     def purge(self, current: Manifest) -> int:
         """Destroy what storage holds of the blocks that `current` says are deleted.
@@ -291,7 +326,7 @@ class PartitionStore:
         }
         if not deleted:
             return 0
-        stored = [self.manifest(number) for number in self._slots_of]
+        stored = [self.manifest(number) for number in self._stored]
         # A prepared manifest is later than `current` and may create a deleted block anew.
         older = [manifest for manifest in stored if _order(manifest) < _order(current)]
         affected = [manifest for manifest in older if _names_content(manifest, deleted)]
@@ -301,11 +336,11 @@ class PartitionStore:
         for level, slot in doomed:
             self._arrays.delete(level, slot)
         # What a crashed writer left in slots that no manifest names may be of these blocks too.
-        used = set().union(*self._slots_of.values())
+        used = set(names_of(union(m.slots for m in self._stored.values())))
         for level in {ref.level for ref in deleted}:
             for slot in self._arrays.stored_slots(level):
                 if (level, slot) not in used:
-                    self._arrays.delete(level, slot)
+                    self.release([(level, slot)])
         for manifest in affected:
             scrubbed = replace(manifest, entries=_scrubbed(manifest.entries, deleted))
             key = manifest_key(self._partition, manifest.number)
@@ -313,7 +348,7 @@ class PartitionStore:
             self._note(scrubbed)
         return len(doomed)
 
-    def _counts(self, manifest: Manifest) -> bool | None:
+    def _counts(self, manifest: Manifest | StoredManifest) -> bool | None:
         """Say whether a manifest is in force (docs/format.md); None = undecided."""
         if not manifest.prepared:
             return True
@@ -333,7 +368,7 @@ class PartitionStore:
                 metadata={"key": revision_key(current.revision)},
             )
         named = self._bank.named_manifest(revision, self._partition)
-        if named and (named not in self._slots_of or current is None):
+        if named and (named not in self._stored or current is None):
             key = manifest_key(self._partition, named)
             raise CorruptionError(
                 f"{self._bank.url}/{key} is missing, which revision {revision} names; "
@@ -343,14 +378,17 @@ class PartitionStore:
             )
 
     def _note(self, manifest: Manifest) -> None:
-        slots = frozenset(
-            (ref.level, entry.slot)
-            for ref, entry in manifest.entries.items()
-            if entry.slot != NO_SLOT
+        slots = slots_of(manifest)
+        self._stored[manifest.number] = StoredManifest(
+            number=manifest.number,
+            revision=manifest.revision,
+            prepared=manifest.prepared,
+            history_from=manifest.history_from,
+            slots=slots,
         )
-        self._slots_of[manifest.number] = slots
-        for level, slot in slots:
+        for level, slot in names_of(slots):
             self._next_slot[level] = max(self._next_slot.get(level, 0), slot + 1)
+            self._unpublished.discard((level, slot))
         self._next_number = max(self._next_number, manifest.number + 1)
 
 

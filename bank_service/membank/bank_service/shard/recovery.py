@@ -17,6 +17,7 @@ from membank.bank_service.shard.journals import PartitionJournals, open_journals
 from membank.bank_service.shard.lease import MARGIN
 from membank.bank_service.shard.partition import Partition
 from membank.bank_service.shard.partition_store import PartitionStore
+from membank.bank_service.shard.retention import Retention
 from membank.bank_service.shard.state import PartitionState
 from membank.bank_service.shard.update_frame import decode_update
 from membank.bank_service.store.journal import Ownership
@@ -61,7 +62,12 @@ def take_over(context: ShardContext, number: int, folder: Path, lock: str) -> Ta
     CorruptionError
         If something that was acknowledged is missing or damaged; names the file.
     """
-    store = PartitionStore(context.bank, number)
+    retention = Retention(
+        num_revisions=context.config.retained_revisions,
+        ended_within_s=context.config.retained_s,
+        clock=context.wall_clock,
+    )
+    store = PartitionStore(context.bank, number, retention=retention)
     loaded = store.load_manifests()
     before = loaded.current or _empty_manifest(number)
     journals = open_journals(context, number, folder, before)

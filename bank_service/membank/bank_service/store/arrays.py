@@ -60,6 +60,32 @@ class SlotArrays:
         with self._lock:
             return self._load_capacity(level)
 
+    def read_capacity(self, level: int, role: Role) -> int:
+        """Return the number of slots that one array declares, read anew; 0 = it is not there.
+
+        Raises
+        ------
+        CorruptionError
+            If its metadata is damaged or describes another array.
+        """
+        key = self._metadata_key(level, role)
+        try:
+            data = self._objects.get(key)
+        except NotFoundError:
+            return 0
+        try:
+            found = json.loads(data)
+            capacity = int(found["shape"][0])
+            expected = json.loads(self._metadata(level, role, capacity))
+            differing = sorted(name for name in expected if found.get(name) != expected[name])
+            if found["codecs"] != _CODECS and "codecs" not in differing:
+                differing.append("codecs")
+        except (ValueError, KeyError, TypeError, IndexError) as err:
+            raise _bad_metadata(key, str(err)) from err
+        if differing:
+            raise _bad_metadata(key, f"unexpected {', '.join(differing)}")
+        return capacity
+
     def reserve(self, level: int, slot: int) -> None:
         """Make the arrays of `level` large enough to hold `slot`."""
         with self._lock:
@@ -145,32 +171,13 @@ class SlotArrays:
 
     def _load_capacity(self, level: int) -> int:
         if level not in self._capacity:
-            capacities = [self._read_metadata(level, role) for role in self._spec.roles]
+            capacities = [self.read_capacity(level, role) for role in self._spec.roles]
             # A grown array keeps its slots, so a growth that was cut short is simply repeated.
             self._capacity[level] = min(capacities)
         return self._capacity[level]
 
     def _metadata_key(self, level: int, role: Role) -> str:
         return f"{array_prefix(self._partition, level, role)}/zarr.json"
-
-    def _read_metadata(self, level: int, role: Role) -> int:
-        key = self._metadata_key(level, role)
-        try:
-            data = self._objects.get(key)
-        except NotFoundError:
-            return 0
-        try:
-            found = json.loads(data)
-            capacity = int(found["shape"][0])
-            expected = json.loads(self._metadata(level, role, capacity))
-            differing = sorted(name for name in expected if found.get(name) != expected[name])
-            if found["codecs"] != _CODECS and "codecs" not in differing:
-                differing.append("codecs")
-        except (ValueError, KeyError, TypeError, IndexError) as err:
-            raise _bad_metadata(key, str(err)) from err
-        if differing:
-            raise _bad_metadata(key, f"unexpected {', '.join(differing)}")
-        return capacity
 
     def _metadata(self, level: int, role: Role, capacity: int) -> bytes:
         dtype = self._spec.dtype if role is Role.WEIGHT else "float32"

@@ -4,9 +4,10 @@ Shards and anything that opens a bank without a server decode with the same func
 """
 
 from membank.wire.format.document import decode_spec, encode_spec
+from membank.wire.format.entries import NO_SLOT, Entry, EntryTable
 from membank.wire.format.initial import initial_weight
 from membank.wire.format.layout import FORMAT_VERSION
-from membank.wire.format.manifest import NO_SLOT, Entry, Manifest, decode_manifest, encode_manifest
+from membank.wire.format.manifest import Manifest, decode_manifest, encode_manifest
 from membank.wire.format.revision import RevisionRecord, decode_revision, encode_revision
 from membank.wire.format.slot import decode_slot, encode_slot
 from membank.wire.format.snapshot import decode_snapshot, encode_snapshot
@@ -16,6 +17,7 @@ __all__ = [
     "FORMAT_VERSION",
     "NO_SLOT",
     "Entry",
+    "EntryTable",
     "Manifest",
     "RevisionRecord",
     "TreeDocument",

@@ -19,51 +19,12 @@ import numpy as np
 
 from membank.wire.crc import crc32c
 from membank.wire.errors import CorruptionError, Reason
+from membank.wire.format.entries import ENTRY_DTYPE, Entry, EntryTable
 from membank.wire.format.layout import FORMAT_VERSION
-from membank.wire.spec import BlockRef, BlockState
+from membank.wire.spec import BlockRef
 
 MAGIC = b"MBMANIF1"
-NO_SLOT = 0xFFFF_FFFF
-"""Slot of an entry that has no stored content (as initialised, or deleted)."""
-
-MAX_ROLES = 3
-"""Arrays per block that an entry has room for: the weight and two of optimizer state."""
-
-ENTRY_DTYPE = np.dtype(
-    [
-        ("level", "u1"),
-        ("state", "u1"),
-        ("reserved", "<u2"),
-        ("cluster", "<u4"),
-        ("slot", "<u4"),
-        ("step", "<u4"),
-        ("version", "<u8"),
-        ("crc", "<u4", (MAX_ROLES,)),
-        ("updates", "<u4"),
-    ]
-)
-
 _U32 = struct.Struct("<I")
-_MAX_U32 = 0xFFFF_FFFF
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
-    """What a manifest says of one block."""
-
-    slot: int
-    """Row in the zarr arrays of its level, one for all roles; `NO_SLOT` = no stored content."""
-    version: int
-    """Version of the block."""
-    state: BlockState = BlockState.ACTIVE
-    """State of the block."""
-    step: int = 0
-    """Gradient steps taken; the optimizer's bias correction counts by it."""
-    updates: int = 0
-    """Updates since the last administrative change, at most 2^32-1. A gradient whose base is
-    further back was computed on other content and is refused."""
-    crcs: tuple[int, ...] = ()
-    """CRC-32C of each role's content, in the order of the spec's roles; empty without a slot."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,17 +66,14 @@ class Manifest:
     """True where it counts only if the record of its revision is a commit that names it."""
     requests: tuple[AppliedRequest, ...] = field(default=())
     """Latest applied requests, oldest first."""
+    history_from: int = 0
+    """Oldest revision whose end is kept: what the end of this one and of each later one needs has
+    not been removed, and must not be while this manifest is in force."""
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """Encode `manifest` (module docstring)."""
-    table = np.zeros(len(manifest.entries), ENTRY_DTYPE)
-    for row, (ref, entry) in zip(table, sorted(manifest.entries.items()), strict=True):
-        row["level"], row["cluster"] = ref
-        row["state"], row["slot"] = entry.state, entry.slot
-        row["step"], row["version"] = entry.step, entry.version
-        row["updates"] = min(entry.updates, _MAX_U32)
-        row["crc"][: len(entry.crcs)] = entry.crcs
+    table = EntryTable.of(manifest.entries)
     header = {
         "format": FORMAT_VERSION,
         "partition": manifest.partition,
@@ -128,6 +86,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "nonce": manifest.nonce,
         "lsn": manifest.lsn,
         "prepared": manifest.prepared,
+        "history_from": manifest.history_from,
         "num_entries": len(table),
         "requests": [[request.request_id, request.results] for request in manifest.requests],
     }
@@ -182,7 +141,9 @@ def decode_manifest(data: bytes, *, num_roles: int, key: str) -> Manifest:
         nonce=header["nonce"],
         lsn=header["lsn"],
         prepared=header["prepared"],
-        entries=_entries(table, num_roles),
+        # Writers before this field promised nothing of the revisions before their own.
+        history_from=header.get("history_from", header["revision"]),
+        entries=_entries(table, num_roles, key),
         requests=tuple(
             AppliedRequest(
                 request_id=request_id,
@@ -193,24 +154,11 @@ def decode_manifest(data: bytes, *, num_roles: int, key: str) -> Manifest:
     )
 
 
-def _entries(table: np.ndarray, num_roles: int) -> dict[BlockRef, Entry]:
-    # tolist() of whole columns is ten times faster than reading rows of a structured array.
-    crcs = table["crc"][:, :num_roles].tolist()
-    names = ("level", "cluster", "slot", "version", "state", "step", "updates")
-    columns = (table[name].tolist() for name in names)
-    return {
-        BlockRef(level, cluster): Entry(
-            slot=slot,
-            version=version,
-            state=BlockState(state),
-            step=step,
-            updates=updates,
-            crcs=() if slot == NO_SLOT else tuple(crc),
-        )
-        for level, cluster, slot, version, state, step, updates, crc in zip(
-            *columns, crcs, strict=True
-        )
-    }
+def _entries(table: np.ndarray, num_roles: int, key: str) -> EntryTable:
+    try:
+        return EntryTable(table, num_roles)
+    except ValueError as err:
+        raise _corrupt(key, str(err)) from err
 
 
 def _corrupt(key: str, problem: str) -> CorruptionError:

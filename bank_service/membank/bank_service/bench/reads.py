@@ -1,0 +1,134 @@
+"""Reading a block that is not resident, beside reading its file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+
+import numpy as np
+
+from membank.bank_service.bench.banks import (
+    PLAIN_SGD,
+    BlockSize,
+    WrittenBank,
+    flat_spec,
+    written_bank,
+)
+from membank.bank_service.bench.contract import Progress, Row, Target
+from membank.bank_service.bench.measure import interleave, rates, stopwatch
+from membank.bank_service.bench.scale import Scale
+from membank.wire.format.layout import slot_key
+from membank.wire.spec import Role
+
+_TARGET = Target(0.7, at_least=True)
+
+
+class PageCache(StrEnum):
+    """State of the page cache before each sample, the same for both sides."""
+
+    WARM = "warm"
+    COLD = "cold"
+
+
+class ReadBench:
+    """Reads every block of a bank once per sample.
+
+    Parameters
+    ----------
+    folder
+        Where the bank is made.
+    size
+        Size of its blocks.
+    cache
+        Whether files are in the page cache.
+    scale
+        How much is read.
+    """
+
+    def __init__(self, folder: Path, size: BlockSize, cache: PageCache, scale: Scale) -> None:
+        self._folder = folder
+        self._size = size
+        self._cache = cache
+        self._scale = scale
+        self.name = f"read-{size.label}-{cache.value}"
+        self.expected_s = 4.0
+
+    def run(self, progress: Progress) -> Row:
+        # docstring inherited
+        weight_bytes = flat_spec(self._size, 1, optimizer=PLAIN_SGD).weight_bytes(1)
+        num_blocks = max(4, self._scale.sample_bytes // weight_bytes)
+        spec = flat_spec(self._size, num_blocks, optimizer=PLAIN_SGD)
+        written = written_bank(self._folder / self.name, spec)
+        files = _slot_files(written)
+        row = Row(
+            name=self.name,
+            what=f"weights of {num_blocks} blocks of {weight_bytes} bytes that are not resident, "
+            "CRC checked / np.fromfile of the same files, both with the page cache "
+            f"{self._cache.value}",
+            unit="MB/s",
+            target=_TARGET,
+        )
+        if self._cache is PageCache.COLD:
+            _drop(files)
+            if _is_cached(files[0]):
+                return replace(row, reason="this file system keeps files in memory regardless")
+
+        def ours() -> float:
+            self._prepare(files)
+            with stopwatch() as watch:
+                for ref in written.records:
+                    written.read(ref)
+            return watch.seconds
+
+        def raw() -> float:
+            self._prepare(files)
+            with stopwatch() as watch:
+                for file in files:
+                    np.fromfile(file, np.uint8)
+            return watch.seconds
+
+        pairs = interleave(ours, raw, num_pairs=self._scale.num_pairs, progress=progress)
+        return replace(row, samples=rates(pairs, num_blocks * weight_bytes / 1e6))
+
+    def _prepare(self, files: Sequence[Path]) -> None:
+        if self._cache is PageCache.COLD:
+            _drop(files)
+
+
+def _slot_files(written: WrittenBank) -> list[Path]:
+    spec = written.bank.spec
+    return [
+        Path(written.bank.url)
+        / slot_key(spec.partition_of(ref), ref.level, Role.WEIGHT, record.entry.slot)
+        for ref, record in written.records.items()
+    ]
+
+
+def _drop(files: Sequence[Path]) -> None:
+    """Take files out of the page cache."""
+    for file in files:
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            # Pages that wait to be written cannot be dropped.
+            os.fdatasync(handle)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)
+
+
+def _is_cached(file: Path) -> bool:
+    """Say whether the beginning of a file can be read without a device."""
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.preadv(handle, [bytearray(1)], 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # the file system cannot tell
+    else:
+        return True
+    finally:
+        os.close(handle)

@@ -1,0 +1,48 @@
+"""Sets of slots as sorted arrays: a partition remembers one for every manifest that it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from membank.wire.format import NO_SLOT, Manifest
+
+SlotName = tuple[int, int]
+"""Level and slot."""
+
+SlotSet = npt.NDArray[np.uint64]
+"""Slots, sorted, none twice: 8 bytes each, where a set of tuples takes some 150."""
+
+_SHIFT = 32
+
+
+def slot_set(names: Iterable[SlotName]) -> SlotSet:
+    """Return the set of `names`."""
+    return np.unique(np.array([level << _SHIFT | slot for level, slot in names], np.uint64))
+
+
+def slots_of(manifest: Manifest) -> SlotSet:
+    """Return the slots that a manifest names."""
+    return slot_set(
+        (ref.level, entry.slot) for ref, entry in manifest.entries.items() if entry.slot != NO_SLOT
+    )
+
+
+def names_of(slots: SlotSet) -> Iterator[SlotName]:
+    """Yield the members, by level, then by slot."""
+    for packed in slots.tolist():
+        yield packed >> _SHIFT, packed & NO_SLOT
+
+
+def union(sets: Iterable[SlotSet]) -> SlotSet:
+    """Return what is in any of `sets`."""
+    return np.unique(np.concatenate([np.empty(0, np.uint64), *sets]))
+
+
+def without(slots: SlotSet, others: Iterable[SlotSet]) -> SlotSet:
+    """Return the members of `slots` that are in none of `others`."""
+    for other in others:
+        slots = np.setdiff1d(slots, other, assume_unique=True)
+    return slots
