@@ -13,7 +13,8 @@ from membank.bank_service.shard.content import (
     initial_content,
 )
 from membank.bank_service.shard.partition_store import PartitionStore
-from membank.bank_service.shard.residency import Records, Residency
+from membank.bank_service.shard.residency import Residency
+from membank.bank_service.shard.table import BlockTable
 from membank.wire.format import NO_SLOT, Entry, initial_weight
 from membank.wire.spec import Array, BlockRef, Role
 from tiny_bank import create_bank, tiny_spec
@@ -62,25 +63,45 @@ def _record(slot: int, crcs: tuple[int, ...] = (1, 2, 3)) -> BlockRecord:
 
 def test_the_least_recently_used_clean_content_goes_first() -> None:
     size = initial_content(tiny_spec(), A).num_bytes
-    residency = Residency(2 * size)
-    records: Records = {}
-    residency.put(records, A, _record(0))
-    residency.put(records, B, _record(1))
+    residency, table = Residency(2 * size), BlockTable({})
+    residency.put(table, A, _record(0))
+    residency.put(table, B, _record(1))
     residency.touch(A)
-    residency.put(records, C, _record(2))
-    assert [ref for ref in (A, B, C) if records[ref].content is not None] == [A, C]
-    assert records[B].entry.slot == 1
+    residency.put(table, C, _record(2))
+    assert [ref for ref in (A, B, C) if table.record(ref).content is not None] == [A, C]
+    assert table.record(B).entry.slot == 1
     assert residency.num_bytes == 2 * size
 
 
-def test_dirty_content_never_goes() -> None:
-    residency = Residency(0)
-    records: Records = {}
-    residency.put(records, A, _record(NO_SLOT))
-    residency.put(records, B, _record(1))
-    assert records[A].content is not None
-    assert records[B].content is None
+def test_dirty_content_counts_and_never_goes() -> None:
+    residency, table = Residency(0), BlockTable({})
+    residency.put(table, A, _record(NO_SLOT))
+    residency.put(table, B, _record(1))
+    dirty = table.record(A)
+    assert dirty.content is not None
+    assert table.record(B).content is None
+    assert residency.num_bytes == table.dirty_bytes == dirty.content.num_bytes
     # Once in a slot, it goes like any other.
-    residency.put(records, A, _record(4))
-    assert records[A].content is None
+    residency.put(table, A, _record(4))
+    assert table.record(A).content is None
+    assert (residency.num_bytes, table.dirty_bytes) == (0, 0)
+
+
+def test_what_a_consolidation_holds_makes_clean_content_go() -> None:
+    size = initial_content(tiny_spec(), A).num_bytes
+    residency, table = Residency(size), BlockTable({})
+    residency.put(table, A, _record(0))
+    residency.lend(size)
+    assert table.record(A).content is None
+    residency.lend(-size)
     assert residency.num_bytes == 0
+
+
+def test_a_table_remembers_only_what_the_manifest_does_not_say() -> None:
+    entries = {ref: _record(slot).entry for slot, ref in enumerate((A, B))}
+    table = BlockTable(entries)
+    table.set(A, BlockRecord(Entry(slot=7, version=2, crcs=(1, 2, 3))))
+    assert [table.record(ref).entry.slot for ref in (A, B)] == [7, 1]
+    table.rebase({**entries, A: Entry(slot=8, version=3, crcs=(1, 2, 3))})
+    assert table.record(A).entry.slot == 8
+    assert table.record(C).is_initial

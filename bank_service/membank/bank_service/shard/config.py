@@ -86,11 +86,14 @@ class ShardConfig:
             "watch_queue_events",
         ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
-<<<<<<< HEAD
-        for name in ("resident_bytes", "hold_wait_s", "settle_after_s", "lease_s", "ship_every_s"):
-=======
-        for name in ("resident_bytes", "retained_s", "hold_wait_s", "settle_after_s"):
->>>>>>> main
+        for name in (
+            "resident_bytes",
+            "retained_s",
+            "hold_wait_s",
+            "settle_after_s",
+            "lease_s",
+            "ship_every_s",
+        ):
             _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         limit = max(self.journal_limit_bytes, self.consolidate_bytes)
         object.__setattr__(self, "journal_limit_bytes", limit)

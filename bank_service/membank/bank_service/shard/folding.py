@@ -105,7 +105,7 @@ class Folding:
         if not capture.dirty and capture.manifest.lsn <= state.manifest.lsn:
             return
         with self._fresh_slots(capture.dirty) as slotted, self._lent(capture.dirty):
-            published = self.publish(_with_records(capture.manifest, slotted))
+            published = self.publish(self._with(capture.manifest, slotted))
             with state.context.state_lock:
                 state.manifest = published
                 state.table.rebase(published.entries)
@@ -154,7 +154,7 @@ class Folding:
         draft = replace(self.capture().manifest, revision=revision, prepared=True)
         with self._fresh_slots(fresh) as slotted:
             records = {**changes, **slotted}
-            return self.publish(_with_records(draft, records)), records
+            return self.publish(self._with(draft, records)), records
 
     def let_go(self) -> None:
         """Say in the manifest that this owner answers no more, so that the next need not wait."""
@@ -211,6 +211,11 @@ class Folding:
             with context.state_lock:
                 context.residency.lend(-num_bytes)
 
+    def _with(self, manifest: Manifest, records: Mapping[BlockRef, BlockRecord]) -> Manifest:
+        table = EntryTable.of(manifest.entries, len(self._state.context.bank.spec.roles))
+        entries = {ref: record.entry for ref, record in records.items()}
+        return replace(manifest, entries=table.updated(entries))
+
     # ---- what may go
 
     def tidy(self) -> None:
@@ -245,10 +250,3 @@ class Folding:
                 state.journal.trim(state.manifest.lsn)
             state.store.purge(state.manifest)
             self._removal_pending = False
-
-
-def _with_records(manifest: Manifest, records: Mapping[BlockRef, BlockRecord]) -> Manifest:
-    table = EntryTable.of(manifest.entries)
-    return replace(
-        manifest, entries=table.updated({ref: record.entry for ref, record in records.items()})
-    )

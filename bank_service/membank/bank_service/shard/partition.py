@@ -153,6 +153,11 @@ class Partition:
         """Hold updates back until `release` or `finish`; a consolidation under way ends first."""
         state = self._state
         with state.folding, state.writer:
+            assert state.held is None
+            if state.fenced is not None:
+                raise state.fenced
+            # A journal that failed cannot be trimmed, so it would keep what is to be deleted.
+            state.journal.require_usable()
             state.held = Hold(revision, state.context.clock())
 
     def fold_held(self) -> None:

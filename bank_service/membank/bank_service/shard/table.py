@@ -61,10 +61,6 @@ class BlockTable:
         for ref in bare:
             del self._records[ref]
 
-    def entries(self) -> Mapping[BlockRef, Entry]:
-        """Return the entries of the manifest in force."""
-        return self._entries
-
     def _drop_dirty(self, ref: BlockRef) -> None:
         old = self._dirty.pop(ref, None)
         if old is not None and old.content is not None:
