@@ -18,6 +18,8 @@ from membank.bank_service.shard.content import (
     Content,
 )
 from membank.bank_service.shard.context import ShardContext
+from membank.bank_service.shard.contract import PartitionGarbage, PartitionHistory
+from membank.bank_service.shard.garbage import MAX_REMOVED, summed
 from membank.bank_service.shard.optimizer import kernel_fingerprint
 from membank.bank_service.shard.partition_store import PartitionStore
 from membank.bank_service.shard.request_log import RequestLog
@@ -160,7 +162,7 @@ class Partition:
             if accepted:
                 applied = [item.applied for item in accepted]
                 payload = encode_update(update, results, applied, self._kernel)
-                self.journal.append(FrameKind.UPDATE, payload)
+                self.journal.append(FrameKind.UPDATE, [payload])
                 self._install(update.request_id, results, accepted)
                 self._maybe_consolidate()
             return results, False
@@ -308,8 +310,16 @@ class Partition:
             prepared=prepared_for is not None,
             requests=self._requests.export(),
         )
-        try:
+        return self._publish(draft)
+
+    def _publish(self, draft: Manifest) -> Manifest:
+        with self._noticing_fence():
             return self.store.publish(draft)
+
+    @contextmanager
+    def _noticing_fence(self) -> Iterator[None]:
+        try:
+            yield
         except UnavailableError as err:
             if err.reason is Reason.FENCED:
                 self._fenced = err
@@ -328,6 +338,45 @@ class Partition:
     def retire(self) -> None:
         """Remove the manifests, and their slots, that nothing retained needs."""
         self.store.retire()
+
+    def history(self) -> PartitionHistory:
+        """Return what the partition can be returned to."""
+        with self._writer:
+            return PartitionHistory(
+                partition=self.number,
+                history_from=self.store.history_from,
+                ends=self.store.ends(),
+            )
+
+    def collect(self, *, history_from: int, dry_run: bool) -> PartitionGarbage:
+        """Remove what nothing retained needs (see `ShardApi.collect`)."""
+        # Nothing is folded or prepared meanwhile, so no slot is written that is still to be named.
+        with self._writer:
+            if self._fenced is not None:
+                raise self._fenced
+            floor = self._give_up_history(history_from, dry_run=dry_run)
+            with self._noticing_fence():
+                items = self.store.garbage(floor)
+                if not dry_run:
+                    self.store.remove(items[:MAX_REMOVED])
+        removed = items if dry_run else items[:MAX_REMOVED]
+        return PartitionGarbage(
+            garbage=summed(removed), history_from=floor, is_complete=len(removed) == len(items)
+        )
+
+    def _give_up_history(self, history_from: int, *, dry_run: bool) -> int:
+        """Promise no more than what settings and caller ask to keep; return what is promised."""
+        floor = max(self.store.floor(self.revision), min(history_from, self.revision))
+        if dry_run or not self.store.would_free(floor):
+            return floor
+        if self._held is not None:
+            raise self._in_transaction()
+        # The manifest first: while it promises the older history, nothing of that may go.
+        promise = replace(self.manifest, history_from=floor, prepared=False)
+        published = self._publish(promise)
+        with self._context.state_lock:
+            self.manifest = published
+        return floor
 
     def _maybe_consolidate(self) -> None:
         if self.journal.num_bytes < self._consolidate_at:
@@ -487,13 +536,16 @@ class Partition:
     def _wait_until_free(self) -> None:
         wait_s = self._context.config.hold_wait_s
         if not self._released.wait_for(lambda: self._held is None, wait_s):
-            raise UnavailableError(
-                f"a transaction holds partition {self.number} back; retry",
-                reason=Reason.TRANSACTION_IN_PROGRESS,
-                metadata={"partition": str(self.number)},
-            )
+            raise self._in_transaction()
         if self._fenced is not None:
             raise self._fenced
+
+    def _in_transaction(self) -> UnavailableError:
+        return UnavailableError(
+            f"a transaction holds partition {self.number} back; retry",
+            reason=Reason.TRANSACTION_IN_PROGRESS,
+            metadata={"partition": str(self.number)},
+        )
 
     def _replay_mismatch(self, frame: UpdateFrame, applied: AppliedGradient) -> CorruptionError:
         return CorruptionError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import uuid
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from membank.bank_service.shard.partition import Partition
 from membank.bank_service.shard.partition_store import PartitionStore
 from membank.bank_service.shard.retention import Retention
 from membank.bank_service.shard.update_frame import decode_update
-from membank.bank_service.store.journal import Journal
+from membank.bank_service.store.journal import Journal, LocalJournal, Ownership
 from membank.bank_service.store.local_objects import LocalObjects
 from membank.bank_service.store.objects import storage_error
 from membank.wire.errors import CorruptionError, FailedPreconditionError, Reason
@@ -98,7 +99,7 @@ def open_partition(context: ShardContext, number: int, folder: Path, revision: i
         If something that was acknowledged is missing or damaged; names the file.
     """
     config, spec = context.config, context.bank.spec
-    journal = Journal.open(
+    journal = LocalJournal.open(
         folder,
         f"{spec.bank_id}/{number}",
         sync=config.durability is Durability.HOST,
@@ -114,10 +115,10 @@ def open_partition(context: ShardContext, number: int, folder: Path, revision: i
     loaded = store.load_manifests()
     before = loaded.current or _empty_manifest(number)
     _check_continuity(journal, before, folder, is_elsewhere=config.journal_dir is not None)
-    epoch = max(journal.epoch, before.epoch) + 1
+    epoch = max(_epoch_of(journal), before.epoch) + 1
     # The segment first: a journal whose epoch is older than the manifest's means that another
     # owner was there, and a crash between the two must not look like that.
-    journal.begin(epoch, before.lsn)
+    journal.begin(Ownership(epoch, uuid.uuid4().hex, before.nonce), before.lsn)
     manifest = store.publish(replace(before, epoch=epoch, prepared=False))
     partition = Partition(context, number, store, journal, manifest, revision)
     for frame in journal.replay(manifest.lsn):
@@ -137,14 +138,14 @@ def _check_continuity(
     `is_elsewhere` says that the journal is not part of the bank's directory, so that another
     machine may have had the bank meanwhile.
     """
-    if journal.epoch < manifest.epoch and not is_elsewhere:
+    if _epoch_of(journal) < manifest.epoch and not is_elsewhere:
         raise CorruptionError(
             f"the journal in {folder} is missing, or its last segment is; restore it from a copy, "
             "or set journal_dir if it is kept elsewhere",
             reason=Reason.JOURNAL_CORRUPT,
             metadata={"file": str(folder)},
         )
-    if journal.epoch < manifest.epoch:
+    if _epoch_of(journal) < manifest.epoch:
         if journal.last_lsn > manifest.lsn:
             _LOG.warning(
                 "discarding updates %d to %d in %s: another owner took the partition over without "
@@ -162,6 +163,10 @@ def _check_continuity(
             reason=Reason.MANIFEST_CORRUPT,
             metadata={"file": str(folder), "key": manifest_prefix(manifest.partition)},
         )
+
+
+def _epoch_of(journal: Journal) -> int:
+    return 0 if journal.ownership is None else journal.ownership.epoch
 
 
 def _empty_manifest(number: int) -> Manifest:
