@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from membank.bank_service.store.journal import FrameKind, Journal, LogFile, PosixLogFile
+from membank.bank_service.store.journal import (
+    FrameKind,
+    Journal,
+    LocalJournal,
+    LogFile,
+    Ownership,
+    PosixLogFile,
+)
 from membank.wire.errors import (
     CorruptionError,
     FailedPreconditionError,
@@ -22,15 +29,19 @@ from membank.wire.errors import (
 PAYLOADS = [b"first", b"", b"\0" * 40, bytes(range(256)) * 2, b"last"]
 
 
+def _owner(epoch: int) -> Ownership:
+    return Ownership(epoch, f"owner{epoch}", f"manifest{epoch}")
+
+
 def _payloads(journal: Journal, after: int = 0) -> list[bytes]:
     return [bytes(frame.payload) for frame in journal.replay(after)]
 
 
 def _write(folder: Path, payloads: Sequence[bytes], **options: int) -> None:
-    journal = Journal.open(folder, "id", **options)  # type: ignore[arg-type]
-    journal.begin(1, 0)
+    journal = LocalJournal.open(folder, "id", **options)  # type: ignore[arg-type]
+    journal.begin(_owner(1), 0)
     for payload in payloads:
-        journal.append(FrameKind.UPDATE, [payload[:3], payload[3:]])
+        journal.append(FrameKind.UPDATE, [[payload[:3], payload[3:]]])
     journal.close()
 
 
@@ -47,63 +58,63 @@ def _segments(folder: Path) -> list[Path]:
 
 def test_replay_returns_what_was_appended(tmp_path: Path) -> None:
     _write(tmp_path, PAYLOADS)
-    journal = Journal.open(tmp_path, "id")
+    journal = LocalJournal.open(tmp_path, "id")
     assert _payloads(journal) == PAYLOADS
     assert _payloads(journal, 3) == PAYLOADS[3:]
-    assert (journal.last_lsn, journal.epoch, journal.torn_tail) == (5, 1, None)
+    assert (journal.last_lsn, journal.ownership, journal.torn_tail) == (5, _owner(1), None)
 
 
 @pytest.mark.parametrize("sync", [False, True])
 def test_segments_continue_each_other(tmp_path: Path, sync: bool) -> None:
     _write(tmp_path, PAYLOADS, sync=sync, segment_bytes=1)
     assert len(_segments(tmp_path)) == len(PAYLOADS)
-    assert _payloads(Journal.open(tmp_path, "id")) == PAYLOADS
+    assert _payloads(LocalJournal.open(tmp_path, "id")) == PAYLOADS
 
 
 def test_a_new_owner_continues(tmp_path: Path) -> None:
     _write(tmp_path, PAYLOADS)
-    journal = Journal.open(tmp_path, "id")
-    journal.begin(2, 0)
-    assert journal.append(FrameKind.UPDATE, [b"more"]) == 6
+    journal = LocalJournal.open(tmp_path, "id")
+    journal.begin(_owner(2), 0)
+    assert journal.append(FrameKind.UPDATE, [[b"more"]]) == 6
     journal.close()
-    again = Journal.open(tmp_path, "id")
-    assert (_payloads(again), again.epoch) == ([*PAYLOADS, b"more"], 2)
+    again = LocalJournal.open(tmp_path, "id")
+    assert (_payloads(again), again.ownership) == ([*PAYLOADS, b"more"], _owner(2))
 
 
 def test_trim_leaves_nothing_up_to_its_lsn(tmp_path: Path) -> None:
     _write(tmp_path, PAYLOADS)
-    journal = Journal.open(tmp_path, "id")
-    journal.begin(2, 0)
-    journal.append(FrameKind.UPDATE, [b"marker"])
+    journal = LocalJournal.open(tmp_path, "id")
+    journal.begin(_owner(2), 0)
+    journal.append(FrameKind.UPDATE, [[b"marker"]])
     journal.trim(6)
     assert _payloads(journal) == []
     assert not any(b"marker" in p.read_bytes() for p in _segments(tmp_path))
-    assert journal.append(FrameKind.UPDATE, [b"next"]) == 7
+    assert journal.append(FrameKind.UPDATE, [[b"next"]]) == 7
     journal.close()
-    again = Journal.open(tmp_path, "id")
+    again = LocalJournal.open(tmp_path, "id")
     assert (_payloads(again, 6), again.base) == ([b"next"], 6)
 
 
 def test_trim_keeps_what_is_later(tmp_path: Path) -> None:
     _write(tmp_path, PAYLOADS, segment_bytes=1)
-    journal = Journal.open(tmp_path, "id")
-    journal.begin(2, 2)
+    journal = LocalJournal.open(tmp_path, "id")
+    journal.begin(_owner(2), 2)
     assert _payloads(journal, 2) == PAYLOADS[2:]
     assert journal.base == 2
 
 
 def test_a_log_behind_the_manifest_is_replaced(tmp_path: Path) -> None:
     _write(tmp_path, PAYLOADS)
-    journal = Journal.open(tmp_path, "id")
-    journal.begin(2, 9)
-    assert journal.append(FrameKind.UPDATE, [b"x"]) == 10
+    journal = LocalJournal.open(tmp_path, "id")
+    journal.begin(_owner(2), 9)
+    assert journal.append(FrameKind.UPDATE, [[b"x"]]) == 10
     assert _payloads(journal, 9) == [b"x"]
 
 
 def test_a_foreign_log_is_refused(tmp_path: Path) -> None:
     _write(tmp_path, PAYLOADS)
     with pytest.raises(FailedPreconditionError, match="journal of id"):
-        Journal.open(tmp_path, "other")
+        LocalJournal.open(tmp_path, "other")
 
 
 def test_every_cut_of_the_last_segment_gives_a_prefix(tmp_path: Path) -> None:
@@ -114,16 +125,16 @@ def test_every_cut_of_the_last_segment_gives_a_prefix(tmp_path: Path) -> None:
         folder = tmp_path / str(length)
         folder.mkdir()
         (folder / whole.name).write_bytes(data[:length])
-        journal = Journal.open(folder, "id")
+        journal = LocalJournal.open(folder, "id")
         found = _payloads(journal)
         assert found == PAYLOADS[: len(found)], length
         boundary = journal.num_bytes
         assert (journal.torn_tail is None) == (boundary == length), length
         # What was cut off must not come back between later frames.
-        journal.begin(2, 0)
-        journal.append(FrameKind.UPDATE, [b"after"])
+        journal.begin(_owner(2), 0)
+        journal.append(FrameKind.UPDATE, [[b"after"]])
         journal.close()
-        assert _payloads(Journal.open(folder, "id")) == [*found, b"after"], length
+        assert _payloads(LocalJournal.open(folder, "id")) == [*found, b"after"], length
 
 
 def test_every_cut_of_an_earlier_segment_is_corruption(tmp_path: Path) -> None:
@@ -133,7 +144,7 @@ def test_every_cut_of_an_earlier_segment_is_corruption(tmp_path: Path) -> None:
     for length in reversed(range(end)):
         os.truncate(first, length)
         with pytest.raises(CorruptionError) as caught:
-            Journal.open(tmp_path, "id")
+            LocalJournal.open(tmp_path, "id")
         assert caught.value.reason is Reason.JOURNAL_CORRUPT
 
 
@@ -142,14 +153,14 @@ def test_a_missing_segment_is_corruption(tmp_path: Path, which: int) -> None:
     _write(tmp_path, PAYLOADS, segment_bytes=1)
     _segments(tmp_path)[which].unlink()
     with pytest.raises(CorruptionError, match="missing"):
-        Journal.open(tmp_path, "id")
+        LocalJournal.open(tmp_path, "id")
 
 
 def test_a_note_of_the_next_segment_that_was_cut_short_is_no_damage(tmp_path: Path) -> None:
     _write(tmp_path, PAYLOADS, segment_bytes=1)
     first = _segments(tmp_path)[0]
     os.truncate(first, first.stat().st_size - 5)
-    assert _payloads(Journal.open(tmp_path, "id")) == PAYLOADS
+    assert _payloads(LocalJournal.open(tmp_path, "id")) == PAYLOADS
 
 
 @pytest.mark.parametrize(
@@ -164,7 +175,7 @@ def test_every_flipped_bit_is_found(tmp_path: Path, num_bits: int) -> None:
             bit %= 8
             _overwrite(path, position, data[position] ^ 1 << bit)
             with pytest.raises(CorruptionError) as caught:
-                Journal.open(tmp_path, "id")
+                LocalJournal.open(tmp_path, "id")
             _overwrite(path, position, data[position])
             assert caught.value.metadata["file"] == str(path)
             assert int(caught.value.metadata["offset"]) <= position
@@ -175,7 +186,7 @@ def test_zeros_after_the_last_frame_are_a_torn_tail(tmp_path: Path) -> None:
     (path,) = _segments(tmp_path)
     size = path.stat().st_size
     path.write_bytes(path.read_bytes() + bytes(4096))
-    journal = Journal.open(tmp_path, "id")
+    journal = LocalJournal.open(tmp_path, "id")
     assert _payloads(journal) == PAYLOADS
     assert path.stat().st_size == size
 
@@ -210,19 +221,19 @@ def test_a_full_disk_leaves_the_log_as_it_was(tmp_path: Path, room: int) -> None
         files.append(_FullDisk(path, 10_000))
         return files[-1]
 
-    journal = Journal.open(tmp_path, "id", open_file=open_file)
-    journal.begin(1, 0)
-    journal.append(FrameKind.UPDATE, [b"kept"])
+    journal = LocalJournal.open(tmp_path, "id", open_file=open_file)
+    journal.begin(_owner(1), 0)
+    journal.append(FrameKind.UPDATE, [[b"kept"]])
     size = journal.num_bytes
     files[-1].room = room
     with pytest.raises(ResourceExhaustedError) as caught:
-        journal.append(FrameKind.UPDATE, [b"x" * 100])
+        journal.append(FrameKind.UPDATE, [[b"x" * 100]])
     assert caught.value.reason is Reason.NO_SPACE
     assert _segments(tmp_path)[0].stat().st_size == size
     files[-1].room = 10_000
-    assert journal.append(FrameKind.UPDATE, [b"later"]) == 2
+    assert journal.append(FrameKind.UPDATE, [[b"later"]]) == 2
     journal.close()
-    assert _payloads(Journal.open(tmp_path, "id")) == [b"kept", b"later"]
+    assert _payloads(LocalJournal.open(tmp_path, "id")) == [b"kept", b"later"]
 
 
 def test_a_write_that_cannot_be_undone_seals_the_log(tmp_path: Path) -> None:
@@ -232,16 +243,16 @@ def test_a_write_that_cannot_be_undone_seals_the_log(tmp_path: Path) -> None:
         files.append(_FullDisk(path, 10_000))
         return files[-1]
 
-    journal = Journal.open(tmp_path, "id", open_file=open_file)
-    journal.begin(1, 0)
-    journal.append(FrameKind.UPDATE, [b"kept"])
+    journal = LocalJournal.open(tmp_path, "id", open_file=open_file)
+    journal.begin(_owner(1), 0)
+    journal.append(FrameKind.UPDATE, [[b"kept"]])
     files[-1].room, files[-1].can_truncate = 10, False
     with pytest.raises(MembankError):
-        journal.append(FrameKind.UPDATE, [b"x" * 100])
+        journal.append(FrameKind.UPDATE, [[b"x" * 100]])
     with pytest.raises(UnavailableError, match="restart the shard"):
-        journal.append(FrameKind.UPDATE, [b"y"])
+        journal.append(FrameKind.UPDATE, [[b"y"]])
     journal.close()
-    assert _payloads(Journal.open(tmp_path, "id")) == [b"kept"]
+    assert _payloads(LocalJournal.open(tmp_path, "id")) == [b"kept"]
 
 
 class _FailingSync(PosixLogFile):
@@ -260,16 +271,16 @@ def test_a_failed_sync_seals_the_log(tmp_path: Path) -> None:
         files.append(_FailingSync(path))
         return files[-1]
 
-    journal = Journal.open(tmp_path, "id", sync=True, open_file=open_file)
-    journal.begin(1, 0)
+    journal = LocalJournal.open(tmp_path, "id", sync=True, open_file=open_file)
+    journal.begin(_owner(1), 0)
     files[-1].fails = True
     with pytest.raises(UnavailableError):
-        journal.append(FrameKind.UPDATE, [b"x"])
+        journal.append(FrameKind.UPDATE, [[b"x"]])
     files[-1].fails = False
     with pytest.raises(UnavailableError, match="fdatasync failed"):
-        journal.append(FrameKind.UPDATE, [b"y"])
+        journal.append(FrameKind.UPDATE, [[b"y"]])
 
 
 def test_append_needs_begin(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="not begun"):
-        Journal.open(tmp_path, "id").append(FrameKind.UPDATE, [b"x"])
+        LocalJournal.open(tmp_path, "id").append(FrameKind.UPDATE, [[b"x"]])

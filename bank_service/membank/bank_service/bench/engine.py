@@ -6,7 +6,7 @@ from pathlib import Path
 
 from membank.bank_service.shard.optimizer import kernel_fingerprint
 from membank.bank_service.shard.update_frame import AppliedGradient, encode_update
-from membank.bank_service.store.journal import FrameKind, Journal
+from membank.bank_service.store.journal import FrameKind, LocalJournal, Ownership
 from membank.wire.records import Update, UpdateResult
 
 
@@ -22,13 +22,13 @@ class JournalRig:
     """
 
     def __init__(self, folder: Path, *, sync: bool) -> None:
-        self._journal = Journal.open(folder, "bench/0", sync=sync)
-        self._journal.begin(1, 0)
+        self._journal = LocalJournal.open(folder, "bench/0", sync=sync)
+        self._journal.begin(Ownership(1, "bench", ""), 0)
         self._kernel = kernel_fingerprint()
 
     def append(self, update: Update) -> None:
         """Append an update whose gradients were all accepted."""
-        self._journal.append(FrameKind.UPDATE, self._payload(update))
+        self._journal.append(FrameKind.UPDATE, [self._payload(update)])
 
     def clear(self) -> None:
         """Remove everything that was appended."""

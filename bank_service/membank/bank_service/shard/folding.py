@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from membank.bank_service.shard.content import BlockRecord
+from membank.bank_service.shard.contract import PartitionGarbage, PartitionHistory
+from membank.bank_service.shard.garbage import MAX_REMOVED, summed
 from membank.bank_service.shard.state import PartitionState
 from membank.wire.errors import (
     FailedPreconditionError,
@@ -173,8 +175,13 @@ class Folding:
             If another owner took the partition over (FENCED); this one acknowledges nothing from
             then on.
         """
-        try:
+        with self._noticing_fence():
             return self._state.store.publish(draft)
+
+    @contextmanager
+    def _noticing_fence(self) -> Iterator[None]:
+        try:
+            yield
         except UnavailableError as err:
             if err.reason is Reason.FENCED:
                 self._state.fenced = err
@@ -232,6 +239,48 @@ class Folding:
     def retire(self) -> None:
         """Remove the manifests, and their slots, that nothing retained needs."""
         self._state.store.retire()
+
+    def history(self) -> PartitionHistory:
+        """Return what the partition can be returned to."""
+        state = self._state
+        with state.folding:
+            return PartitionHistory(
+                partition=state.number,
+                history_from=state.store.history_from,
+                ends=state.store.ends(),
+            )
+
+    def collect(self, *, history_from: int, dry_run: bool) -> PartitionGarbage:
+        """Remove what nothing retained needs (see `ShardApi.collect`)."""
+        state = self._state
+        # Nothing is folded or prepared meanwhile, so no slot is written that is still to be named.
+        with state.folding:
+            if state.fenced is not None:
+                raise state.fenced
+            floor = self._give_up_history(history_from, dry_run=dry_run)
+            with self._noticing_fence():
+                items = state.store.garbage(floor)
+                if not dry_run:
+                    state.store.remove(items[:MAX_REMOVED])
+        removed = items if dry_run else items[:MAX_REMOVED]
+        return PartitionGarbage(
+            garbage=summed(removed), history_from=floor, is_complete=len(removed) == len(items)
+        )
+
+    def _give_up_history(self, history_from: int, *, dry_run: bool) -> int:
+        """Promise no more than what settings and caller ask to keep; return what is promised."""
+        state = self._state
+        floor = max(state.store.floor(state.revision), min(history_from, state.revision))
+        if dry_run or not state.store.would_free(floor):
+            return floor
+        if state.held is not None:
+            raise state.in_transaction()
+        # The manifest first: while it promises the older history, nothing of that may go.
+        published = self.publish(replace(state.manifest, history_from=floor, prepared=False))
+        with state.context.state_lock:
+            state.manifest = published
+            state.table.rebase(published.entries)
+        return floor
 
     def expect_removal(self) -> None:
         """Note that blocks were deleted, whose bytes are still to be destroyed."""

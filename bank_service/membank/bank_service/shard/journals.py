@@ -11,9 +11,7 @@ from membank.bank_service.shard.context import ShardContext
 from membank.bank_service.store.journal import (
     Journal,
     LocalJournal,
-    ObjectJournal,
     Ownership,
-    ShippedJournal,
 )
 from membank.bank_service.store.local_objects import LocalObjects
 from membank.wire.errors import CorruptionError, FailedPreconditionError, Reason
@@ -102,15 +100,8 @@ def open_journals(
         segment_bytes=config.segment_bytes,
         open_file=context.open_log_file,
     )
-    stored = ObjectJournal.open(bank.objects, number, identity)
-    journal: Journal
-    others: list[Journal]
-    if config.durability is Durability.STORE:
-        journal, others = stored, [local]
-    elif config.ship_every_s:
-        journal, others = ShippedJournal.open(local, stored), []
-    else:
-        journal, others = local, [stored]
+    journal: Journal = local
+    others: list[Journal] = []
     found = [j for j in (journal, *others) if j.ownership is not None]
     current = [j for j in found if _continues(j, manifest)]
     if not current:
@@ -130,10 +121,7 @@ def open_journals(
 def _continues(journal: Journal, manifest: Manifest) -> bool:
     """Say whether `journal` was begun by the owner that wrote `manifest`, or after it."""
     found = journal.ownership
-    return found is not None and (
-        (found.epoch, found.owner) == (manifest.epoch, manifest.owner)
-        or found.onto == manifest.nonce
-    )
+    return found is not None and found.is_current(manifest.epoch, manifest.owner, manifest.nonce)
 
 
 def _require_replaceable(

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from membank.bank_service.shard.content import BlockRecord, Content
+from membank.bank_service.shard.contract import PartitionGarbage, PartitionHistory
 from membank.bank_service.shard.folding import Folding
 from membank.bank_service.shard.state import Hold, PartitionState
 from membank.bank_service.shard.update_frame import UpdateFrame
 from membank.bank_service.shard.update_path import UpdatePath
-from membank.bank_service.store.journal import Journal, ShippedJournal
+from membank.bank_service.store.journal import Journal
 from membank.wire.errors import NotFoundError, Reason
 from membank.wire.format import Manifest
 from membank.wire.records import BlockEvent, Gradient, Update, UpdateResult
@@ -92,8 +93,6 @@ class Partition:
 
     def ship(self) -> None:
         """Copy to the bank's storage what of the journal is not there yet, where it is set so."""
-        if isinstance(self._state.journal, ShippedJournal):
-            self._state.journal.ship()
 
     # ---- updates
 
@@ -122,6 +121,16 @@ class Partition:
             self._folding.fold()
             inherited.trim(inherited.last_lsn)
             inherited.close()
+
+    # ---- history
+
+    def history(self) -> PartitionHistory:
+        """See `Folding.history`."""
+        return self._folding.history()
+
+    def collect(self, *, history_from: int, dry_run: bool) -> PartitionGarbage:
+        """See `Folding.collect`."""
+        return self._folding.collect(history_from=history_from, dry_run=dry_run)
 
     # ---- transactions
 

@@ -100,6 +100,14 @@ class PartitionState:
         """Make `record` what is known of `ref`; for the holder of the state lock."""
         self.context.residency.put(self.table, ref, record)
 
+    def in_transaction(self) -> UnavailableError:
+        """Return the error for a caller that a transaction keeps out."""
+        return UnavailableError(
+            f"a transaction holds partition {self.number} back; retry",
+            reason=Reason.TRANSACTION_IN_PROGRESS,
+            metadata={"partition": str(self.number)},
+        )
+
     def _ask(self) -> None:
         try:
             self.store.require_sole_owner(self.manifest.owner)

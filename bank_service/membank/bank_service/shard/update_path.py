@@ -180,11 +180,7 @@ class UpdatePath:
         wait_s = state.context.config.hold_wait_s
         if not state.changed.wait_for(lambda: state.held is None or call.is_done, wait_s):
             self._queue.remove(call)
-            raise UnavailableError(
-                f"a transaction holds partition {state.number} back; retry",
-                reason=Reason.TRANSACTION_IN_PROGRESS,
-                metadata={"partition": str(state.number)},
-            )
+            raise state.in_transaction()
         if state.fenced is not None and not call.is_done:
             self._queue.remove(call)
             raise state.fenced

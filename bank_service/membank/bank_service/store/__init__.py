@@ -1,23 +1,29 @@
 """What a bank is made of on storage: objects, zarr arrays of slots, journals, the bank's documents.
 
-Modules: `objects` (the seam to storage), `local_objects` and `fsspec_objects` (implementations),
-`arrays` (zarr metadata and slots), `journal` (the redo log), `bank` (documents of a bank).
+Modules: `objects` (the seam to storage), `local_objects`, `s3_objects` and `fsspec_objects` (implementations),
+`arrays` (zarr metadata and slots), `journal` (the redo log, a package), `bank` (documents of a bank).
 """
 
 from membank.bank_service.store.arrays import SlotArrays
 from membank.bank_service.store.bank import Bank
 from membank.bank_service.store.fsspec_objects import FsspecObjects
-from membank.bank_service.store.journal import Journal
+from membank.bank_service.store.journal import Journal, LocalJournal, Ownership
 from membank.bank_service.store.local_objects import LocalObjects
 from membank.bank_service.store.objects import ObjectStore, probe_create_only, publish
 from membank.bank_service.store.open_objects import open_objects
+from membank.bank_service.store.s3_account import S3Config
+from membank.bank_service.store.s3_objects import S3Objects
 
 __all__ = [
     "Bank",
     "FsspecObjects",
     "Journal",
+    "LocalJournal",
     "LocalObjects",
     "ObjectStore",
+    "Ownership",
+    "S3Config",
+    "S3Objects",
     "SlotArrays",
     "open_objects",
     "probe_create_only",

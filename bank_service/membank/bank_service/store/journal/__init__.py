@@ -1,0 +1,42 @@
+"""The redo log of a partition.
+
+Modules: `contract` (what every journal promises), `frames` (its bytes, and how they are checked),
+`local` (segments on the owner's disk), `log_file` (the files below it).
+"""
+
+from membank.bank_service.store.journal.contract import (
+    Frame,
+    FrameKind,
+    Journal,
+    Ownership,
+    Payload,
+    TornTail,
+)
+from membank.bank_service.store.journal.frames import (
+    MAX_FRAME_BYTES,
+    SegmentHead,
+    SegmentScan,
+    check_chain,
+    content_frames,
+    scan,
+)
+from membank.bank_service.store.journal.local import LocalJournal
+from membank.bank_service.store.journal.log_file import LogFile, PosixLogFile
+
+__all__ = [
+    "MAX_FRAME_BYTES",
+    "Frame",
+    "FrameKind",
+    "Journal",
+    "LocalJournal",
+    "LogFile",
+    "Ownership",
+    "Payload",
+    "PosixLogFile",
+    "SegmentHead",
+    "SegmentScan",
+    "TornTail",
+    "check_chain",
+    "content_frames",
+    "scan",
+]
