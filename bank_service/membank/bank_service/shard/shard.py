@@ -19,6 +19,8 @@ from membank.bank_service.shard.contract import (
     BlockOperation,
     BlockStatus,
     FetchResult,
+    PartitionGarbage,
+    PartitionHistory,
     Prepared,
     PushResult,
     Subscription,
@@ -27,6 +29,7 @@ from membank.bank_service.shard.draft import check_array
 from membank.bank_service.shard.optimizer import convert
 from membank.bank_service.shard.participant import Participant, owned
 from membank.bank_service.shard.partition import Partition
+from membank.bank_service.shard.pinned import PinnedReader
 from membank.bank_service.shard.reader import BlockReader, LoadedBlock
 from membank.bank_service.shard.recovery import PartitionLock, journal_folder, open_partition
 from membank.bank_service.shard.residency import Residency
@@ -37,7 +40,7 @@ from membank.bank_service.store.journal import LogFile, PosixLogFile
 from membank.bank_service.store.objects import ObjectStore, probe_create_only
 from membank.wire.crc import crc32c
 from membank.wire.errors import InvalidArgumentError, NotFoundError, Reason, UnavailableError
-from membank.wire.format import RevisionRecord
+from membank.wire.format import Entry, RevisionRecord
 from membank.wire.records import (
     Block,
     BlockHeader,
@@ -83,6 +86,7 @@ class Shard:
         self._participant = participant
         self._locks = locks
         self._reader = BlockReader(context, self._owner)
+        self._pinned = PinnedReader(context, self._owner, lambda: participant.revision)
         self._counting = Lock()
         self._counters = _Counters()
         self._closed = False
@@ -96,6 +100,7 @@ class Shard:
         partitions: Sequence[int] | None = None,
         config: ShardConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
         open_log_file: Callable[[Path], LogFile] = PosixLogFile,
     ) -> Shard:
         """Take partitions of a bank over, with every update that was acknowledged.
@@ -112,6 +117,8 @@ class Shard:
             Settings; None = the defaults.
         clock
             Monotonic seconds, for the patience with transactions.
+        wall_clock
+            Seconds since 1970-01-01 UTC, for the age of revisions.
         open_log_file
             Makes the files of journals.
 
@@ -136,6 +143,7 @@ class Shard:
             residency=Residency(config.resident_bytes),
             hub=WatchHub(config.watch_queue_events),
             clock=clock,
+            wall_clock=wall_clock,
             open_log_file=open_log_file,
         )
         with ExitStack() as undo:
@@ -176,6 +184,7 @@ class Shard:
         held_versions: Sequence[int | None] | None = None,
         dtype: str | None = None,
         min_revision: int = 0,
+        snapshot: str = "",
     ) -> FetchResult:
         # docstring inherited
         held = [None] * len(refs) if held_versions is None else list(held_versions)
@@ -185,12 +194,16 @@ class Shard:
         dtype_of(name)
         self._check_owned(refs)
         self._require_revision(min_revision)
-        revision, loaded = self._reader.read(
-            refs,
-            (Role.WEIGHT,),
-            wanted=lambda i, entry: entry.state is BlockState.ACTIVE and entry.version != held[i],
-            revision=lambda: self._participant.revision,
-        )
+
+        def wanted(position: int, entry: Entry) -> bool:
+            return entry.state is BlockState.ACTIVE and entry.version != held[position]
+
+        if snapshot:
+            revision, loaded = self._pinned.read(snapshot, refs, wanted=wanted)
+        else:
+            revision, loaded = self._reader.read(
+                refs, (Role.WEIGHT,), wanted=wanted, revision=lambda: self._participant.revision
+            )
         blocks = tuple(
             _fetched(ref, block, name, unchanged=block.entry.version == version)
             for ref, block, version in zip(refs, loaded, held, strict=True)
@@ -268,6 +281,19 @@ class Shard:
         # docstring inherited
         self._check_owned(refs)
         return self._read(tuple(refs))
+
+    def history(self) -> tuple[PartitionHistory, ...]:
+        # docstring inherited
+        self._require_open()
+        return tuple(partition.history() for partition in self._partitions.values())
+
+    def collect(
+        self, partition: int, *, history_from: int = 0, dry_run: bool = False
+    ) -> PartitionGarbage:
+        # docstring inherited
+        self._require_open()
+        found = owned(self._partitions, partition)
+        return found.collect(history_from=history_from, dry_run=dry_run)
 
     def consolidate(self) -> None:
         # docstring inherited
