@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,9 +68,7 @@ def bank(tmp_path: Path) -> Bank:
     return create_bank(tmp_path, tiny_spec(num_partitions=1))
 
 
-def _push_all(
-    shard: Shard, gate: _Gate, updates: Sequence[Update]
-) -> list[Future[object]]:
+def _push_all(shard: Shard, gate: _Gate, updates: Sequence[Update]) -> list[Future[object]]:
     """Push `updates` so that the first waits in the journal, and the rest wait for it."""
     pool = ThreadPoolExecutor(len(updates))
     gate.is_open.clear()
@@ -80,10 +78,14 @@ def _push_all(
     rest = []
     for number, update in enumerate(updates[1:], start=1):
         rest.append(pool.submit(shard.push, update))
-        _wait_until(lambda number=number: len(queue) == number)
+        _wait_until(partial(_has_length, queue, number))
     gate.is_open.set()
     pool.shutdown()
     return [first, *rest]  # type: ignore[list-item]
+
+
+def _has_length(queue: Sized, length: int) -> bool:
+    return len(queue) == length
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:
@@ -197,13 +199,17 @@ def test_updates_are_refused_once_a_consolidation_that_fails_leaves_no_room(
     create_bank(tmp_path, tiny_spec(num_partitions=1))
     plan = FaultPlan(StorageFault.NO_SPACE)
     bank = Bank.open(_FullObjects(UnsyncedObjects(tmp_path), plan))
-    config = ShardConfig(consolidate_bytes=1, journal_limit_bytes=3000, hold_wait_s=0)
+    config = ShardConfig(
+        journal_dir=str(tmp_path / "journals"),
+        consolidate_bytes=1,
+        journal_limit_bytes=3000,
+        hold_wait_s=0,
+    )
     shard = Shard.open(bank, config=config)
     _FullObjects.is_full = True
     try:
         with pytest.raises(ResourceExhaustedError) as caught:
-            for number in range(20):
-                shard.push(make_update(shard, [A], f"u{number}"))
+            _push_up_to(shard, 20)
         assert caught.value.reason is Reason.NO_SPACE
         accepted = shard.describe([A])[0].version
         assert accepted >= 2
@@ -213,6 +219,11 @@ def test_updates_are_refused_once_a_consolidation_that_fails_leaves_no_room(
     shard.push(make_update(shard, [A], "after"))
     assert shard.describe([A])[0].version == accepted + 1
     shard.close()
+
+
+def _push_up_to(shard: Shard, count: int) -> None:
+    for number in range(count):
+        shard.push(make_update(shard, [A], f"u{number}"))
 
 
 class _FullObjects(FaultyObjects):
@@ -227,7 +238,7 @@ class _FullObjects(FaultyObjects):
 
 
 def test_dirty_blocks_are_written_back_within_the_budget(tmp_path: Path) -> None:
-    spec = replace(tiny_spec(num_partitions=2))
+    spec = tiny_spec(num_partitions=2)
     bank = create_bank(tmp_path, spec)
     blocks = list(spec.blocks())
     size = sum(spec.weight_bytes(r.level) + spec.optimizer_bytes(r.level) for r in blocks)
@@ -251,5 +262,3 @@ def test_a_held_partition_turns_pushes_away_in_time(bank: Bank) -> None:
     shard.abort(1)
     assert not shard.push(make_update(shard, [A], "u0")).duplicate
     shard.close()
-
-

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from membank.bank_service.shard.partition_store import PartitionStore
 from membank.bank_service.store.bank import Bank
 from membank.bank_service.store.local_objects import LocalObjects
 from membank.bank_service.store.objects import ObjectStore
-from membank.wire.format import Entry, Manifest
+from membank.wire.format import NO_SLOT, Entry, Manifest
 from membank.wire.records import Gradient, Update
 from membank.wire.spec import (
     Array,
@@ -28,6 +30,9 @@ PLAIN_SGD = OptimizerSpec(kind=OptimizerKind.SGD, beta1=0.0)
 """An optimizer without state: a block is one file."""
 ADAMW = OptimizerSpec()
 """The default: a block is three files."""
+
+
+_BATCH_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,25 +92,47 @@ def written_bank(where: Path | ObjectStore, spec: BankSpec) -> WrittenBank:
     Content and manifests are those that a training would leave; only the syncing of slots, which
     nothing here relies on, is left out.
     """
-    bank = Bank.create(LocalObjects(where) if isinstance(where, Path) else where, spec)
+    bank = Bank.create(_UnsyncedObjects(where) if isinstance(where, Path) else where, spec)
     stores = {number: PartitionStore(bank, number) for number in range(spec.num_partitions)}
     records: dict[BlockRef, BlockRecord] = {}
     entries: dict[int, dict[BlockRef, Entry]] = {number: {} for number in stores}
     rng = np.random.default_rng(0)
-    for ref in spec.blocks():
-        shape = spec.block_shape(ref.level)
-        arrays: dict[Role, Array] = {
-            role: rng.standard_normal(shape, np.float32).astype(spec.role_dtype(role), copy=False)
-            for role in spec.roles
-        }
-        crcs = content_crcs(spec, arrays)
-        number = spec.partition_of(ref)
-        slot = stores[number].write_block(ref, Content(arrays, crcs[0]), crcs)
-        entries[number][ref] = Entry(slot=slot, version=1, step=1, updates=1, crcs=crcs)
-        records[ref] = BlockRecord(entries[number][ref])
+    for refs in _batches(spec):
+        written: dict[int, dict[BlockRef, BlockRecord]] = {}
+        for ref in refs:
+            written.setdefault(spec.partition_of(ref), {})[ref] = _written(spec, ref, rng)
+        for number, some in written.items():
+            for ref, slot in stores[number].write_blocks(some).items():
+                entries[number][ref] = replace(some[ref].entry, slot=slot)
+                records[ref] = BlockRecord(entries[number][ref])
     for number, store in stores.items():
         store.publish(_manifest(number, entries[number]))
     return WrittenBank(bank, records, stores)
+
+
+class _UnsyncedObjects(LocalObjects):
+    def sync(self, keys: Sequence[str]) -> None:
+        # docstring inherited
+        del keys
+
+
+def _batches(spec: BankSpec) -> Iterator[list[BlockRef]]:
+    """Yield the blocks, as many at a time as memory takes gladly."""
+    count = max(1, _BATCH_BYTES // (spec.weight_bytes(1) + spec.optimizer_bytes(1)))
+    blocks = iter(spec.blocks())
+    while batch := list(islice(blocks, count)):
+        yield batch
+
+
+def _written(spec: BankSpec, ref: BlockRef, rng: np.random.Generator) -> BlockRecord:
+    shape = spec.block_shape(ref.level)
+    arrays: dict[Role, Array] = {
+        role: rng.standard_normal(shape, np.float32).astype(spec.role_dtype(role), copy=False)
+        for role in spec.roles
+    }
+    crcs = content_crcs(spec, arrays)
+    entry = Entry(slot=NO_SLOT, version=1, step=1, updates=1, crcs=crcs)
+    return BlockRecord(entry, Content(arrays, crcs[0]))
 
 
 class Shelf:

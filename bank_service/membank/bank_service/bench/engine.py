@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from membank.bank_service.shard.optimizer import kernel_fingerprint
-from membank.bank_service.shard.update_frame import AppliedGradient, encode_update
+from membank.bank_service.shard.update_frame import AppliedBlock, encode_update
 from membank.bank_service.store.journal import FrameKind, LocalJournal, Ownership
+from membank.wire.format import NO_SLOT, Entry
 from membank.wire.records import Update, UpdateResult
 
 
@@ -53,7 +54,11 @@ class JournalRig:
         ]
         # The CRC of what the update makes of the block is the optimizer's business, not the log's.
         applied = [
-            AppliedGradient(gradient.ref, gradient.base_version + 1, (0,), gradient.values)
+            AppliedBlock(
+                gradient.ref,
+                Entry(slot=NO_SLOT, version=gradient.base_version + 1, crcs=(0,)),
+                gradient.values,
+            )
             for gradient in update.gradients
         ]
-        return encode_update(update, results, applied, self._kernel)
+        return encode_update(FrameKind.UPDATE, update, results, applied, self._kernel)

@@ -38,8 +38,7 @@ class Durability(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardConfig:
-    """Settings of a shard. Administrative operations always survive the loss of the machine, as
-    far as the bank's storage does."""
+    """Settings of a shard. Administrative operations are always as durable as the storage."""
 
     durability: Durability = Durability.PROCESS
     """What an acknowledged update survives."""

@@ -26,6 +26,7 @@ from membank.wire.records import (
     Block,
     BlockChange,
     BlockEvent,
+    Garbage,
     ShardStats,
     Update,
     UpdateResult,
@@ -147,6 +148,36 @@ class BlockContent:
     """(L, P, R, D) float32 per role; read-only."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartitionHistory:
+    """What a partition can be returned to."""
+
+    partition: int
+    """The partition."""
+    history_from: int
+    """Oldest revision whose end is kept, as are those of all later ones; snapshots aside."""
+    ends: Mapping[int, int]
+    """Manifest that ends each revision that has one of its own. The end of any other revision is
+    that of the greatest revision below it; where there is none, the partition is as initialised."""
+
+    def end_of(self, revision: int) -> int:
+        """Return the number of the manifest that ends `revision`; 0 = as initialised."""
+        until = [number for number in self.ends if number <= revision]
+        return self.ends[max(until)] if until else 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartitionGarbage:
+    """What a collection removed from a partition, or would remove."""
+
+    garbage: tuple[Garbage, ...]
+    """One entry for each kind of which there was something."""
+    history_from: int
+    """Oldest revision that the partition can be returned to afterwards, snapshots aside."""
+    is_complete: bool = True
+    """False where more is left than one call removes."""
+
+
 class Subscription(Protocol):
     """Changes as they take effect; holds at most a bounded number of them."""
 
@@ -183,8 +214,31 @@ class ShardApi(Protocol):
         held_versions: Sequence[int | None] | None = None,
         dtype: str | None = None,
         min_revision: int = 0,
+        snapshot: str = "",
     ) -> FetchResult:
-        """Return blocks of one revision; a held version is answered without content."""
+        """Return blocks of one revision; a held version is answered without content.
+
+        Parameters
+        ----------
+        refs
+            The blocks.
+        held_versions
+            Version that the caller holds of each, None = none; None = of none.
+        dtype
+            Element type to return; None = as kept in the bank.
+        min_revision
+            Revision that this shard must have installed.
+        snapshot
+            Name of the snapshot to read; "" = the present state. The result has its revision, and
+            what is withheld or deleted at present is answered as such.
+
+        Raises
+        ------
+        NotFoundError
+            If there is no such snapshot (UNKNOWN_SNAPSHOT), also where it is given up meanwhile.
+        UnavailableError
+            If the shard is behind `min_revision` (BEHIND_REVISION).
+        """
 
     def push(self, update: Update) -> PushResult:
         """Apply gradients, each block's atomically; return once the journal holds them."""
@@ -263,6 +317,33 @@ class ShardApi(Protocol):
 
     def read(self, refs: Sequence[BlockRef]) -> Iterator[BlockContent]:
         """Yield blocks with their optimizer state; withheld ones too, deleted ones not."""
+
+    def history(self) -> tuple[PartitionHistory, ...]:
+        """Return what each partition can be returned to."""
+
+    def collect(
+        self, partition: int, *, history_from: int = 0, dry_run: bool = False
+    ) -> PartitionGarbage:
+        """Remove what nothing retained of a partition needs; to be called until it is complete.
+
+        What a transaction under way, a consolidation or a snapshot needs is kept. A call that is
+        cut off does no harm.
+
+        Parameters
+        ----------
+        partition
+            The partition.
+        history_from
+            Give the ends of older revisions up, for good; 0 = as the settings say.
+        dry_run
+            True to find out what would be removed.
+
+        Raises
+        ------
+        UnavailableError
+            If history is to be given up while a transaction holds the partition
+            (TRANSACTION_IN_PROGRESS), or another owner has taken it over (FENCED).
+        """
 
     def stats(self) -> ShardStats:
         """Return counters and sizes."""

@@ -78,9 +78,7 @@ class Folding:
             self.consolidate()
         except MembankError as err:
             # The updates are in the journal, so they stand; try again after as many bytes.
-            self._consolidate_at = (
-                state.journal.num_bytes + state.context.config.consolidate_bytes
-            )
+            self._consolidate_at = state.journal.num_bytes + state.context.config.consolidate_bytes
             _LOG.warning("partition %d was not consolidated: %s", state.number, err)
             error = err
         with state.writer:
@@ -161,8 +159,14 @@ class Folding:
     def let_go(self) -> None:
         """Say in the manifest that this owner answers no more, so that the next need not wait."""
         state = self._state
-        if state.manifest.lease_s:
+        if not state.manifest.lease_s:
+            return
+        try:
             published = self.publish(replace(self.capture().manifest, lock=""))
+        except MembankError as err:
+            # The next owner waits out the lease, or is there already.
+            _LOG.info("partition %d was not let go of: %s", state.number, err)
+        else:
             with state.context.state_lock:
                 state.manifest = published
 

@@ -140,7 +140,7 @@ def _require_replaceable(
             reason=Reason.MANIFEST_CORRUPT,
             metadata={"file": str(folder), "key": prefix},
         )
-    if manifest.number and not is_elsewhere:
+    if manifest.owner and not is_elsewhere:
         raise CorruptionError(
             f"the journal in {folder} is missing, or its last segment is; restore it from a copy, "
             "or set journal_dir if it is kept elsewhere",

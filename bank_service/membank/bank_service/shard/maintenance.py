@@ -26,7 +26,7 @@ class Maintenance(Protocol):
     def request(self, partition: Consolidates) -> None:
         """Consolidate `partition` soon. The caller holds no lock of it."""
 
-    def every(self, interval_s: float, action: Callable[[], None]) -> None:
+    def every(self, interval_s: float, action: Callable[[], object]) -> None:
         """Call `action` again and again until `close`; what it raises is logged."""
 
     def close(self) -> None:
@@ -44,7 +44,7 @@ class InlineMaintenance:
         # docstring inherited
         partition.try_consolidate()
 
-    def every(self, interval_s: float, action: Callable[[], None]) -> None:
+    def every(self, interval_s: float, action: Callable[[], object]) -> None:
         # docstring inherited
         return
 
@@ -75,7 +75,7 @@ class ThreadMaintenance:
             self._wanted.setdefault(partition.number, partition)
             self._changed.notify_all()
 
-    def every(self, interval_s: float, action: Callable[[], None]) -> None:
+    def every(self, interval_s: float, action: Callable[[], object]) -> None:
         # docstring inherited
         def run() -> None:
             while not self._ended.wait(interval_s):

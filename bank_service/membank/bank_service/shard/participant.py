@@ -10,7 +10,8 @@ from threading import RLock
 from membank.bank_service.shard.context import ShardContext
 from membank.bank_service.shard.contract import BlockOperation, Prepared
 from membank.bank_service.shard.draft import Draft, check_operations, draft_changes
-from membank.bank_service.shard.partition import Hold, Partition
+from membank.bank_service.shard.partition import Partition
+from membank.bank_service.shard.state import Hold
 from membank.wire.errors import (
     ConflictError,
     CorruptionError,

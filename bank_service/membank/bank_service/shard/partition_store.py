@@ -15,6 +15,7 @@ from membank.bank_service.shard.content import (
     initial_content,
     zero_state,
 )
+from membank.bank_service.shard.garbage import Item, Sorting
 from membank.bank_service.shard.retention import Chain, Retention, StoredManifest
 from membank.bank_service.shard.slot_sets import (
     SlotName,
@@ -34,7 +35,8 @@ from membank.wire.errors import (
     UnavailableError,
 )
 from membank.wire.format import NO_SLOT, Entry, Manifest, encode_manifest
-from membank.wire.format.layout import manifest_key, revision_key
+from membank.wire.format.layout import manifest_key, number_of, revision_key
+from membank.wire.records import GarbageKind
 from membank.wire.spec import Array, BlockRef, BlockState, Role
 
 _MAX_WRITERS = 8
@@ -82,6 +84,7 @@ class PartitionStore:
         # Written by this owner and named by no manifest that it knows: about to be published, or
         # by one whose publication may have succeeded although it was reported as failed.
         self._unpublished: set[SlotName] = set()
+        self._nonces: set[str] = set()
 
     def load_manifests(self) -> LoadedManifests:
         """Find the manifest in force, and remove those that were prepared and given up.
@@ -212,11 +215,13 @@ class PartitionStore:
             nonce=uuid.uuid4().hex,
             history_from=max(manifest.history_from, floor),
         )
+        self._nonces.add(numbered.nonce)
         try:
             self._bank.publish_manifest(numbered)
         except AlreadyExistsError as err:
             raise self._fenced(number) from err
         self._note(numbered)
+        self._nonces.discard(numbered.nonce)
         return numbered
 
     def require_sole_owner(self, owner: str) -> None:
@@ -269,6 +274,14 @@ class PartitionStore:
         promises = [m.history_from for m in (newest, *undecided) if m is not None]
         return min(promises, default=0)
 
+    def floor(self, revision: int) -> int:
+        """Return the oldest revision that the settings ask to keep while `revision` is in force."""
+        return max(self.history_from, self._retention.floor(self._bank, revision))
+
+    def would_free(self, history_from: int) -> bool:
+        """Say whether giving up the ends before `history_from` leaves a manifest unneeded."""
+        return self._needed(history_from) != self._needed(self.history_from)
+
     def ends(self) -> dict[int, int]:
         """Return the number of the manifest that ends each revision that has one of its own."""
         return self._chain().ends()
@@ -297,6 +310,64 @@ class PartitionStore:
         for level, slot in slots:
             self._arrays.delete(level, slot)
             self._unpublished.discard((level, slot))
+
+    def garbage(self, history_from: int) -> list[Item]:
+        """Return what nothing needs if history begins at `history_from`; manifests come last.
+
+        Raises
+        ------
+        UnavailableError
+            If another owner took the partition over (FENCED).
+        """
+        # Slots are listed before manifests are: had another owner written one of them, its first
+        # manifest would have been there by then. What it writes from now on it creates, so it
+        # takes no slot of which an object is left, and each object is removed once.
+        levels = range(1, self._bank.spec.num_levels + 1)
+        chunks = [chunk for level in levels for chunk in self._arrays.stored_chunks(level)]
+        self._require_known_manifests()
+        needed = self._needed(history_from)
+        doomed = {
+            number: GarbageKind.RETIRED_MANIFEST
+            if self._counts(stored)
+            else GarbageKind.ABANDONED_MANIFEST
+            for number, stored in self._stored.items()
+            if number not in needed
+        }
+        sorting = Sorting(
+            kept=self._names(n for n in self._stored if n not in doomed),
+            retired=self._names(doomed),
+            unpublished=frozenset(self._unpublished),
+            next_slot=dict(self._next_slot),
+        )
+        items = [
+            Item(kind, chunk.key, chunk.num_bytes)
+            for chunk in chunks
+            if (kind := sorting.kind_of(chunk)) is not None
+        ]
+        for number, kind in sorted(doomed.items()):
+            key = manifest_key(self._partition, number)
+            items.append(Item(kind, key, len(self._bank.objects.get(key))))
+        return items
+
+    def remove(self, items: Iterable[Item]) -> None:
+        """Remove what `garbage` found, in that order: a manifest after the slots that it names."""
+        for item in items:
+            self._bank.objects.delete(item.key)
+            if item.kind in {GarbageKind.RETIRED_MANIFEST, GarbageKind.ABANDONED_MANIFEST}:
+                del self._stored[number_of(item.key)]
+
+    def _names(self, numbers: Iterable[int]) -> frozenset[SlotName]:
+        return frozenset(names_of(union(self._stored[number].slots for number in numbers)))
+
+    def _require_known_manifests(self) -> None:
+        """Take note of manifests whose publication only seemed to fail; raise for another owner's."""
+        for number in self._bank.manifest_numbers(self._partition):
+            if number in self._stored:
+                continue
+            manifest = self.manifest(number)
+            if manifest.nonce not in self._nonces:
+                raise self._fenced(number)
+            self._note(manifest)
 
     def _chain(self) -> Chain:
         return Chain(m for m in self._stored.values() if self._counts(m))

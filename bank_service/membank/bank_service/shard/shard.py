@@ -20,6 +20,8 @@ from membank.bank_service.shard.contract import (
     BlockOperation,
     BlockStatus,
     FetchResult,
+    PartitionGarbage,
+    PartitionHistory,
     Prepared,
     PushResult,
     Subscription,
@@ -32,6 +34,7 @@ from membank.bank_service.shard.maintenance import InlineMaintenance, Maintenanc
 from membank.bank_service.shard.optimizer import convert
 from membank.bank_service.shard.participant import Participant, owned
 from membank.bank_service.shard.partition import Partition
+from membank.bank_service.shard.pinned import PinnedReader
 from membank.bank_service.shard.reader import BlockReader, LoadedBlock
 from membank.bank_service.shard.recovery import recover, take_over
 from membank.bank_service.shard.residency import Residency
@@ -42,7 +45,7 @@ from membank.bank_service.store.journal import LogFile, PosixLogFile
 from membank.bank_service.store.objects import ObjectStore, probe_create_only
 from membank.wire.crc import crc32c
 from membank.wire.errors import InvalidArgumentError, NotFoundError, Reason, UnavailableError
-from membank.wire.format import RevisionRecord
+from membank.wire.format import Entry, RevisionRecord
 from membank.wire.records import (
     Block,
     BlockHeader,
@@ -93,6 +96,7 @@ class Shard:
         self._participant = participant
         self._locks = locks
         self._reader = BlockReader(context, self._owner)
+        self._pinned = PinnedReader(context, self._owner, lambda: participant.revision)
         self._counting = Lock()
         self._counters = _Counters()
         self._closed = False
@@ -107,6 +111,7 @@ class Shard:
         config: ShardConfig | None = None,
         maintenance: Maintenance | None = None,
         clock: Callable[[], float] = boot_clock,
+        wall_clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
         open_log_file: Callable[[Path], LogFile] = PosixLogFile,
     ) -> Shard:
@@ -126,6 +131,8 @@ class Shard:
             Runs what nobody waits for; closed with the shard. None = in the calls that cause it.
         clock
             Monotonic seconds, the time that the machine slept included.
+        wall_clock
+            Seconds since 1970-01-01 UTC, for the age of revisions.
         sleep
             Waits for some seconds: for the lease of an owner that may still be alive.
         open_log_file
@@ -155,6 +162,7 @@ class Shard:
             maintenance=maintenance or InlineMaintenance(),
             clock=clock,
             sleep=sleep,
+            wall_clock=wall_clock,
             open_log_file=open_log_file,
         )
         with ExitStack() as undo:
@@ -192,6 +200,7 @@ class Shard:
         held_versions: Sequence[int | None] | None = None,
         dtype: str | None = None,
         min_revision: int = 0,
+        snapshot: str = "",
     ) -> FetchResult:
         # docstring inherited
         held = [None] * len(refs) if held_versions is None else list(held_versions)
@@ -201,12 +210,16 @@ class Shard:
         dtype_of(name)
         self._check_owned(refs)
         self._require_revision(min_revision)
-        revision, loaded = self._reader.read(
-            refs,
-            (Role.WEIGHT,),
-            wanted=lambda i, entry: entry.state is BlockState.ACTIVE and entry.version != held[i],
-            revision=lambda: self._participant.revision,
-        )
+
+        def wanted(position: int, entry: Entry) -> bool:
+            return entry.state is BlockState.ACTIVE and entry.version != held[position]
+
+        if snapshot:
+            revision, loaded = self._pinned.read(snapshot, refs, wanted=wanted)
+        else:
+            revision, loaded = self._reader.read(
+                refs, (Role.WEIGHT,), wanted=wanted, revision=lambda: self._participant.revision
+            )
         blocks = tuple(
             _fetched(ref, block, name, unchanged=block.entry.version == version)
             for ref, block, version in zip(refs, loaded, held, strict=True)
@@ -285,6 +298,19 @@ class Shard:
         # docstring inherited
         self._check_owned(refs)
         return self._read(tuple(refs))
+
+    def history(self) -> tuple[PartitionHistory, ...]:
+        # docstring inherited
+        self._require_open()
+        return tuple(partition.history() for partition in self._partitions.values())
+
+    def collect(
+        self, partition: int, *, history_from: int = 0, dry_run: bool = False
+    ) -> PartitionGarbage:
+        # docstring inherited
+        self._require_open()
+        found = owned(self._partitions, partition)
+        return found.collect(history_from=history_from, dry_run=dry_run)
 
     def consolidate(self) -> None:
         # docstring inherited

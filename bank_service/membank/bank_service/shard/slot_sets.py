@@ -8,12 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from membank.wire.format import NO_SLOT, Manifest
+from membank.wire.format.entries import EntryTable
 
 SlotName = tuple[int, int]
 """Level and slot."""
 
 SlotSet = npt.NDArray[np.uint64]
-"""Slots, sorted, none twice: 8 bytes each, where a set of tuples takes some 150."""
+"""Slots, each as ``level << 32 | slot``, sorted, none twice: 8 bytes each, where a set of tuples
+takes some 150."""
 
 _SHIFT = 32
 
@@ -25,9 +27,7 @@ def slot_set(names: Iterable[SlotName]) -> SlotSet:
 
 def slots_of(manifest: Manifest) -> SlotSet:
     """Return the slots that a manifest names."""
-    return slot_set(
-        (ref.level, entry.slot) for ref, entry in manifest.entries.items() if entry.slot != NO_SLOT
-    )
+    return EntryTable.of(manifest.entries).slots()
 
 
 def names_of(slots: SlotSet) -> Iterator[SlotName]:

@@ -238,7 +238,11 @@ class UpdatePath:
             return
         batch.payloads.append(
             encode_update(
-                self._frame_kind, call.update, results, [_applied(s) for s in accepted], self._kernel
+                self._frame_kind,
+                call.update,
+                results,
+                [_applied(s) for s in accepted],
+                self._kernel,
             )
         )
         batch.records |= {s.result.ref: BlockRecord(s.entry, s.content) for s in accepted}

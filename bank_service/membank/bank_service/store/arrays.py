@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from threading import Lock
+from typing import NamedTuple
 
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
@@ -19,11 +20,25 @@ from membank.bank_service.store.objects import ObjectStore
 from membank.wire.errors import CorruptionError, NotFoundError, Reason
 from membank.wire.format import decode_slot, encode_slot
 from membank.wire.format.layout import array_prefix, slot_key
+from membank.wire.format.slot import TRAILER_BYTES
 from membank.wire.spec import Array, BankSpec, Role
 
 _MIN_CAPACITY = 64
 _CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 _STORED_AS = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
+
+
+class Chunk(NamedTuple):
+    """One role of a slot, as an object."""
+
+    level: int
+    """Level of the array."""
+    slot: int
+    """Row of the array."""
+    key: str
+    """Key in the bank's storage."""
+    num_bytes: int
+    """Size, as the spec has it."""
 
 
 class SlotArrays:
@@ -159,15 +174,21 @@ class SlotArrays:
                 continue
             self._objects.delete(slot_key(self._partition, level, role, slot))
 
-    def stored_slots(self, level: int) -> set[int]:
-        """Return the slots of which some role is stored, whether or not a manifest names them."""
-        slots = set()
+    def stored_chunks(self, level: int) -> list[Chunk]:
+        """Return the chunks that are stored, whether or not a manifest names their slots."""
+        chunks = []
         for role in self._spec.roles:
+            num_bytes = self._spec.block_params(level) * self._spec.role_dtype(role).itemsize
             for key in self._objects.list(array_prefix(self._partition, level, role)):
                 name = key.rsplit("/", 1)[-1]
                 if name.startswith("c."):
-                    slots.add(int(name.split(".")[1]))
-        return slots
+                    slot = int(name.split(".")[1])
+                    chunks.append(Chunk(level, slot, key, num_bytes + TRAILER_BYTES))
+        return chunks
+
+    def stored_slots(self, level: int) -> set[int]:
+        """Return the slots of which some role is stored, whether or not a manifest names them."""
+        return {chunk.slot for chunk in self.stored_chunks(level)}
 
     def _load_capacity(self, level: int) -> int:
         if level not in self._capacity:

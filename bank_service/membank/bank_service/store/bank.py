@@ -48,6 +48,12 @@ from membank.wire.records import Snapshot
 from membank.wire.spec import BankSpec
 
 
+SNAPSHOT_OPERATION = "snapshot"
+"""Operation of the record that makes a snapshot, whose name is in its detail."""
+UNPIN_OPERATION = "delete-snapshot"
+"""Operation of the record that gives a snapshot up, whose name is in its detail."""
+
+
 class Bank:
     """A bank on storage: everything but the content of its blocks.
 
@@ -170,12 +176,23 @@ class Bank:
         found = self._read_record(revision)
         return None if found is None else found[0]
 
+    def require_record(self, revision: int) -> RevisionRecord:
+        """Return the record of a revision that was decided.
+
+        Raises
+        ------
+        CorruptionError
+            If it is damaged, or gone.
+        """
+        record = self.record(revision)
+        if record is None:
+            raise _missing_record(revision)
+        return record
+
     def latest_commit(self) -> RevisionRecord:
         """Return the newest record that is a commit."""
         for revision in range(self.latest_number(), -1, -1):
-            record = self.record(revision)
-            if record is None:
-                raise _missing_record(revision)
+            record = self.require_record(revision)
             if record.committed:
                 return record
         raise _missing_record(0)
@@ -228,9 +245,7 @@ class Bank:
         came after that commit are not part of the revision.
         """
         for number in range(revision, -1, -1):
-            record = self.record(number)
-            if record is None:
-                raise _missing_record(number)
+            record = self.require_record(number)
             if record.committed and partition in record.manifests:
                 return record.manifests[partition]
         return 0
@@ -322,11 +337,38 @@ class Bank:
         try:
             return decode_snapshot(self.objects.get(key), key=f"{self.url}/{key}")
         except NotFoundError as err:
-            raise NotFoundError(
-                f"bank {self.spec.name} has no snapshot {name!r}",
-                reason=Reason.UNKNOWN_SNAPSHOT,
-                metadata={"snapshot": name},
-            ) from err
+            raise self._no_snapshot(name) from err
+
+    def pinned(self, name: str, in_force: RevisionRecord) -> Snapshot:
+        """Return the snapshot called `name` if it is one while `in_force` is the newest commit.
+
+        Raises
+        ------
+        NotFoundError
+            If it is none: not there, never committed, or given up (UNKNOWN_SNAPSHOT).
+        """
+        snapshot = self.snapshot(name)
+        if not self.is_snapshot(snapshot, in_force):
+            raise self._no_snapshot(name)
+        return snapshot
+
+    def is_snapshot(self, snapshot: Snapshot, in_force: RevisionRecord) -> bool:
+        """Say whether a name that is stored is a snapshot while `in_force` is the newest commit.
+
+        A name is written before the revision that makes it a snapshot, and removed after the one
+        that ends that. Nothing is committed before it is gone, so only the newest commit can have
+        ended one that is stored.
+        """
+        if snapshot.revision > in_force.revision:
+            return False
+        record = self.require_record(snapshot.revision)
+        is_made = record.committed and record.operation == SNAPSHOT_OPERATION
+        is_ended = in_force.operation == UNPIN_OPERATION and in_force.revision > snapshot.revision
+        return (
+            is_made
+            and record.detail.get("snapshot") == snapshot.name
+            and not (is_ended and in_force.detail.get("snapshot") == snapshot.name)
+        )
 
     def create_snapshot(self, snapshot: Snapshot) -> None:
         """Pin a revision under a name.
@@ -350,6 +392,13 @@ class Bank:
         """Give up a name; what only it kept goes at the next consolidation."""
         self.snapshot(name)
         self.objects.delete(snapshot_key(name))
+
+    def _no_snapshot(self, name: str) -> NotFoundError:
+        return NotFoundError(
+            f"bank {self.spec.name} has no snapshot {name!r}",
+            reason=Reason.UNKNOWN_SNAPSHOT,
+            metadata={"snapshot": name},
+        )
 
     def _read_record(self, revision: int) -> tuple[RevisionRecord, str] | None:
         with self._lock:

@@ -1,16 +1,20 @@
 """The seam to storage: a flat space of immutable-or-replaced objects under relative keys.
 
-Everything above needs six verbs and one promise: `put_if_absent` creates or fails, whoever else
-tries at the same moment. A store that cannot keep it is refused by `probe_create_only`.
+Everything above needs seven verbs and two promises: `put_if_absent` creates or fails, whoever else
+tries at the same moment, and what was deleted is gone. A store that cannot keep them is refused by
+`probe_create_only`.
 """
 
 from __future__ import annotations
 
 import errno
+import re
 import uuid
 from collections.abc import Sequence
-from typing import Protocol
+from contextlib import suppress
+from typing import Protocol, runtime_checkable
 
+from membank.bank_service.store.s3_errors import s3_error
 from membank.wire.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
@@ -25,6 +29,7 @@ from membank.wire.errors import (
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR})
 _PUBLISH_ATTEMPTS = 4
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class ObjectStore(Protocol):
@@ -32,8 +37,13 @@ class ObjectStore(Protocol):
 
     A reader sees an object whole or not at all, and sees what was put as soon as `put` returns.
     Errors: `NotFoundError` (OBJECT_MISSING), `AlreadyExistsError` (OBJECT_EXISTS),
-    `ResourceExhaustedError` (NO_SPACE), `FailedPreconditionError` (STORE_FAILED: no permission,
-    read-only), `UnavailableError` (STORE_FAILED: anything that may pass).
+    `ResourceExhaustedError` (NO_SPACE), `InvalidArgumentError` (a key that `check_key` refuses),
+    `FailedPreconditionError` (what somebody must mend: NO_BUCKET, STORE_CREDENTIALS, STORE_DENIED,
+    STORE_CLOCK_SKEW, otherwise STORE_FAILED), `UnavailableError` (STORE_FAILED: what may pass).
+
+    Behind a network, requests that fail are repeated for a bounded time. A create-only put may
+    therefore raise `AlreadyExistsError` although it was its own first attempt that created the
+    object: who must know, calls `publish`; who does not, takes another key.
     """
 
     @property
@@ -66,6 +76,14 @@ class ObjectStore(Protocol):
         """Remove an object; no effect where there is none."""
 
 
+@runtime_checkable
+class VersionKeeping(Protocol):
+    """What a store may offer beside its verbs, so that one that keeps versions can be refused."""
+
+    def keeps_versions(self, key: str) -> bool:
+        """Say whether what is put at `key`, where there is an object, stays after its removal."""
+
+
 def publish(objects: ObjectStore, key: str, data: bytes) -> None:
     """Create an object whose success must be known, durably.
 
@@ -81,53 +99,105 @@ def publish(objects: ObjectStore, key: str, data: bytes) -> None:
         try:
             objects.put_if_absent(key, data, durable=True)
         except AlreadyExistsError:
-            if objects.get(key) == data:
-                return
-            raise
-        except UnavailableError:
-            if attempt == _PUBLISH_ATTEMPTS:
+            with suppress(NotFoundError):
+                if objects.get(key) == data:
+                    return
                 raise
+            # Taken and yet not there: a conflict with a request that did not succeed.
+            failure = UnavailableError(
+                f"{objects.url}/{key}: the storage reports a conflict with nothing; try again",
+                reason=Reason.STORE_FAILED,
+                metadata={"object": f"{objects.url}/{key}"},
+            )
+        except UnavailableError as err:
+            failure = err
         else:
             return
+        if attempt == _PUBLISH_ATTEMPTS:
+            raise failure
 
 
 def probe_create_only(objects: ObjectStore) -> None:
-    """Find out whether the store honours create-only puts, by trying two of them.
+    """Find out whether the store honours create-only puts and forgets what is deleted.
 
     Raises
     ------
     FailedPreconditionError
-        If the second one succeeded or replaced the first (reason STORE_UNSUPPORTED).
+        If it does not, or keeps versions of what is deleted (reason STORE_UNSUPPORTED).
     """
     key = f".probe-{uuid.uuid4().hex}"
+    first, second = (uuid.uuid4().bytes for _ in range(2))
     try:
-        objects.put_if_absent(key, b"first")
-        try:
-            objects.put_if_absent(key, b"second")
-        except AlreadyExistsError:
-            honoured = objects.get(key) == b"first"
-        else:
-            honoured = False
+        publish(objects, key, first)
+        problem = _probe(objects, key, first, second)
     finally:
-        objects.delete(key)
-    if not honoured:
+        # A probe that failed has said why; a leftover is ignored, and swept with the others.
+        with suppress(MembankError):
+            objects.delete(key)
+    if problem is not None:
         raise FailedPreconditionError(
-            f"{objects.url} ignores create-only writes, so two writers could both believe that "
-            "they committed; use a local directory or a store with conditional puts",
+            f"{objects.url} cannot hold a bank: {problem}",
             reason=Reason.STORE_UNSUPPORTED,
             metadata={"url": objects.url},
         )
 
 
+def _probe(objects: ObjectStore, key: str, first: bytes, second: bytes) -> str | None:
+    """Return what is wrong with the store, given an object that holds `first`."""
+    with suppress(AlreadyExistsError):
+        objects.put_if_absent(key, second)
+        return _IGNORED
+    if objects.get(key) != first:
+        return _IGNORED
+    if isinstance(objects, VersionKeeping) and objects.keeps_versions(key):
+        return _VERSIONED
+    objects.delete(key)
+    try:
+        publish(objects, key, second)
+    except AlreadyExistsError:
+        # A bucket whose versioning is suspended may take a marker of the removal for the object.
+        return _NOT_FORGOTTEN
+    return None
+
+
+_IGNORED = (
+    "it ignores create-only writes, so two writers could both believe that they committed; use a "
+    "local directory or a store with conditional puts"
+)
+_VERSIONED = (
+    "it keeps old versions, so what is deleted could still be read; use a bucket that never had "
+    "versioning"
+)
+_NOT_FORGOTTEN = (
+    "what was deleted there cannot be created again, as on a bucket whose versioning is suspended; "
+    "use one that never had versioning"
+)
+
+
 def check_key(key: str) -> None:
-    """Raise `InvalidArgumentError` unless `key` is relative and stays below its store."""
+    """Raise `InvalidArgumentError` unless `key` is relative, stays below its store and is printable.
+
+    Control characters are refused because not every client of a bucket can name such objects.
+    """
     parts = key.split("/")
-    if not key or any(part in {"", ".", ".."} for part in parts):
+    if any(part in {"", ".", ".."} for part in parts) or _CONTROL.search(key):
         raise InvalidArgumentError(f"{key!r} is not a key of an object")
+
+
+def forked_error(url: str) -> FailedPreconditionError:
+    """Return the error for a store that is used on the other side of a fork."""
+    return FailedPreconditionError(
+        f"{url} was in use before this process was forked, and its connections stayed behind; "
+        "open it in the process that uses it, and start that by spawn, not fork",
+        reason=Reason.STORE_FAILED,
+        metadata={"url": url},
+    )
 
 
 def storage_error(err: Exception, what: str) -> MembankError:
     """Return the error of the tree that says what `err` means for `what` (URL and key)."""
+    if (from_s3 := s3_error(err, what)) is not None:
+        return from_s3
     number = err.errno if isinstance(err, OSError) else None
     metadata = {"object": what}
     if isinstance(err, FileNotFoundError):

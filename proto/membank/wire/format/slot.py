@@ -17,6 +17,10 @@ from membank.wire.spec import Array
 _TRAILER = struct.Struct("<I")
 
 
+TRAILER_BYTES = _TRAILER.size
+"""Bytes of a chunk beyond the block's own."""
+
+
 def encode_slot(array: Array, crc: int) -> bytes:
     """Encode one block.
 
