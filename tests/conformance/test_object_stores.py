@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import pickle
+import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +27,12 @@ from membank.wire.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
     InvalidArgumentError,
+    MembankError,
     NotFoundError,
     Reason,
     UnavailableError,
 )
+from s3_server import S3Place
 
 
 @dataclass(frozen=True)
@@ -50,34 +55,54 @@ def _local(tmp_path: Path) -> Subject:
     return Subject(LocalObjects(root), lambda key: (root / key).read_bytes(), write_raw)
 
 
-def _fsspec(url: str) -> Subject:
-    fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
+def _memory(name: str) -> Subject:
+    fs = fsspec.filesystem("memory")
 
     def write_raw(key: str, data: bytes) -> None:
-        path = f"{root}/{key}"
+        path = f"/{name}/{key}"
         fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
         fs.pipe_file(path, data)
 
-    return Subject(FsspecObjects(url), lambda key: bytes(fs.cat_file(f"{root}/{key}")), write_raw)
+    return Subject(
+        FsspecObjects(f"memory://{name}"),
+        lambda key: bytes(fs.cat_file(f"/{name}/{key}")),
+        write_raw,
+    )
 
 
-@pytest.fixture(
-    params=["local", "memory", pytest.param("s3", marks=pytest.mark.s3)],
-)
+def _s3(place: S3Place, kind: str) -> Subject:
+    # The way past the store is a third client: neither obstore nor s3fs.
+    return Subject(open_objects(f"{PREFIXES[kind]}{place.url}/bank"), *_past(place, "bank/"))
+
+
+def _past(
+    place: S3Place, folder: str
+) -> tuple[Callable[[str], bytes], Callable[[str, bytes], None]]:
+    return (
+        lambda key: place.read(folder + key),
+        lambda key, data: place.write(folder + key, data),
+    )
+
+
+PREFIXES = {"obstore": "", "s3fs": "fsspec+"}
+# Every s3fs makes a botocore client of its own, which takes longer than a quick test may.
+S3_KINDS = [
+    pytest.param("obstore", marks=pytest.mark.s3),
+    pytest.param("s3fs", marks=[pytest.mark.s3, pytest.mark.slow]),
+]
+
+
+@pytest.fixture(params=["local", "memory", *S3_KINDS])
 def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Subject]:
-    name = uuid.uuid4().hex
     match request.param:
         case "local":
             yield _local(tmp_path)
         case "memory":
-            yield _fsspec(f"memory://{name}")
+            name = uuid.uuid4().hex
+            yield _memory(name)
             fsspec.filesystem("memory").rm(f"/{name}", recursive=True)
-        case _:
-            url = f"{os.environ['MEMBANK_TEST_S3_URL'].rstrip('/')}/{name}"
-            found = _fsspec(url)
-            yield found
-            for key in found.store.list(""):
-                found.store.delete(key)
+        case kind:
+            yield _s3(request.getfixturevalue("s3_place"), kind)
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +143,15 @@ def test_empty_object(subject: Subject) -> None:
 
 @pytest.mark.parametrize(
     ("start", "end", "expected"),
-    [(0, 4, b"0123"), (3, 7, b"3456"), (8, 99, b"89"), (5, 5, b""), (0, 10, b"0123456789")],
+    [
+        (0, 4, b"0123"),
+        (3, 7, b"3456"),
+        (8, 99, b"89"),
+        (5, 5, b""),
+        (0, 10, b"0123456789"),
+        (10, 12, b""),
+        (99, 100, b""),
+    ],
 )
 def test_get_range(subject: Subject, start: int, end: int, expected: bytes) -> None:
     assert subject.store.get_range("present", start, end) == expected
@@ -130,9 +163,10 @@ def test_missing_object(subject: Subject) -> None:
     assert caught.value.reason is Reason.OBJECT_MISSING
 
 
-def test_range_of_a_missing_object(subject: Subject) -> None:
+@pytest.mark.parametrize("end", [0, 1])
+def test_range_of_a_missing_object(subject: Subject, end: int) -> None:
     with pytest.raises(NotFoundError) as caught:
-        subject.store.get_range("no/such", 0, 1)
+        subject.store.get_range("no/such", 0, end)
     assert caught.value.reason is Reason.OBJECT_MISSING
 
 
@@ -140,6 +174,90 @@ def test_a_prefix_is_no_object(subject: Subject) -> None:
     subject.store.put("folder/key", b"1")
     with pytest.raises(NotFoundError):
         subject.store.get("folder")
+    with pytest.raises(NotFoundError):
+        subject.store.get_range("folder", 0, 0)
+    assert subject.store.list("folder/key") == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "with space",
+        " space around ",
+        "100%",
+        "a%20b",
+        "a+b&c=d",
+        "what?#x",
+        "[x]{y}",
+        'a:b*c"<>|^`~',
+        "back\\slash",
+        "o'clock,;@!$()",
+        "\u00e4\u4f60\U0001f600",
+        "dot.",
+        "...",
+    ],
+)
+def test_keys_with_odd_characters(subject: Subject, name: str) -> None:
+    key = f"odd/{name}/{name}"
+    subject.store.put(key, b"ours")
+    assert subject.read_raw(key) == b"ours"
+    subject.write_raw(key, b"theirs")
+    assert subject.store.get(key) == b"theirs"
+    assert subject.store.get_range(key, 1, 3) == b"he"
+    assert subject.store.list("odd") == [key]
+    assert subject.store.list(f"odd/{name}") == [key]
+    with pytest.raises(AlreadyExistsError):
+        subject.store.put_if_absent(key, b"again")
+    subject.store.delete(key)
+    assert subject.store.list("odd") == []
+
+
+@pytest.mark.slow
+def test_large_objects_are_whole(subject: Subject) -> None:
+    content = bytes(range(256)) * (32 * 1024 * 1024 // 256) + b"end"
+    subject.store.put_if_absent("large/1", content)
+    assert subject.read_raw("large/1") == content
+    assert subject.store.get("large/1") == content
+    assert subject.store.get_range("large/1", len(content) - 4, len(content) + 9) == b"\xffend"
+    subject.store.put("large/1", content[1:])
+    assert subject.store.get("large/1") == content[1:]
+
+
+# Around the sizes at which the stores change their way of reading and writing.
+@pytest.mark.parametrize("size", [1, 256 * 1024, 256 * 1024 + 1, 1024 * 1024, 1024 * 1024 + 1])
+def test_every_size_is_whole(subject: Subject, size: int) -> None:
+    content = (b"0123456789abcdef" * (size // 16 + 1))[:size]
+    subject.store.put("size/put", content)
+    subject.store.put_if_absent("size/created", content)
+    assert subject.read_raw("size/put") == subject.read_raw("size/created") == content
+    assert subject.store.get("size/put") == content
+    assert type(subject.store.get("size/put")) is bytes
+
+
+def test_eight_threads_at_once(subject: Subject) -> None:
+    def work(number: int) -> bytes:
+        content = bytes([number]) * 1000 * (number + 1)
+        for turn in range(3):
+            key = f"threads/{number}/{turn}"
+            subject.store.put_if_absent(key, content)
+            assert subject.store.get(key) == content
+            assert subject.store.list(f"threads/{number}")[-1] == key
+        subject.store.delete(f"threads/{number}/0")
+        return content
+
+    with ThreadPoolExecutor(8) as pool:
+        contents = list(pool.map(work, range(8)))
+    assert len(subject.store.list("threads")) == 16
+    assert [subject.read_raw(f"threads/{number}/2") for number in range(8)] == contents
+
+
+@pytest.mark.slow
+def test_long_listings_are_complete(subject: Subject) -> None:
+    # More than one page of S3, which is 1000 names.
+    keys = [f"pages/{number:04}" for number in range(1030)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda key: subject.store.put(key, b""), keys))
+    assert subject.store.list("pages") == keys
 
 
 def test_create_only_creates_once(subject: Subject) -> None:
@@ -196,10 +314,15 @@ def test_a_failed_create_leaves_nothing(subject: Subject) -> None:
     assert subject.store.list("") == before
 
 
-@pytest.mark.parametrize("key", ["", "/abs", "a//b", "../up", "a/../../b", "a/."])
-def test_keys_stay_inside(subject: Subject, key: str) -> None:
+@pytest.mark.parametrize("key", ["", "/abs", "a//b", "../up", "a/../../b", "a/.", "a/", "n\n"])
+def test_keys_stay_inside_and_are_printable(subject: Subject, key: str) -> None:
     with pytest.raises(InvalidArgumentError):
         subject.store.put(key, b"")
+    with pytest.raises(InvalidArgumentError):
+        subject.store.get(key)
+    if key:
+        with pytest.raises(InvalidArgumentError):
+            subject.store.list(key)
 
 
 def test_one_of_many_creators_wins(subject: Subject) -> None:
@@ -291,6 +414,126 @@ def test_publish_gives_up_after_a_bounded_number_of_attempts(subject: Subject) -
     with pytest.raises(UnavailableError):
         publish(store, "p/3", b"nonce 3")  # type: ignore[arg-type]
     assert 1 < store.num_calls < 10
+
+
+class _ConflictWithNothing(_Forwarding):
+    """Says that the first create-only put met an object, where there is none."""
+
+    num_calls = 0
+
+    def put_if_absent(self, key: str, data: bytes, *, durable: bool = False) -> None:
+        self.num_calls += 1
+        if self.num_calls == 1:
+            raise AlreadyExistsError("taken")
+        self._inner.put_if_absent(key, data, durable=durable)
+
+
+def test_publish_tries_again_after_a_conflict_with_nothing(subject: Subject) -> None:
+    publish(_ConflictWithNothing(subject.store), "p/4", b"nonce 4")  # type: ignore[arg-type]
+    assert subject.read_raw("p/4") == b"nonce 4"
+
+
+class _KeepingVersions(_Forwarding):
+    def keeps_versions(self, key: str) -> bool:
+        return bool(self._inner.get(key))
+
+
+class _RememberingDeletes(_Forwarding):
+    """Takes the mark of a removal for an object, as a bucket of suspended versioning may."""
+
+    def __init__(self, inner: ObjectStore) -> None:
+        super().__init__(inner)
+        self._deleted: set[str] = set()
+
+    def delete(self, key: str) -> None:
+        self._inner.delete(key)
+        self._deleted.add(key)
+
+    def put_if_absent(self, key: str, data: bytes, *, durable: bool = False) -> None:
+        if key in self._deleted:
+            raise AlreadyExistsError("a marker")
+        self._inner.put_if_absent(key, data, durable=durable)
+
+
+@pytest.mark.parametrize("wrapper", [_KeepingVersions, _RememberingDeletes])
+def test_probe_refuses_a_store_that_does_not_forget(
+    subject: Subject, wrapper: type[_Forwarding]
+) -> None:
+    before = subject.store.list("")
+    with pytest.raises(FailedPreconditionError) as caught:
+        probe_create_only(wrapper(subject.store))  # type: ignore[arg-type]
+    assert caught.value.reason is Reason.STORE_UNSUPPORTED
+    assert subject.store.list("") == before
+
+
+def test_probe_bears_with_a_lost_response(subject: Subject) -> None:
+    probe_create_only(_LosingResponses(subject.store, 1))  # type: ignore[arg-type]
+
+
+def test_a_store_pickles_as_its_url(subject: Subject) -> None:
+    if isinstance(subject.store, LocalObjects):
+        pytest.skip("a directory's store holds a lock")
+    again: ObjectStore = pickle.loads(pickle.dumps(subject.store))
+    assert again.url == subject.store.url
+    assert again.get("present") == b"0123456789"
+    assert os.environ.get("AWS_SECRET_ACCESS_KEY", "?").encode() not in pickle.dumps(subject.store)
+
+
+def _in_a_fork(action: Callable[[], object]) -> str:
+    """Return what a forked child gets from `action`: its result, or its error's type and reason."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        # A child that hangs ends by itself, and answers nothing.
+        signal.alarm(10)
+        try:
+            answer = repr(action())
+        except MembankError as err:
+            answer = f"{type(err).__name__} {err.reason}"
+        except BaseException as err:  # a forked pytest must not go on
+            answer = repr(err)
+        os.write(writing, answer.encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        answer = pipe.read().decode()
+    os.waitpid(child, 0)
+    return answer
+
+
+REFUSED_IN_A_FORK = "FailedPreconditionError STORE_FAILED"
+
+
+def test_used_after_a_fork_it_answers_or_says_why_not(subject: Subject) -> None:
+    subject.store.get("present")
+    answer = _in_a_fork(lambda: subject.store.get("present"))
+    over_network = "s3://" in subject.store.url
+    assert answer == (REFUSED_IN_A_FORK if over_network else repr(b"0123456789"))
+    assert subject.store.get("present") == b"0123456789"
+
+
+@pytest.mark.slow
+def test_opened_after_a_fork_it_answers_or_says_why_not(subject: Subject) -> None:
+    subject.store.get("present")
+    answer = _in_a_fork(lambda: open_objects(subject.store.url).get("present"))
+    # obstore's threads belong to the first process that uses it.
+    over_obstore = subject.store.url.startswith("s3://")
+    assert answer == (REFUSED_IN_A_FORK if over_obstore else repr(b"0123456789"))
+
+
+@pytest.mark.s3
+def test_both_s3_clients_see_the_same_bank(s3_place: S3Place) -> None:
+    stores = [open_objects(f"{prefix}{s3_place.url}/a%b/c d") for prefix in PREFIXES.values()]
+    for one, other in (stores, stores[::-1]):
+        one.put_if_absent("k/1", b"one")
+        with pytest.raises(AlreadyExistsError):
+            other.put_if_absent("k/1", b"other")
+        other.put("k/2", b"two")
+        assert (other.get("k/1"), one.get("k/2")) == (b"one", b"two")
+        assert one.list("") == other.list("") == ["k/1", "k/2"]
+        other.delete("k/1")
+        one.delete("k/2")
+        assert one.list("") == other.list("") == []
 
 
 def test_urls_choose_the_store(tmp_path: Path) -> None:

@@ -82,8 +82,9 @@ class S3Server:
         bucket, prefix = split(url)
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         for page in pages:
-            for found in page.get("Contents", ()):
-                self.client.delete_object(Bucket=bucket, Key=found["Key"])
+            names = [{"Key": found["Key"]} for found in page.get("Contents", ())]
+            if names:
+                self.client.delete_objects(Bucket=bucket, Delete={"Objects": names, "Quiet": True})
 
     def make_user(self, *, read_only: bool = False) -> S3User:
         """Return a new user, who may use no bucket but its own."""

@@ -25,6 +25,8 @@ from membank.bank_service.shard.contract import (
     BlockContent,
     BlockOperation,
     BlockStatus,
+    PartitionGarbage,
+    PartitionHistory,
     Prepared,
     PushResult,
 )
@@ -179,6 +181,19 @@ class FaultyHandle:
     def read(self, refs: Sequence[BlockRef]) -> Iterator[BlockContent]:
         # docstring inherited
         return self._shard().read(refs)
+
+    def history(self) -> tuple[PartitionHistory, ...]:
+        # docstring inherited
+        return self._shard().history()
+
+    def collect(
+        self, partition: int, *, history_from: int = 0, dry_run: bool = False
+    ) -> PartitionGarbage:
+        # docstring inherited
+        return self._faults.run(
+            f"collect {partition}",
+            lambda: self._shard().collect(partition, history_from=history_from, dry_run=dry_run),
+        )
 
     def stats(self) -> ShardStats:
         # docstring inherited

@@ -9,7 +9,16 @@ import typer
 
 from membank.cli.exits import run
 
-_COMMAND_MODULES = ("demo_command", "build", "serve", "train", "query", "operate", "bench_command")
+_COMMAND_MODULES = (
+    "demo_command",
+    "build",
+    "serve",
+    "train",
+    "query",
+    "operate",
+    "fsck_command",
+    "bench_command",
+)
 
 app = typer.Typer(
     name="membank",

@@ -19,6 +19,8 @@ from membank.bank_service.store.local_objects import sync_folder
 _TARGET = Target(0.5, at_least=True)
 _SYNC_THREADS = 8
 """As many as a local bank uses."""
+_TRAILER_BYTES = 4
+"""What a slot holds besides the content: its CRC."""
 
 
 class Plain(StrEnum):
@@ -63,7 +65,8 @@ class ConsolidationBench:
         spec = flat_spec(self._size, num_blocks, optimizer=ADAMW)
         num_files = num_blocks * len(spec.roles)
         pusher = Pusher(Bank.create(str(folder / "bank"), spec), list(spec.blocks()))
-        data = bytes(block_bytes // len(spec.roles) + 4)
+        # Not zeros: those would all come from one page of the kernel's, which no real data does.
+        data = os.urandom(block_bytes // len(spec.roles) + _TRAILER_BYTES)
 
         def ours() -> float:
             pusher.push(num_blocks)

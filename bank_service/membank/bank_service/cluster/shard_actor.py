@@ -23,6 +23,8 @@ from membank.bank_service.shard.contract import (
     BlockContent,
     BlockOperation,
     BlockStatus,
+    PartitionGarbage,
+    PartitionHistory,
     Prepared,
 )
 from membank.wire.errors import (
@@ -127,6 +129,16 @@ class ShardActor:
     def read(self, refs: Sequence[BlockRef]) -> tuple[BlockContent, ...]:
         """Read blocks with their optimizer state."""
         return tuple(self._open_server().shard.read(refs))
+
+    def history(self) -> tuple[PartitionHistory, ...]:
+        """Return what each partition can be returned to."""
+        return self._open_server().shard.history()
+
+    def collect(self, partition: int, *, history_from: int, dry_run: bool) -> PartitionGarbage:
+        """Remove what nothing retained of a partition needs."""
+        return self._open_server().shard.collect(
+            partition, history_from=history_from, dry_run=dry_run
+        )
 
     def stats(self) -> ShardStats:
         """Return counters and sizes."""
@@ -237,6 +249,17 @@ class RayShardHandle:
         for batch in batches(refs, size):
             for content in cast("tuple[BlockContent, ...]", self._call("read", batch)):
                 yield own_content(content)
+
+    def history(self) -> tuple[PartitionHistory, ...]:
+        # docstring inherited
+        return cast("tuple[PartitionHistory, ...]", self._call("history"))
+
+    def collect(
+        self, partition: int, *, history_from: int = 0, dry_run: bool = False
+    ) -> PartitionGarbage:
+        # docstring inherited
+        answer = self._call("collect", partition, history_from=history_from, dry_run=dry_run)
+        return cast("PartitionGarbage", answer)
 
     def stats(self) -> ShardStats:
         # docstring inherited

@@ -11,6 +11,7 @@ from membank.wire.records import (
     AuditRecord,
     BankStats,
     BlockDescription,
+    GarbageReport,
     Snapshot,
     Topic,
     TransactionReport,
@@ -90,16 +91,55 @@ class BankAdmin(Protocol):
     def list_snapshots(self) -> tuple[Snapshot, ...]:
         """Return the snapshots, oldest first."""
 
+    def delete_snapshot(self, request: AdminRequest, name: str) -> tuple[Snapshot, int]:
+        """Give a snapshot up; returns it, and the revision after it."""
+
     def rollback(
-        self, request: AdminRequest, snapshot: str, topic: BlockRef | None = None
+        self,
+        request: AdminRequest,
+        target: str | int,
+        topic: BlockRef | None = None,
+        *,
+        only_block: bool = False,
     ) -> TransactionReport:
-        """Bring the bank, or a topic, back to a snapshot; deleted blocks stay deleted."""
+        """Bring the bank, a topic or a block back; deleted blocks stay deleted.
+
+        Parameters
+        ----------
+        request
+            Who asks.
+        target
+            Name of a snapshot, or number of a revision to whose end to return.
+        topic
+            Only this topic; None = the whole bank.
+        only_block
+            True leaves what lies under the topic as it is.
+        """
+
+    def collect_garbage(
+        self, request: AdminRequest, *, keep_revisions: int | None = None
+    ) -> GarbageReport:
+        """Remove what nothing retained needs.
+
+        No transaction, unless it gives history up: that is put on record before it happens.
+
+        Parameters
+        ----------
+        request
+            Who asks.
+        keep_revisions
+            Newest revisions whose history is kept, at least 1, whatever the settings say; older
+            history goes for good, but for snapshots. None = as the settings say.
+        """
 
     def stats(self) -> BankStats:
         """Return counters and sizes."""
 
-    def audit(self, limit: int) -> tuple[AuditRecord, ...]:
-        """Return the newest `limit` audit records, newest first."""
+    def audit(self, limit: int, *, retained_only: bool = False) -> tuple[AuditRecord, ...]:
+        """Return the newest `limit` audit records, newest first.
+
+        With `retained_only`, those of revisions that the whole bank can be rolled back to.
+        """
 
 
 @runtime_checkable

@@ -7,37 +7,29 @@ from collections.abc import Callable, Sequence
 
 from membank.bank_service.knowledge import packs
 from membank.bank_service.knowledge.contract import AdminRequest, ExportedPack
+from membank.bank_service.knowledge.garbage import GarbageCollector
+from membank.bank_service.knowledge.history import History
 from membank.bank_service.knowledge.revisions import RevisionLog
 from membank.bank_service.knowledge.shards import ShardGroup
+from membank.bank_service.knowledge.snapshots import SnapshotCatalog
 from membank.bank_service.knowledge.topics import TopicCatalog
-from membank.bank_service.knowledge.transactions import Coordinator, Plan, report_of
+from membank.bank_service.knowledge.transactions import Coordinator, Plan
 from membank.bank_service.knowledge.trees import TreeStore
-from membank.bank_service.shard.contract import (
-    BlockOperation,
-    Erase,
-    RestoreEntry,
-    SetContent,
-    SetState,
-)
+from membank.bank_service.shard.contract import Erase, SetContent, SetState
 from membank.bank_service.store import Bank
-from membank.wire.errors import (
-    AlreadyExistsError,
-    FailedPreconditionError,
-    InvalidArgumentError,
-    NotFoundError,
-    Reason,
-)
-from membank.wire.format import Manifest, RevisionRecord
+from membank.wire.errors import FailedPreconditionError, InvalidArgumentError, Reason
+from membank.wire.format import RevisionRecord
 from membank.wire.format.pack import decode_pack, encode_pack
 from membank.wire.records import (
     AuditRecord,
     BankStats,
     BlockDescription,
+    GarbageReport,
     Snapshot,
     Topic,
     TransactionReport,
 )
-from membank.wire.spec import NAME_PATTERN, BankSpec, BlockRef, BlockState
+from membank.wire.spec import BankSpec, BlockRef, BlockState
 
 _AUDIT_HIDES = frozenset({"changes"})
 """Parts of a record's detail that are there for retries and too long for an account."""
@@ -77,8 +69,12 @@ class BankOperations:
         self._coordinator = coordinator
         self._log = log
         self._trees = trees
-        self._clock = clock
         self._catalog = TopicCatalog(bank.spec, shards, log, trees)
+        self._snapshots = SnapshotCatalog(bank, coordinator, log, clock)
+        self._history = History(bank, shards, log, self._snapshots)
+        self._garbage = GarbageCollector(
+            bank, shards, coordinator, log=log, snapshots=self._snapshots
+        )
 
     @property
     def spec(self) -> BankSpec:
@@ -119,13 +115,7 @@ class BankOperations:
 
     def list_snapshots(self) -> tuple[Snapshot, ...]:
         # docstring inherited
-        # A snapshot is pinned before its revision is committed; without the commit it is none.
-        return tuple(
-            sorted(
-                (s for s in self._bank.snapshots() if self._is_snapshot(s)),
-                key=lambda snapshot: snapshot.revision,
-            )
-        )
+        return self._snapshots.list()
 
     def stats(self) -> BankStats:
         # docstring inherited
@@ -137,9 +127,10 @@ class BankOperations:
             num_blocks_written=sum(status.version > 0 for status in statuses.values()),
         )
 
-    def audit(self, limit: int) -> tuple[AuditRecord, ...]:
+    def audit(self, limit: int, *, retained_only: bool = False) -> tuple[AuditRecord, ...]:
         # docstring inherited
-        return tuple(_audit_record(record) for record in self._log.newest(limit))
+        records = self._history.retained() if retained_only else self._log.newest(limit)
+        return tuple(_audit_record(record) for record in records[:limit])
 
     # ---- transactions
 
@@ -200,50 +191,36 @@ class BankOperations:
 
     def create_snapshot(self, request: AdminRequest, name: str) -> Snapshot:
         # docstring inherited
-        if not NAME_PATTERN.fullmatch(name):
-            raise InvalidArgumentError(
-                f"snapshot name {name!r}: use lower case letters, digits, hyphens, at most 63"
-            )
-        create_time_s = self._clock()
+        return self._snapshots.create(request, name)
 
-        def plan() -> Plan:
-            self._check_name_free(name)
-            return Plan(
-                detail={"snapshot": name, "create_time_s": create_time_s},
-                all_partitions=True,
-                # Pinned first: between a commit and its pin, a shard could drop what it names.
-                before_commit=lambda revision: self._bank.create_snapshot(
-                    Snapshot(name=name, revision=revision, create_time_s=create_time_s)
-                ),
-            )
-
-        outcome = self._coordinator.run(request, "snapshot", plan)
-        revision = outcome.report.revision
-        if outcome.record is not None:
-            create_time_s = float(str(outcome.record.detail.get("create_time_s", create_time_s)))
-        return Snapshot(name=name, revision=revision, create_time_s=create_time_s)
+    def delete_snapshot(self, request: AdminRequest, name: str) -> tuple[Snapshot, int]:
+        # docstring inherited
+        return self._snapshots.delete(request, name)
 
     def rollback(
-        self, request: AdminRequest, snapshot: str, topic: BlockRef | None = None
+        self,
+        request: AdminRequest,
+        target: str | int,
+        topic: BlockRef | None = None,
+        *,
+        only_block: bool = False,
     ) -> TransactionReport:
         # docstring inherited
         if topic is not None:
             self.spec.check_ref(topic)
+        elif only_block:
+            raise InvalidArgumentError("a rollback of one block alone must name the block")
 
         def plan() -> Plan:
-            pinned = self._bank.snapshot(snapshot)
-            if not self._is_snapshot(pinned):
-                raise NotFoundError(
-                    f"bank {self.spec.name} has no snapshot {snapshot!r}",
-                    reason=Reason.UNKNOWN_SNAPSHOT,
-                    metadata={"snapshot": snapshot},
-                )
-            return Plan(
-                operations=self._restore_entries(pinned, topic),
-                detail={"snapshot": snapshot, "topic": "" if topic is None else str(topic)},
-            )
+            return self._history.plan_rollback(target, topic, only_block=only_block)
 
         return self._run(request, "rollback", plan)
+
+    def collect_garbage(
+        self, request: AdminRequest, *, keep_revisions: int | None = None
+    ) -> GarbageReport:
+        # docstring inherited
+        return self._garbage.collect(request, keep_revisions=keep_revisions)
 
     # ---- what plans are made of
 
@@ -271,58 +248,6 @@ class BankOperations:
         if not refs:
             raise _deleted(topic)
         return sorted(refs)
-
-    def _is_snapshot(self, snapshot: Snapshot) -> bool:
-        if snapshot.revision > self._log.last:
-            return False
-        record = self._log.read(snapshot.revision)
-        return record.committed and record.detail.get("snapshot") == snapshot.name
-
-    def _check_name_free(self, name: str) -> None:
-        try:
-            found = self._bank.snapshot(name)
-        except NotFoundError:
-            return
-        if not self._is_snapshot(found):
-            # Left by a transaction that was never committed.
-            self._bank.delete_snapshot(name)
-            return
-        raise AlreadyExistsError(
-            f"bank {self.spec.name} has a snapshot {name!r} already; choose another name",
-            reason=Reason.SNAPSHOT_EXISTS,
-            metadata={"snapshot": name},
-        )
-
-    def _restore_entries(self, snapshot: Snapshot, topic: BlockRef | None) -> list[BlockOperation]:
-        spec = self.spec
-        refs = list(spec.blocks() if topic is None else spec.subtree(topic))
-        erased = self._erased_since(snapshot.revision)
-        pinned: dict[int, Manifest | None] = {}
-        operations: list[BlockOperation] = []
-        for ref, status in sorted(self._shards.describe(refs).items()):
-            if status.state is BlockState.DELETED or ref in erased:
-                continue
-            partition = spec.partition_of(ref)
-            if partition not in pinned:
-                number = self._bank.named_manifest(snapshot.revision, partition)
-                pinned[partition] = self._bank.read_manifest(partition, number) if number else None
-            manifest = pinned[partition]
-            entry = None if manifest is None else manifest.entries.get(ref)
-            # A version is given once, so an equal one means that nothing has changed since.
-            if status.version != (0 if entry is None else entry.version):
-                number = 0 if manifest is None else manifest.number
-                operations.append(RestoreEntry(ref=ref, manifest=number))
-        return operations
-
-    def _erased_since(self, revision: int) -> set[BlockRef]:
-        # A rollback cannot cross a delete, even where the block was created anew since. Its pinned
-        # manifest does not always say so: it never named a block that was not written by then.
-        return {
-            change.ref
-            for record in self._log.committed_after(revision)
-            if record.operation == "delete"
-            for change in report_of(record).changes
-        }
 
 
 def _audit_record(record: RevisionRecord) -> AuditRecord:

@@ -11,6 +11,8 @@ from membank.bank_service.shard.contract import (
     BlockContent,
     BlockOperation,
     BlockStatus,
+    PartitionGarbage,
+    PartitionHistory,
     Prepared,
 )
 from membank.wire.errors import Reason, UnavailableError
@@ -55,6 +57,14 @@ class ShardHandle(Protocol):
 
     def read(self, refs: Sequence[BlockRef]) -> Iterator[BlockContent]:
         """Yield blocks with their optimizer state."""
+
+    def history(self) -> tuple[PartitionHistory, ...]:
+        """Return what each partition can be returned to."""
+
+    def collect(
+        self, partition: int, *, history_from: int = 0, dry_run: bool = False
+    ) -> PartitionGarbage:
+        """Remove what nothing retained of a partition needs."""
 
     def stats(self) -> ShardStats:
         """Return counters and sizes."""
@@ -105,11 +115,7 @@ class ShardGroup:
 
     def owner_of(self, ref: BlockRef) -> ShardMember:
         """Return the shard that owns `ref`; `UnavailableError` while nobody does."""
-        partition = self._spec.partition_of(ref)
-        for member in self.members():
-            if partition in member.partitions:
-                return member
-        raise UnavailableError(f"partition {partition} has no owner at present; retry")
+        return self._owner(self._spec.partition_of(ref))
 
     def by_owner(self, refs: Iterable[BlockRef]) -> dict[str, list[BlockRef]]:
         """Return refs by shard id, in the order given."""
@@ -156,9 +162,25 @@ class ShardGroup:
             if member.shard_id in split:
                 yield from member.handle.read(split[member.shard_id])
 
+    def history(self) -> tuple[PartitionHistory, ...]:
+        """Return what each partition of the bank can be returned to."""
+        answers = self.call(self.members(), lambda member: member.handle.history())
+        return tuple(history for answer in raise_first(answers) for history in answer)
+
+    def collect(self, partition: int, *, history_from: int, dry_run: bool) -> PartitionGarbage:
+        """Remove what nothing retained of a partition needs, as much as one call removes."""
+        handle = self._owner(partition).handle
+        return handle.collect(partition, history_from=history_from, dry_run=dry_run)
+
     def stats(self) -> tuple[ShardStats, ...]:
         """Return the statistics of all shards."""
         return tuple(raise_first(self.call(self.members(), lambda m: m.handle.stats())))
+
+    def _owner(self, partition: int) -> ShardMember:
+        for member in self.members():
+            if partition in member.partitions:
+                return member
+        raise UnavailableError(f"partition {partition} has no owner at present; retry")
 
 
 def raise_first(results: Sequence[T | Exception]) -> list[T]:

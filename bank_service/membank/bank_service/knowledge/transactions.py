@@ -162,6 +162,19 @@ class Coordinator:
         finally:
             self._lock.release()
 
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Keep transactions out while none is undecided, and what is committed is in force.
+
+        Raises
+        ------
+        UnavailableError
+            If another transaction holds the bank, or a shard cannot be told.
+        """
+        with self.exclusive():
+            self._settle()
+            yield
+
     def run(self, request: AdminRequest, operation: str, make_plan: Callable[[], Plan]) -> Outcome:
         """Run one transaction, or return what it did before.
 
@@ -328,7 +341,7 @@ class Coordinator:
             self._log.reload()
 
     def _install(self, record: RevisionRecord) -> None:
-        """Tell every shard of `record`, waiting for those that are down; then clear the trees."""
+        """Tell every shard of `record`, waiting for those that are down; then what it ended goes."""
         self._unsettled = True
         deadline = self._clock() + self._config.commit_patience_s
         while lagging := self._tell(record):
@@ -336,6 +349,7 @@ class Coordinator:
                 raise unreachable(lagging, record.revision)
             self._sleep(self._config.commit_pause_s)
         self._trees.destroy_others(record.tree_revision)
+        self._bank.remove_ended_snapshot(record)
         self._unsettled = False
 
     def _tell(self, record: RevisionRecord) -> list[str]:

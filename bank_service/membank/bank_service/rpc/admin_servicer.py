@@ -211,9 +211,33 @@ class AdminServicer(AdminServiceServicer):
         if request.HasField("topic"):
             topic = _topic(request.topic, admin.spec)
         report = admin.rollback(
-            _request(request.request_id, request.dry_run), request.snapshot, topic
+            _request(request.request_id, request.dry_run),
+            _target(request),
+            topic,
+            only_block=request.only_block,
         )
         return pb.RollbackResponse(report=convert.report_to_pb(report))
+
+    def DeleteSnapshot(
+        self, request: pb.DeleteSnapshotRequest, context: grpc.ServicerContext
+    ) -> pb.DeleteSnapshotResponse:
+        # docstring inherited
+        admin = self._open(request.bank, context)
+        snapshot, revision = admin.delete_snapshot(_request(request.request_id), request.snapshot)
+        return pb.DeleteSnapshotResponse(
+            snapshot=convert.snapshot_to_pb(snapshot), revision=revision
+        )
+
+    def CollectGarbage(
+        self, request: pb.CollectGarbageRequest, context: grpc.ServicerContext
+    ) -> pb.CollectGarbageResponse:
+        # docstring inherited
+        admin = self._open(request.bank, context)
+        report = admin.collect_garbage(
+            _request(request.request_id, request.dry_run),
+            keep_revisions=request.keep_revisions or None,
+        )
+        return convert.garbage_to_pb(report)
 
     def GetStats(
         self, request: pb.GetStatsRequest, context: grpc.ServicerContext
@@ -228,8 +252,9 @@ class AdminServicer(AdminServiceServicer):
         # docstring inherited
         admin = self._open(request.bank, context)
         limit = min(request.limit or _DEFAULT_AUDIT_RECORDS, _MAX_AUDIT_RECORDS)
+        records = admin.audit(limit, retained_only=request.retained_only)
         return pb.ListAuditRecordsResponse(
-            records=[convert.audit_to_pb(record) for record in admin.audit(limit)]
+            records=[convert.audit_to_pb(record) for record in records]
         )
 
     def _open(self, bank: str, context: grpc.ServicerContext) -> BankAdmin:
@@ -243,6 +268,12 @@ def _topic(message: types_pb.BlockRef, spec: BankSpec) -> BlockRef:
     topic = convert.ref_from_pb(message)
     spec.check_ref(topic)
     return topic
+
+
+def _target(request: pb.RollbackRequest) -> str | int:
+    if bool(request.snapshot) == bool(request.revision_plus_one):
+        raise InvalidArgumentError("a rollback goes to a snapshot or to a revision; name one")
+    return request.snapshot or request.revision_plus_one - 1
 
 
 def _request(request_id: str, dry_run: bool = False) -> AdminRequest:

@@ -146,7 +146,11 @@ class BlockServicer(BankInfoServicer):
         with self._budget.reserve(_weight_bytes(spec, wanted, dtype), what="fetch") as reservation:
             check_alive(context)
             result = self._shard.fetch(
-                refs, held_versions=held, dtype=dtype, min_revision=request.min_revision
+                refs,
+                held_versions=held,
+                dtype=dtype,
+                min_revision=request.min_revision,
+                snapshot=request.snapshot,
             )
             reservation.resize(sum(block.header.num_bytes for block in result.blocks))
             for message in _fetch_messages(result):

@@ -393,6 +393,19 @@ class Bank:
         self.snapshot(name)
         self.objects.delete(snapshot_key(name))
 
+    def remove_ended_snapshot(self, in_force: RevisionRecord) -> None:
+        """Remove the name of the snapshot that `in_force`, the newest commit, gave up, if any."""
+        if in_force.operation != UNPIN_OPERATION:
+            return
+        name = str(in_force.detail["snapshot"])
+        try:
+            snapshot = self.snapshot(name)
+        except NotFoundError:
+            return
+        # One that is pinned for the next revision has the name again.
+        if snapshot.revision < in_force.revision:
+            self.objects.delete(snapshot_key(name))
+
     def _no_snapshot(self, name: str) -> NotFoundError:
         return NotFoundError(
             f"bank {self.spec.name} has no snapshot {name!r}",

@@ -153,9 +153,11 @@ def _probe(objects: ObjectStore, key: str, first: bytes, second: bytes) -> str |
         return _VERSIONED
     objects.delete(key)
     try:
-        publish(objects, key, second)
+        objects.put_if_absent(key, second)
     except AlreadyExistsError:
         # A bucket whose versioning is suspended may take a marker of the removal for the object.
+        with suppress(NotFoundError):
+            return None if objects.get(key) == second else _IGNORED
         return _NOT_FORGOTTEN
     return None
 

@@ -1,0 +1,179 @@
+"""The chain of revision records: numbers without gaps, each linked to the one before."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+from membank.bank_service.fsck.reading import Fault, examine, finding_of
+from membank.bank_service.fsck.report import Finding, FindingKind
+from membank.bank_service.store.objects import ObjectStore
+from membank.wire.errors import CorruptionError, Reason
+from membank.wire.format import decode_revision
+from membank.wire.format.layout import REVISIONS, number_of, revision_key
+from membank.wire.format.revision import record_sha256
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What the other checks need of one revision record; a bank may have very many."""
+
+    committed: bool
+    """False for a transaction that was given up."""
+    manifests: Mapping[int, int]
+    """Manifest of each partition that it changed."""
+    tree_revision: int
+    """Revision whose tree document is in force."""
+    snapshot: str
+    """Snapshot that its detail names; empty = none."""
+    sha256: str
+    """Of the object's bytes."""
+    previous_sha256: str
+    """Of those of the record before, as this record has it."""
+
+
+@dataclass(slots=True)
+class Chain:
+    """The revision records of a bank."""
+
+    links: dict[int, Link] = field(default_factory=dict)
+    """Every record that is as it was written."""
+    latest: int = -1
+    """Greatest number that is stored; -1 = none."""
+    bad: list[int] = field(default_factory=list)
+    """Numbers whose record is missing or damaged, ascending."""
+    findings: list[Finding] = field(default_factory=list)
+    """What is wrong with them."""
+    _naming: dict[int, list[tuple[int, int]]] | None = None
+
+    @property
+    def latest_commit(self) -> int:
+        """Newest revision that is known to be committed; -1 = none."""
+        return max((n for n, link in self.links.items() if link.committed), default=-1)
+
+    def is_commit(self, revision: int) -> bool:
+        """Say whether `revision` is known to be committed."""
+        link = self.links.get(revision)
+        return link is not None and link.committed
+
+    def newest_commits(self, count: int) -> list[int]:
+        """Return the newest `count` committed revisions, newest first."""
+        found: list[int] = []
+        for number in range(self.latest, -1, -1):
+            if len(found) == count:
+                break
+            if self.is_commit(number):
+                found.append(number)
+        return found
+
+    def named_manifest(self, revision: int, partition: int) -> int | None:
+        """Return the manifest that `revision` consists of; 0 = as initialised, None = unknown.
+
+        It is unknown where a record that may name another one cannot be read.
+        """
+        naming = self._names_of(partition)
+        position = bisect_right(naming, (revision, 1 << 62)) - 1
+        named_at, number = naming[position] if position >= 0 else (-1, 0)
+        is_certain = bisect_right(self.bad, revision) == bisect_right(self.bad, named_at)
+        return number if is_certain else None
+
+    def _names_of(self, partition: int) -> list[tuple[int, int]]:
+        if self._naming is None:
+            naming: dict[int, list[tuple[int, int]]] = defaultdict(list)
+            for revision, link in sorted(self.links.items()):
+                if link.committed:
+                    for part, number in link.manifests.items():
+                        naming[part].append((revision, number))
+            self._naming = dict(naming)
+        return self._naming.get(partition, [])
+
+
+def survey_chain(objects: ObjectStore, known: Mapping[int, Link] | None = None) -> Chain:
+    """Read the records of a bank.
+
+    Parameters
+    ----------
+    objects
+        The bank's storage.
+    known
+        Records that were read before and were in order; they never change, so they are not read
+        again.
+    """
+    known = known or {}
+    chain = Chain(latest=max(stored_numbers(objects.list(REVISIONS)), default=-1))
+    # Revision 0 is the creation: no bank is without.
+    for number in range(max(chain.latest, 0) + 1):
+        key = revision_key(number)
+        found: Link | Fault | None = known.get(number)
+        if found is None:
+            found = examine(objects, key, partial(_decode, number))
+        if isinstance(found, Fault):
+            chain.bad.append(number)
+            chain.findings.append(
+                finding_of(
+                    found,
+                    key,
+                    missing=FindingKind.RECORD_MISSING,
+                    damaged=FindingKind.RECORD_DAMAGED,
+                    affects=f"whether revision {number} is in force; the bank does not open",
+                )
+            )
+        else:
+            chain.links[number] = found
+    chain.findings += _broken_links(chain.links)
+    return chain
+
+
+def stored_numbers(keys: Iterable[str]) -> list[int]:
+    """Return the revision numbers of `keys`, as far as they are keys of records."""
+    return [number for key in keys if (number := record_number(key)) is not None]
+
+
+def record_number(key: str) -> int | None:
+    """Return the revision whose record `key` is; None = it is none's."""
+    try:
+        number = number_of(key)
+    except ValueError:
+        return None
+    return number if revision_key(number) == key else None
+
+
+def _decode(number: int, data: bytes) -> Link:
+    key = revision_key(number)
+    record = decode_revision(data, key=key)
+    if record.revision != number:
+        raise CorruptionError(
+            f"{key} holds the record of revision {record.revision}",
+            reason=Reason.MANIFEST_CORRUPT,
+        )
+    snapshot = record.detail.get("snapshot")
+    return Link(
+        committed=record.committed,
+        manifests=dict(record.manifests),
+        tree_revision=record.tree_revision,
+        snapshot=snapshot if isinstance(snapshot, str) else "",
+        sha256=record_sha256(data),
+        previous_sha256=record.previous_sha256,
+    )
+
+
+def _broken_links(links: Mapping[int, Link]) -> Iterable[Finding]:
+    for number, link in links.items():
+        if number == 0:
+            expected = ""
+        elif number - 1 in links:
+            expected = links[number - 1].sha256
+        else:
+            continue  # what it links to is reported already
+        if link.previous_sha256 != expected:
+            before = revision_key(number - 1) if number else "nothing"
+            yield Finding(
+                kind=FindingKind.CHAIN_BROKEN,
+                key=revision_key(number),
+                problem=f"it follows another record than {before}: one of them was replaced",
+                affects=f"the audit log up to revision {number} proves nothing",
+                remedy="compare both with a copy, and restore the one that differs",
+            )

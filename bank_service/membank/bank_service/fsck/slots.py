@@ -1,0 +1,142 @@
+"""Slots: every one that a manifest names is there, in every role, with the content it names."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+
+from membank.bank_service.fsck.manifests import SlotName, SlotUse
+from membank.bank_service.fsck.reading import Fault, FaultKind, examine, finding_of
+from membank.bank_service.fsck.report import Finding, FindingKind
+from membank.bank_service.fsck.view import PartitionView
+from membank.wire.format import decode_slot
+from membank.wire.format.layout import manifest_key, partition_prefix, slot_key
+from membank.wire.spec import BankSpec, Role
+
+
+def check_slots(view: PartitionView) -> Iterator[Finding]:
+    """Check the slots that manifests name, one at a time."""
+    index = view.manifests
+    retiring: Counter[int] = Counter()
+    for name, use in sorted(index.slots.items()):
+        if index.is_doomed(use):
+            continue
+        for role, crc in zip(view.spec.roles, use.crcs, strict=True):
+            key = slot_key(view.number, name[0], role, name[1])
+            fault = _look(view, key, role, name[0], crc)
+            if fault is None:
+                continue
+            if fault.kind is FaultKind.MISSING and not view.needed.describe(use.named_by):
+                # What nothing needs goes slots first, so that a crash leaves the manifest.
+                retiring.update(use.named_by)
+            else:
+                yield _finding(view, fault, key, use)
+    for number in sorted(retiring):
+        yield _retiring(view.number, number, retiring[number])
+
+
+def check_unnamed(view: PartitionView) -> Iterator[Finding]:
+    """Report slots that no manifest names."""
+    index = view.manifests
+    if index.unreadable or view.needed.numbers - index.summaries.keys():
+        return  # a manifest that cannot be read may name them
+    unnamed: dict[int, set[int]] = defaultdict(set)
+    for key in view.keys:
+        found = slot_of(view.spec, view.number, key)
+        if found is not None and found not in index.slots and found not in index.given_up:
+            unnamed[found[0]].add(found[1])
+    for level, slots in sorted(unnamed.items()):
+        yield Finding(
+            kind=FindingKind.SLOT_UNNAMED,
+            key=f"{partition_prefix(view.number)}/level-{level}",
+            problem=f"no manifest names {_numbered(sorted(slots))}: a writer at work, or one that "
+            "was killed",
+            remedy="nothing; `membank gc` removes them",
+        )
+
+
+def slot_of(spec: BankSpec, partition: int, key: str) -> SlotName | None:
+    """Return level and slot of the chunk whose key this is; None = it is none's."""
+    parts = key.split("/")
+    if len(parts) != 5 or not parts[4].startswith("c."):
+        return None
+    try:
+        level, slot, role = (
+            int(parts[2].removeprefix("level-")),
+            int(parts[4].split(".")[1]),
+            parts[3],
+        )
+        known = slot_key(partition, level, Role(role), slot) == key and Role(role) in spec.roles
+    except ValueError:
+        return None
+    return (level, slot) if known and 1 <= level <= spec.num_levels else None
+
+
+def _look(view: PartitionView, key: str, role: Role, level: int, crc: int) -> Fault | None:
+    bank = view.bank
+    bank.looked_at(1)
+    bank.tally.num_slots += 1
+    if key not in view.keys:
+        return Fault(FaultKind.MISSING, "it is missing")
+    if not bank.deep or (bank.suspects is not None and key not in bank.suspects):
+        return None
+    dtype, shape = view.spec.role_dtype(role), view.spec.block_shape(level)
+
+    def decode(chunk: bytes) -> None:
+        bank.tally.num_bytes += len(chunk)
+        decode_slot(chunk, dtype=dtype, shape=shape, crc=crc, key=key)
+
+    found = examine(bank.objects, key, decode)
+    return found if isinstance(found, Fault) else None
+
+
+def _finding(view: PartitionView, fault: Fault, key: str, use: SlotUse) -> Finding:
+    uses = view.needed.describe(use.named_by) or "nothing that is retained"
+    return finding_of(
+        fault,
+        key,
+        missing=FindingKind.SLOT_MISSING,
+        damaged=FindingKind.SLOT_DAMAGED,
+        affects=f"block {use.ref}: {uses}",
+        remedy=_remedy(view, use),
+    )
+
+
+def _remedy(view: PartitionView, use: SlotUse) -> str:
+    restore = "restore the file from a copy"
+    if view.needed.current not in use.named_by:
+        return f"{restore}, or do not return block {use.ref} to that state"
+    for number, state in sorted(view.needed.ways_back.items(), reverse=True):
+        if number not in use.named_by and _has_other(view, use, number):
+            return f"{restore}, or roll block {use.ref} back to {state}, or swap it"
+    return f"{restore}, or swap block {use.ref} (no other state of it is retained)"
+
+
+def _has_other(view: PartitionView, use: SlotUse, number: int) -> bool:
+    """Say whether a manifest names another slot of the same block that is there."""
+    return any(
+        other.ref == use.ref
+        and number in other.named_by
+        and all(slot_key(view.number, *place) in view.keys for place in _places(view.spec, name))
+        for name, other in view.manifests.slots.items()
+    )
+
+
+def _places(spec: BankSpec, name: SlotName) -> Iterator[tuple[int, Role, int]]:
+    return ((name[0], role, name[1]) for role in spec.roles)
+
+
+def _retiring(partition: int, number: int, count: int) -> Finding:
+    return Finding(
+        kind=FindingKind.RETIREMENT_UNFINISHED,
+        key=manifest_key(partition, number),
+        problem=f"{count} objects of slots that it names are gone, and nothing needs it: its "
+        "removal is under way, or was cut short",
+        remedy="nothing; the next start of its shard, or `membank gc`, goes on",
+    )
+
+
+def _numbered(slots: list[int], limit: int = 4) -> str:
+    shown = ", ".join(str(slot) for slot in slots[:limit])
+    more = f" and {len(slots) - limit} more" if len(slots) > limit else ""
+    return f"slot{'s' if len(slots) > 1 else ''} {shown}{more}"

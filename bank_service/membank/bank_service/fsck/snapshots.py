@@ -1,0 +1,82 @@
+"""Snapshots: names for revisions that are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+from membank.bank_service.fsck.chain import Chain
+from membank.bank_service.fsck.reading import Fault, FaultKind, examine, finding_of
+from membank.bank_service.fsck.report import Finding, FindingKind
+from membank.bank_service.store.objects import ObjectStore
+from membank.wire.errors import CorruptionError, Reason
+from membank.wire.format import decode_snapshot
+from membank.wire.format.layout import SNAPSHOTS, snapshot_key
+from membank.wire.records import Snapshot
+
+
+@dataclass(slots=True)
+class Snapshots:
+    """The snapshots of a bank."""
+
+    revisions: dict[str, int] = field(default_factory=dict)
+    """Revision that each pins, by name."""
+    findings: list[Finding] = field(default_factory=list)
+    """What is wrong with them."""
+
+
+def survey_snapshots(objects: ObjectStore, chain: Chain) -> Snapshots:
+    """Read the snapshots of a bank, and compare them with the commits that made them."""
+    found = Snapshots()
+    for key in objects.list(SNAPSHOTS):
+        if (name := snapshot_name(key)) is None:
+            continue
+        snapshot = examine(objects, key, partial(_decode, key))
+        if isinstance(snapshot, Fault) and snapshot.kind is FaultKind.MISSING:
+            continue  # removed since it was listed
+        if isinstance(snapshot, Fault):
+            found.findings.append(
+                finding_of(
+                    snapshot,
+                    key,
+                    missing=FindingKind.SNAPSHOT_DAMAGED,
+                    damaged=FindingKind.SNAPSHOT_DAMAGED,
+                    affects=f"snapshot {name}, and every listing of snapshots",
+                    remedy="restore the file from a copy, or remove it to give the snapshot up",
+                )
+            )
+            continue
+        found.revisions[name] = snapshot.revision
+        if _is_uncommitted(snapshot, chain):
+            found.findings.append(_uncommitted(key, snapshot))
+    return found
+
+
+def snapshot_name(key: str) -> str | None:
+    """Return the name of the snapshot whose key this is; None = it is none's."""
+    name = key.removeprefix(f"{SNAPSHOTS}/").removesuffix(".json")
+    return name if snapshot_key(name) == key and "/" not in name else None
+
+
+def _decode(key: str, data: bytes) -> Snapshot:
+    snapshot = decode_snapshot(data, key=key)
+    if snapshot_key(snapshot.name) != key:
+        raise CorruptionError(f"{key} holds snapshot {snapshot.name!r}", reason=Reason.SPEC_CORRUPT)
+    return snapshot
+
+
+def _is_uncommitted(snapshot: Snapshot, chain: Chain) -> bool:
+    # A damaged record may be the commit; it is reported itself.
+    if snapshot.revision in chain.bad:
+        return False
+    link = chain.links.get(snapshot.revision)
+    return link is None or not link.committed or link.snapshot != snapshot.name
+
+
+def _uncommitted(key: str, snapshot: Snapshot) -> Finding:
+    return Finding(
+        kind=FindingKind.SNAPSHOT_UNCOMMITTED,
+        key=key,
+        problem=f"revision {snapshot.revision} is no commit that made it, so it is no snapshot",
+        remedy="nothing; `membank gc` removes it",
+    )

@@ -1,0 +1,121 @@
+"""Objects that belong to nothing: leftovers of probes and scratch files, unknown and misnamed keys."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from membank.bank_service.fsck.chain import record_number
+from membank.bank_service.fsck.manifests import manifest_number
+from membank.bank_service.fsck.report import Finding, FindingKind
+from membank.bank_service.fsck.slots import slot_of
+from membank.bank_service.fsck.snapshots import snapshot_name
+from membank.bank_service.fsck.trees import tree_revision
+from membank.bank_service.fsck.view import PartitionView
+from membank.bank_service.store.local_objects import LocalObjects
+from membank.bank_service.store.objects import ObjectStore
+from membank.wire.format.layout import (
+    REVISIONS,
+    SNAPSHOTS,
+    SPEC_KEY,
+    TREES,
+    array_prefix,
+    manifest_prefix,
+    partition_prefix,
+)
+
+PARTITION_KEY = re.compile(r"partitions/(\d+)/")
+_PROBE = ".probe-"
+_JOURNALS = re.compile(r"partitions/\d+/(journal|log)/")
+
+
+def check_scratch(objects: ObjectStore) -> Iterator[Finding]:
+    """Report scratch files of a bank in a directory."""
+    if not isinstance(objects, LocalObjects):
+        return
+    # The store's listings leave them out; only looking at names is sure to disturb no writer.
+    folders = [path for path in _children(objects.root / ".tmp") if path.is_dir()]
+    count = sum(1 for folder in folders for path in _children(folder) if path.name != "lock")
+    if count:
+        yield _leftover(
+            ".tmp",
+            f"{count} scratch files of writers at work, or of killed ones",
+            "nothing; the next writer removes those of killed ones",
+        )
+
+
+def check_names(keys: Collection[str], num_partitions: int | None) -> Iterator[Finding]:
+    """Report objects outside of the partitions that the bank has no use for."""
+    for key in keys:
+        if (match := PARTITION_KEY.match(key)) is not None:
+            number = int(match[1])
+            if num_partitions is None or (
+                number < num_partitions and key.startswith(f"{partition_prefix(number)}/")
+            ):
+                continue
+            yield _unknown(key)
+        elif key.startswith(_PROBE):
+            yield _leftover(
+                key,
+                "it was made to try the storage out, by a start that was cut short",
+                "nothing; `membank gc` removes it",
+            )
+        elif key.startswith((f"{REVISIONS}/", f"{TREES}/", f"{SNAPSHOTS}/")):
+            if not _is_document(key):
+                yield _misnamed(key)
+        elif key != SPEC_KEY:
+            yield _unknown(key)
+
+
+def check_partition_names(view: PartitionView) -> Iterator[Finding]:
+    """Report objects of a partition that the bank has no use for."""
+    arrays = {
+        f"{array_prefix(view.number, level, role)}/zarr.json"
+        for level in range(1, view.spec.num_levels + 1)
+        for role in view.spec.roles
+    }
+    manifests = f"{manifest_prefix(view.number)}/"
+    for key in sorted(view.keys):
+        if key.startswith(manifests):
+            if manifest_number(key, view.number) is None:
+                yield _misnamed(key)
+        elif key in arrays or slot_of(view.spec, view.number, key) is not None:
+            continue
+        elif _JOURNALS.match(key) is None:
+            yield _unknown(key)
+
+
+def _is_document(key: str) -> bool:
+    readers = (record_number, tree_revision, snapshot_name)
+    return any(reader(key) is not None for reader in readers)
+
+
+def _children(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []  # it went away: scratch does
+
+
+def _leftover(key: str, problem: str, remedy: str) -> Finding:
+    return Finding(kind=FindingKind.LEFTOVER, key=key, problem=problem, remedy=remedy)
+
+
+def _unknown(key: str) -> Finding:
+    return Finding(
+        kind=FindingKind.OBJECT_UNKNOWN,
+        key=key,
+        problem="it is no part of a bank of this format",
+        remedy="nothing; remove it if you know it",
+    )
+
+
+def _misnamed(key: str) -> Finding:
+    return Finding(
+        kind=FindingKind.OBJECT_MISNAMED,
+        key=key,
+        problem="objects of this folder have another form of name: a service cannot list them",
+        affects="the start of the service",
+        remedy="move the file out of the bank",
+    )

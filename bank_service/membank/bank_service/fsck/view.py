@@ -1,0 +1,133 @@
+"""One look at a bank: what the checks share, read when it is first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from membank.bank_service.fsck.chain import Chain, survey_chain
+from membank.bank_service.fsck.manifests import ManifestIndex, survey_manifests
+from membank.bank_service.fsck.retention import Needed, needed_manifests
+from membank.bank_service.fsck.snapshots import Snapshots, survey_snapshots
+from membank.bank_service.store.objects import ObjectStore
+from membank.wire.format.layout import partition_prefix
+from membank.wire.spec import BankSpec
+
+
+@dataclass(slots=True)
+class Tally:
+    """What was looked at so far."""
+
+    num_manifests: int = 0
+    num_slots: int = 0
+    num_bytes: int = 0
+    num_frames: int = 0
+    num_replayed: int = 0
+
+
+class BankView:
+    """A bank as it is at one moment, or nearly so: a service may be changing it.
+
+    Parameters
+    ----------
+    objects
+        The bank's storage.
+    spec
+        Its spec; None = it cannot be read.
+    deep
+        True to read the content of slots, and to compute journalled updates again.
+    journal_dir
+        Directory of the journals, where a service keeps them outside of the bank.
+    suspects
+        Keys of slots to read; None = all.
+    before
+        An earlier look, whose records are not read again.
+    looked_at
+        Called with the number of objects that have been looked at since.
+    """
+
+    def __init__(
+        self,
+        objects: ObjectStore,
+        spec: BankSpec | None,
+        *,
+        deep: bool,
+        journal_dir: Path | None = None,
+        suspects: Collection[str] | None = None,
+        before: BankView | None = None,
+        looked_at: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        self.objects = objects
+        self.spec = spec
+        self.deep = deep
+        self.journal_dir = journal_dir
+        self.suspects = suspects
+        self.looked_at = looked_at
+        self.tally = Tally()
+        self._known = before.chain.links if before is not None else {}
+
+    def again(self, suspects: Collection[str] | None) -> BankView:
+        """Return a fresh look at the same bank, for a second opinion on `suspects`."""
+        return BankView(
+            self.objects,
+            self.spec,
+            deep=self.deep,
+            journal_dir=self.journal_dir,
+            suspects=suspects,
+            before=self,
+        )
+
+    @cached_property
+    def chain(self) -> Chain:
+        """The revision records."""
+        chain = survey_chain(self.objects, self._known)
+        self.looked_at(len(chain.links))
+        return chain
+
+    @cached_property
+    def snapshots(self) -> Snapshots:
+        """The snapshots."""
+        return survey_snapshots(self.objects, self.chain)
+
+
+class PartitionView:
+    """One partition of a bank.
+
+    Parameters
+    ----------
+    bank
+        The look at the bank.
+    spec
+        The bank's spec.
+    number
+        The partition.
+    """
+
+    def __init__(self, bank: BankView, spec: BankSpec, number: int) -> None:
+        self.bank = bank
+        self.spec = spec
+        self.number = number
+
+    @cached_property
+    def manifests(self) -> ManifestIndex:
+        """The manifests."""
+        # An owner trims its journal after it published what was in it: a journal that is read
+        # first cannot seem to begin too late.
+        index = survey_manifests(self.bank.objects, self.spec, self.bank.chain, self.number)
+        self.bank.tally.num_manifests += len(index.summaries)
+        self.bank.looked_at(len(index.summaries))
+        return index
+
+    @cached_property
+    def needed(self) -> Needed:
+        """The manifests that something needs."""
+        return needed_manifests(self.bank.chain, self.bank.snapshots.revisions, self.manifests)
+
+    @cached_property
+    def keys(self) -> frozenset[str]:
+        """Keys of the partition's objects."""
+        # A slot is written before a manifest names it: listed after the manifests, it is there.
+        _ = self.manifests
+        return frozenset(self.bank.objects.list(partition_prefix(self.number)))
