@@ -8,11 +8,12 @@
     snapshots/NAME.json                         pinned revisions
     audit/0000000007.json                       who made each revision
     partitions/0002/manifests/0000000031        block -> (slot, version, CRCs, ...)
+    partitions/0002/log/0000000123              a batch of updates that are not in slots yet
     partitions/0002/level-1/weight/zarr.json    a zarr v3 array; one chunk = one slot
     partitions/0002/level-1/weight/c.17.0.0.0.0
 
-Numbers are zero-padded so that listings sort. The journal of a partition lies outside (on the
-owner's disk) or, for a bank in a directory, under ``partitions/0002/journal``.
+Numbers are zero-padded so that listings sort. A journal on the owner's disk lies outside
+or, for a bank in a directory, under ``partitions/0002/journal``.
 """
 
 from __future__ import annotations
@@ -64,6 +65,16 @@ def manifest_prefix(partition: int) -> str:
 def manifest_key(partition: int, number: int) -> str:
     """Key of manifest `number` of `partition`."""
     return f"{manifest_prefix(partition)}/{number:010d}"
+
+
+def log_prefix(partition: int) -> str:
+    """Prefix of the journal of `partition`, where it is kept with the bank."""
+    return f"{partition_prefix(partition)}/log"
+
+
+def log_key(partition: int, number: int) -> str:
+    """Key of object `number` of the journal of `partition`."""
+    return f"{log_prefix(partition)}/{number:010d}"
 
 
 def array_prefix(partition: int, level: int, role: Role) -> str:
