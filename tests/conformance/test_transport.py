@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fake_bank import SPEC, FakeBank, FakeShard
+from fake_bank import SPEC, FakeBank
 from fake_service import FakeService
+from fake_shard import FakeShard
 from in_process import InProcessTransport
 from membank.client import ClientConfig, GrpcTransport, Transport
 from membank.wire.crc import crc32c
@@ -22,7 +23,7 @@ from membank.wire.errors import (
     Reason,
     UnavailableError,
 )
-from membank.wire.records import Gradient, TransactionReport, Update
+from membank.wire.records import Garbage, GarbageKind, Gradient, TransactionReport, Update
 from membank.wire.spec import Array, BlockRef, BlockState, dtype_of
 
 TIMEOUT_S = 10.0
@@ -222,10 +223,10 @@ class TransportSuite:
         assert await gateway.list_snapshots(timeout_s=TIMEOUT_S) == (snapshot,)
         before = {ref: bank.held(ref).weight.copy() for ref in (LEAF, OTHER)}
         await _swap(gateway, {ref: _ones(ref) for ref in before}, {})
-        await gateway.rollback("one", TOPIC, request_id="r", dry_run=False, timeout_s=TIMEOUT_S)
+        await _rollback(gateway, "one", TOPIC, request_id="r")
         np.testing.assert_array_equal(bank.held(LEAF).weight, before[LEAF])
         np.testing.assert_array_equal(bank.held(OTHER).weight, _ones(OTHER))
-        await gateway.rollback("one", None, request_id="r2", dry_run=False, timeout_s=TIMEOUT_S)
+        await _rollback(gateway, "one", None, request_id="r2")
         np.testing.assert_array_equal(bank.held(OTHER).weight, before[OTHER])
 
     async def test_snapshot_errors(self, gateway: Transport) -> None:
@@ -233,16 +234,77 @@ class TransportSuite:
         with pytest.raises(AlreadyExistsError):
             await gateway.create_snapshot("one", request_id="s2", timeout_s=TIMEOUT_S)
         with pytest.raises(NotFoundError) as caught:
-            await gateway.rollback("two", None, request_id="r", dry_run=False, timeout_s=TIMEOUT_S)
+            await _rollback(gateway, "two", None, request_id="r")
         assert caught.value.reason is Reason.UNKNOWN_SNAPSHOT
+        with pytest.raises(NotFoundError) as caught:
+            await gateway.delete_snapshot("two", request_id="d", timeout_s=TIMEOUT_S)
+        assert caught.value.reason is Reason.UNKNOWN_SNAPSHOT
+
+    async def test_rollback_of_one_block_to_a_revision(
+        self, bank: FakeBank, gateway: Transport
+    ) -> None:
+        before = {ref: bank.held(ref).weight.copy() for ref in (TOPIC, LEAF)}
+        await _swap(gateway, {ref: _ones(ref) for ref in before}, {})
+        report = await _rollback(gateway, 0, TOPIC, only_block=True, request_id="r")
+        assert [change.ref for change in report.changes] == [TOPIC]
+        np.testing.assert_array_equal(bank.held(TOPIC).weight, before[TOPIC])
+        np.testing.assert_array_equal(bank.held(LEAF).weight, _ones(LEAF))
+        with pytest.raises(NotFoundError) as caught:
+            await _rollback(gateway, 9, None, request_id="r2")
+        assert caught.value.reason is Reason.UNKNOWN_REVISION
+
+    async def test_a_fetch_of_a_snapshot(
+        self, bank: FakeBank, shard: FakeShard, gateway: Transport, transport: Transport
+    ) -> None:
+        then = {ref: bank.held(ref).weight.copy() for ref in (TOPIC, LEAF)}
+        await gateway.create_snapshot("one", request_id="s", timeout_s=TIMEOUT_S)
+        await _swap(gateway, {ref: _ones(ref) for ref in then}, {})
+        shard.blocks[LEAF].state = BlockState.WITHHELD
+        answer = await transport.fetch(
+            [TOPIC, LEAF], min_revision=1, snapshot="one", timeout_s=TIMEOUT_S
+        )
+        topic, leaf = answer.blocks
+        assert (answer.revision, topic.version, leaf.version) == (0, 0, 1)
+        np.testing.assert_array_equal(topic.weight, then[TOPIC])
+        assert (leaf.weight, leaf.header.state) == (None, BlockState.WITHHELD)
+
+    async def test_a_snapshot_that_is_given_up(
+        self, bank: FakeBank, gateway: Transport, transport: Transport
+    ) -> None:
+        snapshot = await gateway.create_snapshot("one", request_id="s", timeout_s=TIMEOUT_S)
+        given_up = await gateway.delete_snapshot("one", request_id="d", timeout_s=TIMEOUT_S)
+        assert given_up == (snapshot, 1)
+        assert await gateway.list_snapshots(timeout_s=TIMEOUT_S) == ()
+        with pytest.raises(NotFoundError) as caught:
+            await transport.fetch([TOPIC], snapshot="one", timeout_s=TIMEOUT_S)
+        assert caught.value.reason is Reason.UNKNOWN_SNAPSHOT
+
+    @pytest.mark.parametrize("keep", [None, 3])
+    async def test_garbage_is_told(
+        self, bank: FakeBank, gateway: Transport, keep: int | None
+    ) -> None:
+        bank.garbage = (
+            Garbage(kind=GarbageKind.TREE, num_objects=2, num_bytes=77, keys=("a", "b")),
+        )
+        for dry_run, found in ((True, bank.garbage), (False, bank.garbage), (False, ())):
+            report = await gateway.collect_garbage(
+                keep_revisions=keep, dry_run=dry_run, request_id="g", timeout_s=TIMEOUT_S
+            )
+            assert (report.garbage, report.dry_run, bank.keep_revisions) == (found, dry_run, keep)
 
     async def test_stats_and_audit(self, bank: FakeBank, gateway: Transport) -> None:
         for number in range(3):
             await _swap(gateway, {TOPIC: number * _ones(TOPIC)}, {}, request_id=f"swap-{number}")
         assert await gateway.get_stats(timeout_s=TIMEOUT_S) == bank.stats()
-        records = await gateway.list_audit_records(limit=2, timeout_s=TIMEOUT_S)
+        records = await gateway.list_audit_records(
+            limit=2, retained_only=False, timeout_s=TIMEOUT_S
+        )
         assert [record.request_id for record in records] == ["swap-2", "swap-1"]
         assert records == tuple(bank.audit[:2])
+        retained = await gateway.list_audit_records(
+            limit=9, retained_only=True, timeout_s=TIMEOUT_S
+        )
+        assert [record.revision for record in retained] == [2, 1]
 
 
 class TestInProcessTransport(TransportSuite):
@@ -299,6 +361,24 @@ async def _swap(
 ) -> TransactionReport:
     return await gateway.swap(
         weights, expected=expected, request_id=request_id, dry_run=False, timeout_s=TIMEOUT_S
+    )
+
+
+async def _rollback(
+    gateway: Transport,
+    target: str | int,
+    topic: BlockRef | None,
+    *,
+    only_block: bool = False,
+    request_id: str,
+) -> TransactionReport:
+    return await gateway.rollback(
+        target,
+        topic,
+        only_block=only_block,
+        request_id=request_id,
+        dry_run=False,
+        timeout_s=TIMEOUT_S,
     )
 
 

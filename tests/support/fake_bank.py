@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import queue
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
+from fake_shard import FakeShard, Held, Pinned
 from membank.wire.crc import crc32c
 from membank.wire.errors import (
     AlreadyExistsError,
@@ -21,28 +20,23 @@ from membank.wire.errors import (
     InvalidArgumentError,
     NotFoundError,
     Reason,
-    UnavailableError,
 )
-from membank.wire.format import initial_weight
 from membank.wire.records import (
     AuditRecord,
     BankInfo,
     BankStats,
-    Block,
     BlockChange,
     BlockDescription,
-    BlockEvent,
-    BlockHeader,
+    Garbage,
+    GarbageReport,
     PartitionOwner,
     Placement,
     ShardStats,
     Snapshot,
     Topic,
     TransactionReport,
-    Update,
-    UpdateResult,
 )
-from membank.wire.spec import Array, BankSpec, BlockRef, BlockState, LevelSpec, dtype_of
+from membank.wire.spec import Array, BankSpec, BlockRef, BlockState, LevelSpec
 
 SPEC = BankSpec(
     name="fake",
@@ -56,207 +50,6 @@ SPEC = BankSpec(
     bank_id="fake-1",
 )
 """4 + 8 blocks in 4 partitions."""
-
-
-@dataclass(slots=True)
-class Held:
-    """A block as a shard keeps it."""
-
-    weight: Array
-    version: int = 0
-    state: BlockState = BlockState.ACTIVE
-    step: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """Blocks of one revision."""
-
-    revision: int
-    blocks: tuple[Block, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Pushed:
-    """What became of an update."""
-
-    results: tuple[UpdateResult, ...]
-    duplicate: bool
-
-
-class FakeSubscription:
-    """Changes that one watcher has not read yet."""
-
-    def __init__(self, refs: Sequence[BlockRef], *, admin_only: bool) -> None:
-        self._refs = frozenset(refs)
-        self._admin_only = admin_only
-        self._queue: queue.SimpleQueue[BlockEvent | None] = queue.SimpleQueue()
-        self._read = threading.Event()
-        self.is_closed = False
-
-    def offer(self, event: BlockEvent) -> None:
-        if self._refs and event.ref not in self._refs:
-            return
-        if not (self._admin_only and event.is_update):
-            self._queue.put(event)
-
-    def next_events(self, timeout_s: float) -> tuple[tuple[BlockEvent, ...], int]:
-        try:
-            event = self._queue.get(timeout=timeout_s)
-        except queue.Empty:
-            return (), 0
-        self._read.set()
-        return ((event,) if event is not None else ()), 0
-
-    def wait_until_read(self) -> None:
-        """Wait until the first event was read."""
-        if not self._read.wait(timeout=10):
-            raise TimeoutError("nobody reads")
-
-    def close(self) -> None:
-        self.is_closed = True
-        self._queue.put(None)
-
-
-class FakeShard:
-    """A shard of `FakeBank`; its revision may be held back to play a laggard."""
-
-    def __init__(self, bank: FakeBank, shard_id: str, partitions: Iterable[int]) -> None:
-        self.bank = bank
-        self.shard_id = shard_id
-        self.partitions = frozenset(partitions)
-        self.revision = 0
-        self.blocks = {
-            ref: Held(initial_weight(bank.spec, ref))
-            for ref in bank.spec.blocks()
-            if bank.spec.partition_of(ref) in self.partitions
-        }
-        self.answers: dict[str, Pushed] = {}
-        self.subscriptions: list[FakeSubscription] = []
-        self.held_back: list[Callable[[], None]] = []
-        self.lags = False
-        self.num_weights_sent = 0
-
-    @property
-    def spec(self) -> BankSpec:
-        return self.bank.spec
-
-    def install(self, revision: int, change: Callable[[], None]) -> None:
-        """Take part in a transaction, at once or when `catch_up` is called."""
-
-        def commit() -> None:
-            change()
-            self.revision = revision
-
-        if self.lags:
-            self.held_back.append(commit)
-        else:
-            commit()
-
-    def catch_up(self) -> None:
-        """Install what was held back."""
-        for commit in self.held_back:
-            commit()
-        self.held_back = []
-        self.lags = False
-
-    def fetch(
-        self,
-        refs: Sequence[BlockRef],
-        *,
-        held_versions: Sequence[int | None] | None = None,
-        dtype: str | None = None,
-        min_revision: int = 0,
-    ) -> Fetched:
-        if self.revision < min_revision:
-            # The next attempt finds it up to date.
-            self.catch_up()
-            raise UnavailableError("behind", reason=Reason.BEHIND_REVISION)
-        versions = held_versions or [None] * len(refs)
-        blocks = tuple(
-            self._fetch_one(ref, version, dtype or self.spec.dtype)
-            for ref, version in zip(refs, versions, strict=True)
-        )
-        return Fetched(self.revision, blocks)
-
-    def _fetch_one(self, ref: BlockRef, held_version: int | None, dtype: str) -> Block:
-        kept = self._owned(ref)
-        header = BlockHeader(ref=ref, version=kept.version, state=kept.state, dtype=dtype)
-        if kept.state is not BlockState.ACTIVE:
-            return Block(header=header, weight=None)
-        if held_version == kept.version:
-            return Block(header=replace(header, unchanged=True), weight=None)
-        weight = kept.weight.astype(dtype_of(dtype))
-        self.num_weights_sent += 1
-        return Block(
-            header=replace(
-                header, shape=weight.shape, num_bytes=weight.nbytes, crc32c=crc32c(weight)
-            ),
-            weight=weight,
-        )
-
-    def push(self, update: Update) -> Pushed:
-        if update.request_id in self.answers:
-            return replace(self.answers[update.request_id], duplicate=True)
-        for gradient in update.gradients:
-            self._owned(gradient.ref)
-        answer = Pushed(
-            tuple(
-                self._apply(
-                    gradient.ref,
-                    gradient.base_version,
-                    gradient.values,
-                    update.learning_rate_scale,
-                )
-                for gradient in update.gradients
-            ),
-            duplicate=False,
-        )
-        self.answers[update.request_id] = answer
-        return answer
-
-    def _apply(self, ref: BlockRef, base: int, gradient: Array, scale: float) -> UpdateResult:
-        kept = self.blocks[ref]
-        refusal = None
-        if kept.state is BlockState.WITHHELD:
-            refusal = Reason.BLOCK_WITHHELD
-        elif kept.version - base > self.spec.max_staleness:
-            refusal = Reason.STALE_VERSION
-        if refusal is not None:
-            return UpdateResult(ref=ref, accepted=False, version=kept.version, reason=refusal)
-        rate = self.spec.levels[ref.level - 1].learning_rate * scale
-        step = rate * gradient.astype(np.float32)
-        kept.weight = (kept.weight.astype(np.float32) - step).astype(self.spec.numpy_dtype)
-        kept.version += 1
-        kept.step += 1
-        self.tell(ref, is_update=True)
-        return UpdateResult(ref=ref, accepted=True, version=kept.version)
-
-    def subscribe(
-        self, refs: Sequence[BlockRef] = (), *, admin_only: bool = False
-    ) -> FakeSubscription:
-        subscription = FakeSubscription(refs, admin_only=admin_only)
-        self.subscriptions.append(subscription)
-        return subscription
-
-    def tell(self, ref: BlockRef, *, is_update: bool) -> None:
-        kept = self.blocks[ref]
-        for subscription in self.subscriptions:
-            subscription.offer(
-                BlockEvent(
-                    ref=ref,
-                    version=kept.version,
-                    state=kept.state,
-                    revision=self.revision,
-                    is_update=is_update,
-                )
-            )
-
-    def _owned(self, ref: BlockRef) -> Held:
-        self.spec.check_ref(ref)
-        if ref not in self.blocks:
-            raise UnavailableError(f"{ref} is not mine", reason=Reason.NOT_OWNER)
-        return self.blocks[ref]
 
 
 class FakeBank:
@@ -282,7 +75,10 @@ class FakeBank:
         self.generation = 1
         self.endpoints: dict[str, str] = {}
         self.reports: dict[str, TransactionReport] = {}
-        self.snapshots: dict[str, tuple[Snapshot, dict[BlockRef, Array]]] = {}
+        self.snapshots: dict[str, Pinned] = {}
+        self.ends: dict[int, dict[BlockRef, Held]] = {}
+        self.garbage: tuple[Garbage, ...] = ()
+        self.keep_revisions: int | None = None
         self.audit: list[AuditRecord] = []
         self.shards = [
             FakeShard(self, f"shard-{index}", range(index, SPEC.num_partitions, num_shards))
@@ -427,23 +223,63 @@ class FakeBank:
     def create_snapshot(self, name: str) -> Snapshot:
         if name in self.snapshots:
             raise AlreadyExistsError(name, reason=Reason.SNAPSHOT_EXISTS)
-        snapshot = Snapshot(name=name, revision=self.revision, create_time_s=1.5)
-        weights = {ref: self.held(ref).weight.copy() for ref in self.spec.blocks()}
-        self.snapshots[name] = (snapshot, weights)
-        return snapshot
+        self.snapshots[name] = Pinned(name, self.revision, self._copy())
+        return self.list_snapshots()[-1]
 
-    def rollback(
-        self, name: str, topic: BlockRef | None, *, request_id: str, dry_run: bool
-    ) -> TransactionReport:
+    def list_snapshots(self) -> tuple[Snapshot, ...]:
+        return tuple(
+            Snapshot(name=pinned.name, revision=pinned.revision, create_time_s=1.5)
+            for pinned in self.snapshots.values()
+        )
+
+    def pinned(self, name: str) -> Pinned:
         if name not in self.snapshots:
             raise NotFoundError(name, reason=Reason.UNKNOWN_SNAPSHOT)
-        weights = self.snapshots[name][1]
+        return self.snapshots[name]
+
+    def delete_snapshot(self, name: str, *, request_id: str) -> tuple[Snapshot, int]:
+        self.pinned(name)
+        snapshot = next(s for s in self.list_snapshots() if s.name == name)
+        self.transact("delete-snapshot", (), lambda ref, kept: None, request_id=request_id)
+        del self.snapshots[name]
+        return snapshot, self.revision
+
+    def rollback(
+        self,
+        target: str | int,
+        topic: BlockRef | None,
+        *,
+        only_block: bool,
+        request_id: str,
+        dry_run: bool,
+    ) -> TransactionReport:
+        if isinstance(target, int) and target not in self.ends:
+            raise NotFoundError(str(target), reason=Reason.UNKNOWN_REVISION)
+        then = self.pinned(target).blocks if isinstance(target, str) else self.ends[target]
         refs = list(self.spec.blocks() if topic is None else self.spec.subtree(topic))
+        if only_block:
+            refs = refs[:1]
 
         def change(ref: BlockRef, kept: Held) -> None:
-            kept.weight = weights[ref]
+            kept.weight = then[ref].weight
 
         return self.transact("rollback", refs, change, request_id=request_id, dry_run=dry_run)
+
+    def collect_garbage(self, *, keep_revisions: int | None, dry_run: bool) -> GarbageReport:
+        self.keep_revisions = keep_revisions
+        report = GarbageReport(
+            garbage=self.garbage, history_from=min(self.ends, default=0), dry_run=dry_run
+        )
+        if not dry_run:
+            self.garbage = ()
+        return report
+
+    def audit_records(self, limit: int, *, retained_only: bool) -> tuple[AuditRecord, ...]:
+        found = (r for r in self.audit if not retained_only or r.revision in self.ends)
+        return tuple(itertools.islice(found, limit))
+
+    def _copy(self) -> dict[BlockRef, Held]:
+        return {ref: replace(self.held(ref)) for ref in self.spec.blocks()}
 
     def stats(self) -> BankStats:
         shards = tuple(
@@ -494,6 +330,7 @@ class FakeBank:
             )
         if dry_run:
             return TransactionReport(revision=self.revision, changes=tuple(changes), dry_run=True)
+        self.ends[self.revision] = self._copy()
         self.revision += 1
         for shard in self.shards:
             shard.install(self.revision, self._commit(shard, by_shard[shard.shard_id], change))

@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 import grpc
 import numpy as np
 
-from fake_bank import FakeBank, FakeShard
+from fake_bank import FakeBank
+from fake_shard import FakeShard
 from faults import Fault, FaultScript
 from membank.v1 import admin_service_pb2 as admin_pb
 from membank.v1 import block_service_pb2 as block_pb
@@ -170,6 +171,7 @@ class FakeBlockServicer(_Servicer, BlockServiceServicer):
             held_versions=held or None,
             dtype=convert.dtype_from_pb(request.dtype),
             min_revision=request.min_revision,
+            snapshot=request.snapshot,
         )
         # One header per message and odd chunks: what a client must cope with.
         first = True
@@ -364,20 +366,42 @@ class FakeAdminServicer(_Servicer, AdminServiceServicer):
     def ListSnapshots(
         self, request: admin_pb.ListSnapshotsRequest, context: grpc.ServicerContext
     ) -> admin_pb.ListSnapshotsResponse:
-        snapshots = (snapshot for snapshot, _ in self._bank.snapshots.values())
+        snapshots = self._bank.list_snapshots()
         return admin_pb.ListSnapshotsResponse(snapshots=map(convert.snapshot_to_pb, snapshots))
+
+    @_rpc
+    def DeleteSnapshot(
+        self, request: admin_pb.DeleteSnapshotRequest, context: grpc.ServicerContext
+    ) -> admin_pb.DeleteSnapshotResponse:
+        self._script.request_ids.append(request.request_id)
+        snapshot, revision = self._bank.delete_snapshot(
+            request.snapshot, request_id=request.request_id
+        )
+        return admin_pb.DeleteSnapshotResponse(
+            snapshot=convert.snapshot_to_pb(snapshot), revision=revision
+        )
 
     @_rpc
     def Rollback(
         self, request: admin_pb.RollbackRequest, context: grpc.ServicerContext
     ) -> admin_pb.RollbackResponse:
         report = self._bank.rollback(
-            request.snapshot,
+            request.snapshot or request.revision_plus_one - 1,
             _optional_ref(request, "topic"),
+            only_block=request.only_block,
             request_id=request.request_id,
             dry_run=request.dry_run,
         )
         return admin_pb.RollbackResponse(report=convert.report_to_pb(report))
+
+    @_rpc
+    def CollectGarbage(
+        self, request: admin_pb.CollectGarbageRequest, context: grpc.ServicerContext
+    ) -> admin_pb.CollectGarbageResponse:
+        report = self._bank.collect_garbage(
+            keep_revisions=request.keep_revisions or None, dry_run=request.dry_run
+        )
+        return convert.garbage_to_pb(report)
 
     @_rpc
     def GetStats(
@@ -389,7 +413,7 @@ class FakeAdminServicer(_Servicer, AdminServiceServicer):
     def ListAuditRecords(
         self, request: admin_pb.ListAuditRecordsRequest, context: grpc.ServicerContext
     ) -> admin_pb.ListAuditRecordsResponse:
-        records = self._bank.audit[: request.limit]
+        records = self._bank.audit_records(request.limit, retained_only=request.retained_only)
         return admin_pb.ListAuditRecordsResponse(records=map(convert.audit_to_pb, records))
 
 

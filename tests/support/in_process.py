@@ -19,6 +19,7 @@ from membank.wire.records import (
     Block,
     BlockDescription,
     BlockEvent,
+    GarbageReport,
     Snapshot,
     Topic,
     TransactionReport,
@@ -66,6 +67,7 @@ class ShardLike(Protocol):
         held_versions: Sequence[int | None] | None = None,
         dtype: str | None = None,
         min_revision: int = 0,
+        snapshot: str = "",
     ) -> FetchedLike: ...
 
     def push(self, update: Update) -> PushedLike: ...
@@ -102,10 +104,15 @@ class InProcessTransport:
         held_versions: Sequence[int | None] | None = None,
         dtype: str | None = None,
         min_revision: int = 0,
+        snapshot: str = "",
         timeout_s: float,
     ) -> FetchAnswer:
         fetched = self._shard.fetch(
-            refs, held_versions=held_versions, dtype=dtype, min_revision=min_revision
+            refs,
+            held_versions=held_versions,
+            dtype=dtype,
+            min_revision=min_revision,
+            snapshot=snapshot,
         )
         for block in fetched.blocks:
             if block.weight is not None:
@@ -195,24 +202,39 @@ class InProcessTransport:
         return self._bank.create_snapshot(name)
 
     async def list_snapshots(self, *, timeout_s: float) -> tuple[Snapshot, ...]:
-        return tuple(snapshot for snapshot, _ in self._bank.snapshots.values())
+        return self._bank.list_snapshots()
+
+    async def delete_snapshot(
+        self, name: str, *, request_id: str, timeout_s: float
+    ) -> tuple[Snapshot, int]:
+        return self._bank.delete_snapshot(name, request_id=request_id)
 
     async def rollback(
         self,
-        snapshot: str,
+        target: str | int,
         topic: BlockRef | None,
         *,
+        only_block: bool,
         request_id: str,
         dry_run: bool,
         timeout_s: float,
     ) -> TransactionReport:
-        return self._bank.rollback(snapshot, topic, request_id=request_id, dry_run=dry_run)
+        return self._bank.rollback(
+            target, topic, only_block=only_block, request_id=request_id, dry_run=dry_run
+        )
+
+    async def collect_garbage(
+        self, *, keep_revisions: int | None, dry_run: bool, request_id: str, timeout_s: float
+    ) -> GarbageReport:
+        return self._bank.collect_garbage(keep_revisions=keep_revisions, dry_run=dry_run)
 
     async def get_stats(self, *, timeout_s: float) -> BankStats:
         return self._bank.stats()
 
-    async def list_audit_records(self, *, limit: int, timeout_s: float) -> tuple[AuditRecord, ...]:
-        return tuple(self._bank.audit[:limit])
+    async def list_audit_records(
+        self, *, limit: int, retained_only: bool, timeout_s: float
+    ) -> tuple[AuditRecord, ...]:
+        return self._bank.audit_records(limit, retained_only=retained_only)
 
     async def close(self, *, grace_s: float = 0.0) -> None:
         self.is_closed = True

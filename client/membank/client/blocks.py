@@ -24,7 +24,13 @@ from membank.client.memory import FetchedBlocks
 from membank.client.retrying import call_with_retries, is_retryable
 from membank.client.shards import ShardMap
 from membank.client.transport import PushAnswer
-from membank.wire.errors import InternalError, MembankError, Reason, UnavailableError
+from membank.wire.errors import (
+    ConflictError,
+    InternalError,
+    MembankError,
+    Reason,
+    UnavailableError,
+)
 from membank.wire.records import Block, Update, UpdateResult
 from membank.wire.spec import BankSpec, BlockRef, dtype_of
 
@@ -42,11 +48,13 @@ class BlockSource(Protocol):
         held: Mapping[BlockRef, Block],
         dtype: str,
         min_revision: int,
+        snapshot: str,
         deadline: Deadline,
     ) -> FetchedBlocks:
         """Return the blocks `refs` (no block twice), all of one revision, at least `min_revision`.
 
-        A block in `held` whose version is still right is returned as it is.
+        With `snapshot` not empty, as that pins them. A block in `held` whose version is the one
+        asked for is returned as it is.
         """
 
     async def push(self, update: Update, *, deadline: Deadline) -> PushAnswer:
@@ -84,18 +92,33 @@ class ShardedBlocks:
         held: Mapping[BlockRef, Block],
         dtype: str,
         min_revision: int,
+        snapshot: str,
         deadline: Deadline,
     ) -> FetchedBlocks:
         """Return the blocks `refs`, all of one revision.
 
         Shards answer at the revision that each has installed. Those behind the newest one are
-        asked again for that revision, holding what they have sent already.
+        asked again for that revision, holding what they have sent already. A snapshot has the
+        same revision everywhere.
 
         Raises
         ------
         UnavailableError
             If shards do not answer, or do not agree on a revision, within the budget.
+        NotFoundError
+            If there is no such snapshot.
+        ConflictError
+            If the name came to mean another snapshot while it was read.
         """
+        if snapshot:
+            return await self._fetch_pinned(
+                refs,
+                held=held,
+                dtype=dtype,
+                min_revision=min_revision,
+                snapshot=snapshot,
+                deadline=deadline,
+            )
         fetched: dict[BlockRef, _Fetched] = {}
         revision = min_revision
         # + 1: the first round is the fetch itself.
@@ -113,6 +136,34 @@ class ShardedBlocks:
             f"{self._config.max_revision_rounds} rounds; it is being changed all the time",
             reason=Reason.BEHIND_REVISION,
         )
+
+    async def _fetch_pinned(
+        self,
+        refs: Sequence[BlockRef],
+        *,
+        held: Mapping[BlockRef, Block],
+        dtype: str,
+        min_revision: int,
+        snapshot: str,
+        deadline: Deadline,
+    ) -> FetchedBlocks:
+        fetched = await self._fetch_round(
+            refs,
+            held=held,
+            dtype=dtype,
+            min_revision=min_revision,
+            snapshot=snapshot,
+            deadline=deadline,
+        )
+        revisions = sorted({item.revision for item in fetched.values()})
+        if len(revisions) > 1:
+            raise ConflictError(
+                f"snapshot {snapshot!r} was replaced while it was read: shards answered with its "
+                f"revisions {revisions[0]} and {revisions[-1]}; read it again",
+                reason=Reason.UNKNOWN_SNAPSHOT,
+                metadata={"snapshot": snapshot},
+            )
+        return FetchedBlocks(max(revisions, default=0), (fetched[ref].block for ref in refs))
 
     async def push(self, update: Update, *, deadline: Deadline) -> PushAnswer:
         """Apply an update: each shard gets its gradients under the same request id.
@@ -153,6 +204,7 @@ class ShardedBlocks:
         held: Mapping[BlockRef, Block],
         dtype: str,
         min_revision: int,
+        snapshot: str = "",
         deadline: Deadline,
     ) -> dict[BlockRef, _Fetched]:
         """Fetch each of `refs` once, from whichever revisions its shards have."""
@@ -169,6 +221,7 @@ class ShardedBlocks:
                 held_versions=[usable[ref].version if ref in usable else None for ref in part],
                 dtype=dtype,
                 min_revision=min_revision,
+                snapshot=snapshot,
                 timeout_s=timeout_s,
             )
             _check_order(endpoint, part, [block.ref for block in answer.blocks])

@@ -100,6 +100,9 @@ class ClientConfig:
 
     bank: str = ""
     """Name of the bank; empty = the one that the service serves."""
+    snapshot: str = ""
+    """Snapshot that every fetch reads; empty = the present state. For a process that serves one
+    state however the bank is trained meanwhile. Texts are routed by the tree that is in force."""
     timeout_s: float = 60.0
     """Deadline of a fetch, push or question, retries included, in seconds."""
     admin_timeout_s: float = 300.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
@@ -14,19 +13,23 @@ from membank.client.checks import check_arrays, check_bases, check_scale
 from membank.client.config import ClientConfig
 from membank.client.grpc_transport import grpc_connector
 from membank.client.memory import FetchedBlocks, Memory
-from membank.client.retriever import Embedder, Retriever, ScoredPath
-from membank.client.retrying import call_with_retries
+from membank.client.retriever import Embedder
+from membank.client.routing import RoutingCalls
 from membank.client.session import Session, new_request_id
 from membank.client.transaction import Transaction
 from membank.client.transport import Connector, PushAnswer
 from membank.client.watching import Changes, watch_shards
-from membank.wire.errors import InvalidArgumentError, NotFoundError, Reason
-from membank.wire.format import TreeDocument, decode_tree
-from membank.wire.records import BankInfo, Block, Gradient, Update
-from membank.wire.spec import Array, BankSpec, BlockRef, Path, dtype_of
+from membank.wire.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    Reason,
+)
+from membank.wire.records import Block, Gradient, Update
+from membank.wire.spec import Array, BankSpec, BlockRef, dtype_of
 
 
-class AsyncBankClient(AdminCalls):
+class AsyncBankClient(RoutingCalls, AdminCalls):
     """A bank as seen over the network; belongs to the event loop that it was made in.
 
     Made by `connect`. Calls may run concurrently. Every call takes a `timeout_s` in seconds
@@ -44,12 +47,9 @@ class AsyncBankClient(AdminCalls):
     """
 
     def __init__(self, session: Session, *, embedder: Embedder | None = None) -> None:
-        super().__init__(session)
-        self._embedder = embedder
+        super().__init__(session, embedder=embedder)
         self._blocks: BlockSource | None = None
-        self._tree: tuple[int, TreeDocument] | None = None
-        self._retriever: tuple[TreeDocument, Retriever] | None = None
-        self._tree_lock = asyncio.Lock()
+        self._pinned_revision: int | None = None
 
     @classmethod
     async def connect(
@@ -143,130 +143,13 @@ class AsyncBankClient(AdminCalls):
             )
         return known.spec
 
-    async def info(self, *, timeout_s: float | None = None) -> BankInfo:
-        """Ask for spec, revision and placement, and adopt the placement.
-
-        Parameters
-        ----------
-        timeout_s
-            Deadline.
-
-        Raises
-        ------
-        NotFoundError
-            If the service has no bank, or not the configured one.
-        FailedPreconditionError
-            If another bank is served there now.
-        """
-        shards = self._session.shards
-
-        async def attempt(timeout_s: float) -> BankInfo:
-            return await shards.refresh(timeout_s=timeout_s)
-
-        info = await call_with_retries(
-            attempt,
-            what="info",
-            deadline=self._session.deadline(timeout_s),
-            config=self._session.config.retry,
-        )
-        self._session.note_revision(info.revision)
-        return info
-
-    async def tree(self, *, timeout_s: float | None = None) -> TreeDocument:
-        """Return topic labels and retriever; kept until the bank says that they changed.
-
-        Parameters
-        ----------
-        timeout_s
-            Deadline.
-
-        Raises
-        ------
-        NotFoundError
-            If the bank has no tree.
-        CorruptionError
-            If the document was damaged.
-        """
-        deadline = self._session.deadline(timeout_s)
-        async with self._tree_lock:
-            known = self._session.shards.known_info
-            # Something was changed since we asked; perhaps the tree.
-            is_stale = known is None or known.revision < self._session.revision
-            if self._tree is None or is_stale or known is None:
-                known = await self.info(timeout_s=deadline.remaining_s("tree"))
-            if self._tree is None or self._tree[0] != known.tree_revision:
-                data = await self._session.ask_gateway(
-                    lambda gateway, timeout_s: gateway.get_tree(timeout_s=timeout_s),
-                    what="tree",
-                    deadline=deadline,
-                )
-                document = await asyncio.to_thread(decode_tree, data, key=self.endpoint)
-                self._tree = (known.tree_revision, document)
-            return self._tree[1]
-
-    async def retriever(self, *, timeout_s: float | None = None) -> Retriever:
-        """Return what routes texts: the tree's retriever, or the tree with the given embedder.
-
-        Parameters
-        ----------
-        timeout_s
-            Deadline.
-
-        Raises
-        ------
-        FailedPreconditionError
-            If the bank has no retriever, or its embedder is not the client's to build.
-        """
-        tree = await self.tree(timeout_s=timeout_s)
-        if self._retriever is None or self._retriever[0] is not tree:
-            self._retriever = (tree, Retriever.from_tree(tree, embedder=self._embedder))
-        return self._retriever[1]
-
-    async def route(self, text: str, *, beams: int = 1, timeout_s: float | None = None) -> Path:
-        """Return the path of a text: one cluster per level, shorter where the tree ends.
-
-        Parameters
-        ----------
-        text
-            The text.
-        beams
-            Paths to follow at the same time, >= 1; more find a nearer leaf at a higher cost.
-        timeout_s
-            Deadline.
-
-        Raises
-        ------
-        FailedPreconditionError
-            If the bank has no retriever, or its embedder is not the client's to build.
-        """
-        if beams == 1:
-            return (await self.retriever(timeout_s=timeout_s)).route(text)
-        return (await self.route_beam(text, beams, timeout_s=timeout_s))[0].path
-
-    async def route_beam(
-        self, text: str, beams: int, *, timeout_s: float | None = None
-    ) -> tuple[ScoredPath, ...]:
-        """Return up to `beams` paths of a text, nearest first; otherwise as `route`.
-
-        Parameters
-        ----------
-        text
-            The text.
-        beams
-            Paths to keep at each level, >= 1.
-        timeout_s
-            Deadline.
-        """
-        if beams < 1:
-            raise InvalidArgumentError(f"beams is {beams}; accepted: >= 1")
-        return tuple((await self.retriever(timeout_s=timeout_s)).route_beam(text, beams))
-
     async def fetch(
         self,
         path: Sequence[BlockRef],
         *,
         dtype: str | None = None,
         held: Mapping[BlockRef, Block] | None = None,
+        snapshot: str | None = None,
         timeout_s: float | None = None,
     ) -> Memory:
         """Fetch the blocks of a path that may be used.
@@ -280,29 +163,36 @@ class AsyncBankClient(AdminCalls):
         held
             An earlier answer; a block whose version is still right is taken from there and does not
             travel.
+        snapshot
+            Snapshot to read, "" = the present state; None = ``config.snapshot``.
         timeout_s
             Deadline.
 
         Returns
         -------
         Memory
-            The blocks, all of one revision. A withheld or deleted block ends its path: it and those
+            The blocks, all of one revision, that of the snapshot where one is read. A withheld or deleted block ends its path: it and those
             under it are left out, and `Memory.ended_at` names it.
 
         Raises
         ------
         NotFoundError
-            If one is no block of the bank.
+            If one is no block of the bank, or there is no such snapshot.
         InvalidArgumentError
             If the dtype is unknown or the answer would exceed ``config.max_answer_bytes``.
+        FailedPreconditionError
+            If ``config.snapshot`` is the name of another snapshot now.
         CorruptionError
             If bytes were damaged on the way.
 
         Notes
         -----
-        No answer is of an older revision than one this client has seen before.
+        No answer is of an older revision than one this client has seen before, but for those of a
+        snapshot. From a snapshot, too, nothing is read that is withheld or deleted by now.
         """
-        fetched = await self.fetch_blocks(path, dtype=dtype, held=held, timeout_s=timeout_s)
+        fetched = await self.fetch_blocks(
+            path, dtype=dtype, held=held, snapshot=snapshot, timeout_s=timeout_s
+        )
         return Memory.of_path(self.spec, fetched)
 
     async def fetch_blocks(
@@ -311,6 +201,7 @@ class AsyncBankClient(AdminCalls):
         *,
         dtype: str | None = None,
         held: Mapping[BlockRef, Block] | None = None,
+        snapshot: str | None = None,
         timeout_s: float | None = None,
     ) -> FetchedBlocks:
         """Fetch blocks for themselves, such as those of a batch; none ends a path.
@@ -326,6 +217,8 @@ class AsyncBankClient(AdminCalls):
             Element type to get: float32, bfloat16 or float16; None = as kept in the bank.
         held
             An earlier answer.
+        snapshot
+            Snapshot to read, "" = the present state; None = ``config.snapshot``.
         timeout_s
             Deadline.
         """
@@ -336,14 +229,19 @@ class AsyncBankClient(AdminCalls):
             spec.check_ref(ref)
         dtype = dtype or spec.dtype
         self._check_answer_bytes(spec, wanted, dtype)
+        snapshot = self.config.snapshot if snapshot is None else snapshot
         fetched = await self._source(spec).fetch(
             wanted,
             held=held or {},
             dtype=dtype,
             min_revision=self._session.revision,
+            snapshot=snapshot,
             deadline=deadline,
         )
-        self._session.note_revision(fetched.revision)
+        if snapshot:
+            self._check_pinned(snapshot, fetched.revision)
+        else:
+            self._session.note_revision(fetched.revision)
         return fetched
 
     async def push(
@@ -464,6 +362,20 @@ class AsyncBankClient(AdminCalls):
         yield transaction
         if transaction.weights:
             transaction.report = await self.swap(transaction.weights, expected=transaction.expected)
+
+    def _check_pinned(self, snapshot: str, revision: int) -> None:
+        if snapshot != self.config.snapshot:
+            return
+        if self._pinned_revision is None:
+            self._pinned_revision = revision
+        if self._pinned_revision != revision:
+            # Who is pinned for life must not find itself serving another state under an old name.
+            raise FailedPreconditionError(
+                f"snapshot {snapshot!r} was made anew: it pins revision {revision} now, and this "
+                f"client has read it at {self._pinned_revision}; connect anew",
+                reason=Reason.UNKNOWN_SNAPSHOT,
+                metadata={"snapshot": snapshot, "revision": str(revision)},
+            )
 
     def _source(self, spec: BankSpec) -> BlockSource:
         if self._blocks is None:

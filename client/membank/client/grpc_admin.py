@@ -14,6 +14,7 @@ from membank.v1.admin_service_pb2_grpc import AdminServiceStub
 from membank.wire.convert import (
     audit_from_pb,
     description_from_pb,
+    garbage_from_pb,
     ref_from_pb,
     ref_to_pb,
     report_from_pb,
@@ -29,6 +30,7 @@ from membank.wire.records import (
     AuditRecord,
     BankStats,
     BlockDescription,
+    GarbageReport,
     Snapshot,
     Topic,
     TransactionReport,
@@ -199,25 +201,58 @@ class GrpcAdminTransport:
         answer = await self._channel.unary("ListSnapshots", call)
         return tuple(map(snapshot_from_pb, answer.snapshots))
 
+    async def delete_snapshot(
+        self, name: str, *, request_id: str, timeout_s: float
+    ) -> tuple[Snapshot, int]:
+        """Give a snapshot up; return it, and the revision after it."""
+        request = admin_pb.DeleteSnapshotRequest(
+            bank=self._bank, request_id=request_id, snapshot=name
+        )
+        call = self._admin.DeleteSnapshot(
+            request, timeout=timeout_s, metadata=self._channel.metadata
+        )
+        answer = await self._channel.unary("DeleteSnapshot", call)
+        return snapshot_from_pb(answer.snapshot), answer.revision
+
     async def rollback(
         self,
-        snapshot: str,
+        target: str | int,
         topic: BlockRef | None,
         *,
+        only_block: bool,
         request_id: str,
         dry_run: bool,
         timeout_s: float,
     ) -> TransactionReport:
-        """Bring the bank, or one topic, back to a snapshot."""
+        """Bring the bank, a topic or a block back to a snapshot or to the end of a revision."""
         request = admin_pb.RollbackRequest(
             bank=self._bank,
             request_id=request_id,
-            snapshot=snapshot,
             topic=None if topic is None else ref_to_pb(topic),
+            only_block=only_block,
             dry_run=dry_run,
         )
+        if isinstance(target, str):
+            request.snapshot = target
+        else:
+            request.revision_plus_one = target + 1
         call = self._admin.Rollback(request, timeout=timeout_s, metadata=self._channel.metadata)
         return report_from_pb((await self._channel.unary("Rollback", call)).report)
+
+    async def collect_garbage(
+        self, *, keep_revisions: int | None, dry_run: bool, request_id: str, timeout_s: float
+    ) -> GarbageReport:
+        """Remove what nothing retained needs."""
+        request = admin_pb.CollectGarbageRequest(
+            bank=self._bank,
+            request_id=request_id,
+            dry_run=dry_run,
+            keep_revisions=keep_revisions or 0,
+        )
+        call = self._admin.CollectGarbage(
+            request, timeout=timeout_s, metadata=self._channel.metadata
+        )
+        return garbage_from_pb(await self._channel.unary("CollectGarbage", call))
 
     async def get_stats(self, *, timeout_s: float) -> BankStats:
         """Return counters and sizes."""
@@ -225,9 +260,13 @@ class GrpcAdminTransport:
         call = self._admin.GetStats(request, timeout=timeout_s, metadata=self._channel.metadata)
         return stats_from_pb(await self._channel.unary("GetStats", call))
 
-    async def list_audit_records(self, *, limit: int, timeout_s: float) -> tuple[AuditRecord, ...]:
-        """Return who did what, newest first."""
-        request = admin_pb.ListAuditRecordsRequest(bank=self._bank, limit=limit)
+    async def list_audit_records(
+        self, *, limit: int, retained_only: bool, timeout_s: float
+    ) -> tuple[AuditRecord, ...]:
+        """Return who did what, newest first; on request, only what can be rolled back to."""
+        request = admin_pb.ListAuditRecordsRequest(
+            bank=self._bank, limit=limit, retained_only=retained_only
+        )
         call = self._admin.ListAuditRecords(
             request, timeout=timeout_s, metadata=self._channel.metadata
         )

@@ -74,9 +74,10 @@ class GrpcTransport(GrpcAdminTransport):
         held_versions: Sequence[int | None] | None = None,
         dtype: str | None = None,
         min_revision: int = 0,
+        snapshot: str = "",
         timeout_s: float,
     ) -> FetchAnswer:
-        """Return blocks of one revision, at least `min_revision`; a held one without content."""
+        """Return blocks of one revision, at least `min_revision`, or of a snapshot."""
         held = [0 if version is None else version + 1 for version in held_versions or ()]
         request = block_pb.FetchBlocksRequest(
             bank=self._bank,
@@ -84,6 +85,7 @@ class GrpcTransport(GrpcAdminTransport):
             held_version_plus_one=held,
             dtype=dtype_to_pb(dtype),
             min_revision=min_revision,
+            snapshot=snapshot,
         )
         call = self._blocks.FetchBlocks(request, timeout=timeout_s, metadata=self._channel.metadata)
         return await read_blocks(

@@ -139,7 +139,9 @@ class BankClient:
     import_pack = _sync(AsyncBankClient.import_pack)
     snapshot = _sync(AsyncBankClient.snapshot)
     snapshots = _sync(AsyncBankClient.snapshots)
+    delete_snapshot = _sync(AsyncBankClient.delete_snapshot)
     rollback = _sync(AsyncBankClient.rollback)
+    collect_garbage = _sync(AsyncBankClient.collect_garbage)
     stats = _sync(AsyncBankClient.stats)
     audit = _sync(AsyncBankClient.audit)
 

@@ -20,6 +20,7 @@ from membank.wire.records import (
     Block,
     BlockDescription,
     BlockEvent,
+    GarbageReport,
     Snapshot,
     Topic,
     TransactionReport,
@@ -107,9 +108,14 @@ class BlockTransport(Protocol):
         held_versions: Sequence[int | None] | None = None,
         dtype: str | None = None,
         min_revision: int = 0,
+        snapshot: str = "",
         timeout_s: float,
     ) -> FetchAnswer:
-        """Return blocks of one revision, at least `min_revision`; a held one without content."""
+        """Return blocks of one revision, at least `min_revision`; a held one without content.
+
+        With `snapshot`, as that pins them: the answer has its revision, and `min_revision` says up
+        to where withholding and deletion must be taken account of.
+        """
 
     async def push(self, update: Update, *, timeout_s: float) -> PushAnswer:
         """Apply gradients."""
@@ -181,22 +187,35 @@ class AdminTransport(Protocol):
     async def list_snapshots(self, *, timeout_s: float) -> tuple[Snapshot, ...]:
         """Return the snapshots, oldest first."""
 
+    async def delete_snapshot(
+        self, name: str, *, request_id: str, timeout_s: float
+    ) -> tuple[Snapshot, int]:
+        """Give a snapshot up; return it, and the revision after it."""
+
     async def rollback(
         self,
-        snapshot: str,
+        target: str | int,
         topic: BlockRef | None,
         *,
+        only_block: bool,
         request_id: str,
         dry_run: bool,
         timeout_s: float,
     ) -> TransactionReport:
-        """Bring the bank, or one topic, back to a snapshot."""
+        """Bring the bank, a topic or a block back to a snapshot or to the end of a revision."""
+
+    async def collect_garbage(
+        self, *, keep_revisions: int | None, dry_run: bool, request_id: str, timeout_s: float
+    ) -> GarbageReport:
+        """Remove what nothing retained needs."""
 
     async def get_stats(self, *, timeout_s: float) -> BankStats:
         """Return counters and sizes."""
 
-    async def list_audit_records(self, *, limit: int, timeout_s: float) -> tuple[AuditRecord, ...]:
-        """Return who did what, newest first."""
+    async def list_audit_records(
+        self, *, limit: int, retained_only: bool, timeout_s: float
+    ) -> tuple[AuditRecord, ...]:
+        """Return who did what, newest first; on request, only what can be rolled back to."""
 
 
 @runtime_checkable
