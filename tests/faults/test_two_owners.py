@@ -99,7 +99,7 @@ def test_an_owner_that_nobody_replaced_asks_and_goes_on(
     shard.close()
 
 
-@pytest.mark.parametrize("durability", [Durability.PROCESS, Durability.HOST])
+@pytest.mark.parametrize("durability", list(Durability))
 def test_a_replaced_owner_cannot_publish(
     bank: Bank, tmp_path: Path, clock: Clock, durability: Durability
 ) -> None:
@@ -180,3 +180,41 @@ def test_interrupted_openings_do_not_make_an_old_journal_look_new(
     back = _open(bank, tmp_path / "two", clock)
     assert full_state(back) == state
     back.close()
+
+
+def test_with_the_journal_in_the_store_another_machine_loses_nothing(
+    bank: Bank, tmp_path: Path, clock: Clock
+) -> None:
+    one = _open(bank, tmp_path / "one", clock, durability=Durability.STORE)
+    for number in range(5):
+        one.push(make_update(one, [A, B], f"u{number}"))
+    state = full_state(one)
+    one.close(consolidate=False)
+    two = _open(bank, tmp_path / "two", clock, durability=Durability.STORE)
+    assert full_state(two) == state
+    assert two.push(make_update(two, [A, B], "u4", bases={A: 4, B: 4})).duplicate
+    two.close()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(Durability.PROCESS, Durability.STORE), (Durability.STORE, Durability.PROCESS)],
+)
+def test_another_durability_inherits_the_journal(
+    bank: Bank, tmp_path: Path, clock: Clock, before: Durability, after: Durability
+) -> None:
+    shard = _open(bank, tmp_path, clock, durability=before)
+    shard.push(make_update(shard, [A, B], "u0"))
+    state = full_state(shard)
+    shard.close(consolidate=False)
+    for durability in (after, after, before):
+        shard = _open(bank, tmp_path, clock, durability=durability)
+        assert full_state(shard) == state
+        shard.close(consolidate=False)
+    shard = _open(bank, tmp_path, clock, durability=after)
+    shard.push(make_update(shard, [A], "u1"))
+    state = full_state(shard)
+    shard.close(consolidate=False)
+    shard = _open(bank, tmp_path, clock, durability=before)
+    assert full_state(shard) == state
+    shard.close()

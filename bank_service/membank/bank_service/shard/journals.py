@@ -11,7 +11,9 @@ from membank.bank_service.shard.context import ShardContext
 from membank.bank_service.store.journal import (
     Journal,
     LocalJournal,
+    ObjectJournal,
     Ownership,
+    ShippedJournal,
 )
 from membank.bank_service.store.local_objects import LocalObjects
 from membank.wire.errors import CorruptionError, FailedPreconditionError, Reason
@@ -51,11 +53,17 @@ class PartitionJournals:
 
     journal: Journal
     """Where the new owner writes."""
-    inherited: Journal | None
+    inherited: Journal | None = None
     """Where the updates since the manifest are, if not in `journal`."""
+    unused: tuple[Journal, ...] = ()
+    """Others, which hold nothing that is needed."""
 
     def begin(self, ownership: Ownership, after_lsn: int) -> None:
-        """Let the new owner begin; from then on the old one appends nothing to them."""
+        """Let the new owner begin; from then on the old one appends nothing to any of them."""
+        for journal in self.unused:
+            # What they hold goes: it may be of blocks that are deleted one day.
+            journal.begin(ownership, after_lsn)
+            journal.close()
         if self.inherited is not None:
             self.inherited.begin(ownership, after_lsn)
             # A journal that begins after the manifest says that there is another one in between:
@@ -66,7 +74,8 @@ class PartitionJournals:
     @property
     def epoch(self) -> int:
         """Greatest epoch that a journal knows; 0 = none."""
-        found = [self.journal.ownership, self.inherited.ownership if self.inherited else None]
+        journals = [self.journal, *self.unused, *([self.inherited] if self.inherited else [])]
+        found = [journal.ownership for journal in journals]
         return max((ownership.epoch for ownership in found if ownership is not None), default=0)
 
 
@@ -100,28 +109,36 @@ def open_journals(
         segment_bytes=config.segment_bytes,
         open_file=context.open_log_file,
     )
-    journal: Journal = local
-    others: list[Journal] = []
+    stored = ObjectJournal.open(bank.objects, number, identity)
+
+    def is_current(ownership: Ownership) -> bool:
+        return ownership.is_current(manifest.epoch, manifest.owner, manifest.nonce)
+
+    journal: Journal
+    if config.durability is Durability.STORE:
+        journal, others = stored, [local]
+    elif config.ship_every_s:
+        journal, others = ShippedJournal(local, stored, is_current), []
+    else:
+        journal, others = local, [stored]
     found = [j for j in (journal, *others) if j.ownership is not None]
-    current = [j for j in found if _continues(j, manifest)]
+    current = [j for j in found if j.ownership is not None and is_current(j.ownership)]
     if not current:
-        is_elsewhere = config.journal_dir is not None
-        _require_replaceable(found, manifest, folder, is_elsewhere=is_elsewhere)
-    for stale in found:
-        if stale not in current:
-            _discard(stale, manifest, folder)
-    if not current:
-        return PartitionJournals(journal, None)
+        _require_replaceable(found, manifest, folder, is_elsewhere=config.journal_dir is not None)
     joined = [j for j in current if j.base <= manifest.lsn]
-    if not joined:
+    if current and not joined:
         raise _gap(current[0], manifest, folder)
-    return PartitionJournals(journal, None if joined[0] is journal else joined[0])
-
-
-def _continues(journal: Journal, manifest: Manifest) -> bool:
-    """Say whether `journal` was begun by the owner that wrote `manifest`, or after it."""
-    found = journal.ownership
-    return found is not None and found.is_current(manifest.epoch, manifest.owner, manifest.nonce)
+    # The one that reaches furthest has everything; a new one may have been begun beside it.
+    source = max(joined, key=lambda j: (j.last_lsn, j is journal), default=None)
+    unused = [j for j in found if j is not source]
+    for other in unused:
+        _tell_lost(other, manifest, folder, is_lost=other not in current)
+        other.discard()
+    return PartitionJournals(
+        journal,
+        inherited=source if source is not journal else None,
+        unused=tuple(j for j in unused if j is not journal),
+    )
 
 
 def _require_replaceable(
@@ -149,15 +166,14 @@ def _require_replaceable(
         )
 
 
-def _discard(journal: Journal, manifest: Manifest, folder: Path) -> None:
-    if journal.last_lsn > manifest.lsn:
+def _tell_lost(journal: Journal, manifest: Manifest, folder: Path, *, is_lost: bool) -> None:
+    if is_lost and journal.last_lsn > manifest.lsn:
         _LOG.warning(
             "discarding updates %d to %d in %s: another owner took the partition over without them",
             manifest.lsn + 1,
             journal.last_lsn,
             folder,
         )
-    journal.discard()
 
 
 def _gap(journal: Journal, manifest: Manifest, folder: Path) -> CorruptionError:

@@ -11,7 +11,7 @@ from membank.bank_service.shard.folding import Folding
 from membank.bank_service.shard.state import Hold, PartitionState
 from membank.bank_service.shard.update_frame import UpdateFrame
 from membank.bank_service.shard.update_path import UpdatePath
-from membank.bank_service.store.journal import Journal
+from membank.bank_service.store.journal import Journal, ShippedJournal
 from membank.wire.errors import NotFoundError, Reason
 from membank.wire.format import Manifest
 from membank.wire.records import BlockEvent, Gradient, Update, UpdateResult
@@ -93,6 +93,8 @@ class Partition:
 
     def ship(self) -> None:
         """Copy to the bank's storage what of the journal is not there yet, where it is set so."""
+        if isinstance(self._state.journal, ShippedJournal):
+            self._state.journal.ship()
 
     # ---- updates
 
