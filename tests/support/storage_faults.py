@@ -6,12 +6,16 @@ import errno
 import os
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from enum import Enum, auto
 from pathlib import Path
+from typing import TypeVar
 
 from membank.bank_service.store import ObjectStore
 from membank.bank_service.store.journal import LogFile, PosixLogFile
-from membank.wire.errors import Reason, ResourceExhaustedError, UnavailableError
+from membank.wire.errors import MembankError, Reason, ResourceExhaustedError, UnavailableError
+
+T = TypeVar("T")
 
 
 class StorageFault(Enum):
@@ -134,6 +138,55 @@ class FaultyObjects:
         self._plan.run(lambda: self._inner.delete(key), what=f"delete {key}")
 
 
+class Outage:
+    """An object store that cannot be reached while `is_down`.
+
+    Parameters
+    ----------
+    inner
+        The store.
+    """
+
+    def __init__(self, inner: ObjectStore) -> None:
+        self._inner = inner
+        self.is_down = False
+        self.delivers = False
+        """Whether requests arrive while it is down, and only their answers are lost."""
+
+    @property
+    def url(self) -> str:
+        return self._inner.url
+
+    def get(self, key: str) -> bytes:
+        return self._reach(lambda: self._inner.get(key))
+
+    def get_range(self, key: str, start: int, end: int) -> bytes:
+        return self._reach(lambda: self._inner.get_range(key, start, end))
+
+    def put(self, key: str, data: bytes, *, durable: bool = False) -> None:
+        self._reach(lambda: self._inner.put(key, data, durable=durable))
+
+    def put_if_absent(self, key: str, data: bytes, *, durable: bool = False) -> None:
+        self._reach(lambda: self._inner.put_if_absent(key, data, durable=durable))
+
+    def sync(self, keys: Sequence[str]) -> None:
+        self._reach(lambda: self._inner.sync(keys))
+
+    def list(self, prefix: str) -> list[str]:
+        return self._reach(lambda: self._inner.list(prefix))
+
+    def delete(self, key: str) -> None:
+        self._reach(lambda: self._inner.delete(key))
+
+    def _reach(self, call: Callable[[], T]) -> T:
+        if not self.is_down:
+            return call()
+        if self.delivers:
+            with suppress(MembankError):
+                call()
+        raise UnavailableError(f"{self.url}: no answer", reason=Reason.STORE_FAILED)
+
+
 class FaultyLogFile:
     """A journal file whose mutating calls follow a `FaultPlan`."""
 
@@ -155,7 +208,12 @@ class FaultyLogFile:
         self._plan.run(lambda: self._inner.truncate(num_bytes), half=lambda: None, what="truncate")
 
     def sync(self) -> None:
-        self._inner.sync()
+        self._plan.run(self._inner.sync, half=lambda: None, what="sync")
 
     def close(self) -> None:
         self._inner.close()
+
+
+def faulty_remove(plan: FaultPlan) -> Callable[[Path], None]:
+    """Return what removes the files of a journal as `plan` says."""
+    return lambda path: plan.run(path.unlink, half=lambda: None, what=f"remove {path}")

@@ -16,6 +16,7 @@ _COMMAND_MODULES = (
     "train",
     "query",
     "operate",
+    "history",
     "fsck_command",
     "bench_command",
 )

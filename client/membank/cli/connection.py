@@ -47,16 +47,22 @@ DryRunOption = Annotated[
 ]
 
 
-def client_config(token_file: Path | None = None, ca_file: Path | None = None) -> ClientConfig:
+def client_config(
+    token_file: Path | None = None, ca_file: Path | None = None, *, snapshot: str = ""
+) -> ClientConfig:
     """Return the client's configuration that the command line asks for."""
     tls = TlsConfig(root_certificates=ca_file) if ca_file is not None else None
-    return ClientConfig(tls=tls, token_file=token_file)
+    return ClientConfig(tls=tls, token_file=token_file, snapshot=snapshot)
 
 
 def connect(
-    endpoint: str, token_file: Path | None = None, ca_file: Path | None = None
+    endpoint: str,
+    token_file: Path | None = None,
+    ca_file: Path | None = None,
+    *,
+    snapshot: str = "",
 ) -> BankClient:
-    """Connect to a service with what the command line says.
+    """Connect to a service with what the command line says; fetches read `snapshot`, if given.
 
     Raises
     ------
@@ -75,7 +81,8 @@ def connect(
                 reason=Reason.CONNECT_FAILED,
                 metadata={"endpoint": endpoint},
             )
-    return BankClient.connect(endpoint, config=client_config(token_file, ca_file))
+    config = client_config(token_file, ca_file, snapshot=snapshot)
+    return BankClient.connect(endpoint, config=config)
 
 
 def _is_refused(host: str, port: int) -> bool:

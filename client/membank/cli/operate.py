@@ -1,4 +1,4 @@
-"""Commands that change what a bank knows: swap, withhold, delete, export, import, roll back."""
+"""Commands that change what a bank knows: swap, withhold, delete, export, import."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from membank.cli.connection import (
 from membank.cli.output import JsonOption, console, emit, format_bytes, table
 from membank.wire.errors import InvalidArgumentError, Reason
 from membank.wire.records import TransactionReport
-from membank.wire.spec import BlockRef
 
 
 def register(app: typer.Typer) -> None:
@@ -33,8 +32,6 @@ def register(app: typer.Typer) -> None:
     app.command("delete")(delete)
     app.command("export")(export)
     app.command("import")(import_)
-    app.command("snapshot")(snapshot)
-    app.command("rollback")(rollback)
 
 
 def swap(
@@ -181,51 +178,6 @@ def import_(
     with file, connect(bank, token_file, ca_file) as client:
         answer = client.import_pack(file, dry_run=dry_run)
     show_report("import", answer.report, as_json=as_json)
-
-
-def snapshot(
-    name: Annotated[
-        str | None, typer.Argument(help="Name of the new snapshot; without one, list them.")
-    ] = None,
-    bank: BankOption = DEFAULT_ENDPOINT,
-    token_file: TokenOption = None,
-    ca_file: CaOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Pin the present state of the bank under a name, or list what is pinned.
-
-    Examples: ``membank snapshot before-import``, ``membank snapshot``.
-    """
-    with connect(bank, token_file, ca_file) as client:
-        found = client.snapshots() if name is None else (client.snapshot(name),)
-
-    def render() -> None:
-        console.print(table(("snapshot", "revision>"), [(s.name, s.revision) for s in found]))
-
-    payload = [
-        {"snapshot": s.name, "revision": s.revision, "create_time_s": s.create_time_s}
-        for s in found
-    ]
-    emit(payload, as_json=as_json, render=render)
-
-
-def rollback(
-    to: Annotated[str, typer.Option("--to", help="Snapshot to return to.")],
-    topic: Annotated[str | None, typer.Option(help="Only this topic; without it, all.")] = None,
-    dry_run: DryRunOption = False,
-    bank: BankOption = DEFAULT_ENDPOINT,
-    token_file: TokenOption = None,
-    ca_file: CaOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Bring the bank or one topic back to a snapshot; deleted topics stay deleted.
-
-    Example: ``membank rollback --to before-import --topic chemistry``.
-    """
-    with connect(bank, token_file, ca_file) as client:
-        ref: BlockRef | None = None if topic is None else resolve_topic(client, topic)
-        report = client.rollback(to, topic=ref, dry_run=dry_run)
-    show_report("rollback", report, as_json=as_json)
 
 
 def show_report(operation: str, report: TransactionReport, *, as_json: bool) -> None:

@@ -133,6 +133,10 @@ def route(
 
 def audit(
     limit: Annotated[int, typer.Option(min=1, help="Records, newest first.")] = 20,
+    retained: Annotated[
+        bool,
+        typer.Option("--retained", help="Only revisions that the bank can be rolled back to."),
+    ] = False,
     bank: BankOption = DEFAULT_ENDPOINT,
     token_file: TokenOption = None,
     ca_file: CaOption = None,
@@ -140,10 +144,10 @@ def audit(
 ) -> None:
     """List who changed what, newest first.
 
-    Example: ``membank audit --limit 5``.
+    Examples: ``membank audit --limit 5``, ``membank audit --retained``.
     """
     with connect(bank, token_file, ca_file) as client:
-        records = client.audit(limit=limit)
+        records = client.audit(limit=limit, retained_only=retained)
 
     def render() -> None:
         rows = [
@@ -181,7 +185,10 @@ def _audited(record: AuditRecord) -> str:
     blocks = [str(ref) for ref in found] if isinstance(found, list) else []
     named = ", ".join(blocks[:4]) + (" ..." if len(blocks) > 4 else "")
     snapshot = str(detail.get("snapshot", ""))
-    return " ".join(part for part in (str(detail.get("topic", "")) or named, snapshot) if part)
+    revision = str(detail.get("to_revision", detail.get("history_from", "")))
+    # A snapshot's name says more than the revision that it pins.
+    back_to = snapshot or (f"revision {revision}" if revision else "")
+    return " ".join(part for part in (str(detail.get("topic", "")) or named, back_to) if part)
 
 
 def _topic_row(topic: Topic) -> tuple[object, ...]:

@@ -146,6 +146,9 @@ def ask(
     without_memory: Annotated[
         bool, typer.Option("--without-memory", help="The anchor alone.")
     ] = False,
+    snapshot: Annotated[
+        str, typer.Option(help="Ask the memories as this snapshot pins them.")
+    ] = "",
     bank: BankOption = DEFAULT_ENDPOINT,
     token_file: TokenOption = None,
     ca_file: CaOption = None,
@@ -153,7 +156,8 @@ def ask(
 ) -> None:
     """Complete a prompt with the memory it is routed to; says path, versions and milliseconds.
 
-    Example: ``membank ask "The atomic number of hafnium is" --run runs/demo``.
+    Examples: ``membank ask "The atomic number of hafnium is" --run runs/demo``, and the same with
+    ``--snapshot before-training``.
     """
     if not prompt:
         raise typer.BadParameter("the prompt is empty")
@@ -161,7 +165,7 @@ def ask(
         from membank.trainer.run import RunDirectory
         from membank.trainer.run.answer import Answerer
     answerer = Answerer(RunDirectory(run))
-    with connect(bank, token_file, ca_file) as client:
+    with connect(bank, token_file, ca_file, snapshot=snapshot) as client:
         answerer.check(client)
         start = time.perf_counter()
         answer = answerer.ask(

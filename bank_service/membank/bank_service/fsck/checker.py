@@ -16,7 +16,13 @@ from typing import Protocol
 
 from membank.bank_service.fsck.arrays import check_arrays
 from membank.bank_service.fsck.document import read_spec
+from membank.bank_service.fsck.journals import (
+    check_continuity,
+    check_deleted,
+    current_journal,
+)
 from membank.bank_service.fsck.removal import check_removal
+from membank.bank_service.fsck.replay import check_replay
 from membank.bank_service.fsck.report import (
     Checked,
     Finding,
@@ -65,6 +71,20 @@ def _check_manifests(view: PartitionView) -> Iterator[Finding]:
     yield from lost_records(view.bank.chain, view.manifests)
 
 
+def _check_journals(view: PartitionView) -> Iterator[Finding]:
+    index, journals = view.manifests, view.journals
+    is_elsewhere = view.bank.journal_dir is not None
+    yield from check_continuity(index, journals, view.journal_place, is_elsewhere=is_elsewhere)
+    if not index.is_certain:
+        return
+    for journal in journals:
+        yield from check_deleted(index, journal)
+    current = current_journal(index, journals)
+    is_whole = current is not None and current.is_sound and current.base <= index.lsn
+    if view.bank.deep and current is not None and is_whole:
+        yield from check_replay(view, current)
+
+
 BANK_CHECKS: tuple[BankCheck, ...] = (_check_chain, _check_snapshots, check_trees)
 PARTITION_CHECKS: tuple[PartitionCheck, ...] = (
     _check_manifests,
@@ -72,6 +92,7 @@ PARTITION_CHECKS: tuple[PartitionCheck, ...] = (
     check_slots,
     check_unnamed,
     check_removal,
+    _check_journals,
     check_partition_names,
 )
 

@@ -85,6 +85,16 @@ class ManifestIndex:
         newest = 0 if self.current is None else self.current.number
         return all(number < newest for number in self.unreadable)
 
+    @property
+    def epoch(self) -> int:
+        """Epoch of the manifest in force; 0 where there is none."""
+        return 0 if self.current is None else self.current.epoch
+
+    @property
+    def lsn(self) -> int:
+        """Update that the manifest in force ends with; 0 where there is none."""
+        return 0 if self.current is None else self.current.lsn
+
     @cached_property
     def counting(self) -> list[Summary]:
         """The manifests that count, in the order in which they were in force."""

@@ -51,7 +51,7 @@ def check_unnamed(view: PartitionView) -> Iterator[Finding]:
             key=f"{partition_prefix(view.number)}/level-{level}",
             problem=f"no manifest names {_numbered(sorted(slots))}: a writer at work, or one that "
             "was killed",
-            remedy="nothing; `membank gc` removes them",
+            remedy="nothing, where no damage is found: `membank gc` removes them",
         )
 
 

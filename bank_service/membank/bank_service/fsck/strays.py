@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from membank.bank_service.fsck.chain import record_number
+from membank.bank_service.fsck.journals import is_local_segment
 from membank.bank_service.fsck.manifests import manifest_number
 from membank.bank_service.fsck.report import Finding, FindingKind
 from membank.bank_service.fsck.slots import slot_of
@@ -27,7 +28,7 @@ from membank.wire.format.layout import (
 
 PARTITION_KEY = re.compile(r"partitions/(\d+)/")
 _PROBE = ".probe-"
-_JOURNALS = re.compile(r"partitions/\d+/(journal|log)/")
+_JOURNAL = re.compile(r"partitions/\d+/journal/([^/]+)")
 
 
 def check_scratch(objects: ObjectStore) -> Iterator[Finding]:
@@ -82,8 +83,16 @@ def check_partition_names(view: PartitionView) -> Iterator[Finding]:
                 yield _misnamed(key)
         elif key in arrays or slot_of(view.spec, view.number, key) is not None:
             continue
-        elif _JOURNALS.match(key) is None:
+        elif (match := _JOURNAL.fullmatch(key)) is not None:
+            yield from _check_journal_name(key, match[1])
+        else:
             yield _unknown(key)
+
+
+def _check_journal_name(key: str, name: str) -> Iterator[Finding]:
+    if name == "lock" or is_local_segment(name):
+        return
+    yield _misnamed(key) if name.endswith(".log") else _unknown(key)
 
 
 def _is_document(key: str) -> bool:

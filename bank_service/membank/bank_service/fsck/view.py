@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from membank.bank_service.fsck.chain import Chain, survey_chain
+from membank.bank_service.fsck.journals import (
+    JournalScan,
+    check_local_chain,
+    local_order,
+    survey_journal,
+)
 from membank.bank_service.fsck.manifests import ManifestIndex, survey_manifests
 from membank.bank_service.fsck.retention import Needed, needed_manifests
 from membank.bank_service.fsck.snapshots import Snapshots, survey_snapshots
+from membank.bank_service.store.local_objects import LocalObjects
 from membank.bank_service.store.objects import ObjectStore
 from membank.wire.format.layout import partition_prefix
 from membank.wire.spec import BankSpec
@@ -115,10 +122,43 @@ class PartitionView:
         """The manifests."""
         # An owner trims its journal after it published what was in it: a journal that is read
         # first cannot seem to begin too late.
+        _ = self.journals
         index = survey_manifests(self.bank.objects, self.spec, self.bank.chain, self.number)
         self.bank.tally.num_manifests += len(index.summaries)
         self.bank.looked_at(len(index.summaries))
         return index
+
+    @cached_property
+    def journals(self) -> list[JournalScan]:
+        """The journals: on a local disk, and in the bank's own storage."""
+        found = [self._local_journal()]
+        self.bank.tally.num_frames += sum(journal.num_frames for journal in found)
+        return found
+
+    @property
+    def journal_place(self) -> str:
+        """Where a journal on a local disk is, or would be; empty = nobody said."""
+        if self.bank.journal_dir is not None:
+            folder = self.bank.journal_dir.absolute() / self.spec.bank_id / f"{self.number:04d}"
+            return str(folder)
+        beside = f"{partition_prefix(self.number)}/journal"
+        is_local = isinstance(self.bank.objects, LocalObjects)
+        return beside if is_local or self.bank.objects.list(beside) else ""
+
+    def _local_journal(self) -> JournalScan:
+        place = self.journal_place
+        if self.bank.journal_dir is not None:
+            found = JournalScan(LocalObjects(place), place)
+            keys = found.objects.list("")
+        else:
+            found = JournalScan(self.bank.objects, "")
+            keys = found.objects.list(place) if place else []
+        check = partial(check_local_chain, self._identity)
+        return survey_journal(found, local_order(keys), self.spec, check)
+
+    @property
+    def _identity(self) -> str:
+        return f"{self.spec.bank_id}/{self.number}"
 
     @cached_property
     def needed(self) -> Needed:

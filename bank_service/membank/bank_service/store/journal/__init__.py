@@ -1,7 +1,8 @@
 """The redo log of a partition.
 
 Modules: `contract` (what every journal promises), `frames` (its bytes, and how they are checked),
-`local` (segments on the owner's disk), `log_file` (the files below it).
+`local` (segments on the owner's disk), `log_file` (the files below it), `objects` (batches in the
+bank's own storage), `shipped` (the one, copied to the other; `backlog`: what is still to be).
 """
 
 from membank.bank_service.store.journal.contract import (
@@ -22,6 +23,8 @@ from membank.bank_service.store.journal.frames import (
 )
 from membank.bank_service.store.journal.local import LocalJournal
 from membank.bank_service.store.journal.log_file import LogFile, PosixLogFile
+from membank.bank_service.store.journal.objects import ObjectJournal
+from membank.bank_service.store.journal.shipped import ShipLag, ShippedJournal
 
 __all__ = [
     "MAX_FRAME_BYTES",
@@ -30,11 +33,14 @@ __all__ = [
     "Journal",
     "LocalJournal",
     "LogFile",
+    "ObjectJournal",
     "Ownership",
     "Payload",
     "PosixLogFile",
     "SegmentHead",
     "SegmentScan",
+    "ShipLag",
+    "ShippedJournal",
     "TornTail",
     "check_chain",
     "content_frames",

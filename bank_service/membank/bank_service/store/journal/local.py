@@ -94,12 +94,14 @@ class LocalJournal:
         sync: bool,
         segment_bytes: int,
         open_file: Callable[[Path], LogFile],
+        remove_file: Callable[[Path], None],
     ) -> None:
         self._folder = folder
         self._identity = identity
         self._sync = sync
         self._segment_bytes = segment_bytes
         self._open_file = open_file
+        self._remove_file = remove_file
         self._lock = Lock()
         self._segments: tuple[_Segment, ...] = ()
         self._given_up: tuple[_Segment, ...] = ()
@@ -117,6 +119,7 @@ class LocalJournal:
         sync: bool = False,
         segment_bytes: int = 16 << 20,
         open_file: Callable[[Path], LogFile] = PosixLogFile,
+        remove_file: Callable[[Path], None] = Path.unlink,
     ) -> LocalJournal:
         """Open the journal in `folder`, checking every byte and cutting off a torn tail.
 
@@ -132,6 +135,8 @@ class LocalJournal:
             Size from which on a new segment is begun.
         open_file
             Makes the file of a new segment.
+        remove_file
+            Removes that of a segment.
 
         Raises
         ------
@@ -141,7 +146,14 @@ class LocalJournal:
         FailedPreconditionError
             If the journal belongs to another bank or partition.
         """
-        journal = cls(folder, identity, sync=sync, segment_bytes=segment_bytes, open_file=open_file)
+        journal = cls(
+            folder,
+            identity,
+            sync=sync,
+            segment_bytes=segment_bytes,
+            open_file=open_file,
+            remove_file=remove_file,
+        )
         try:
             folder.mkdir(parents=True, exist_ok=True)
             journal._scan()
@@ -193,7 +205,7 @@ class LocalJournal:
             if self._sync:
                 self._sync_parents()
             self._roll(ownership, base)
-            _unlink(self._given_up)
+            self._unlink(self._given_up)
             self._given_up = ()
         self.trim(after_lsn)
 
@@ -236,12 +248,15 @@ class LocalJournal:
     def require_usable(self) -> None:
         # docstring inherited
         if self._failure is not None or self._file is None:
-            raise UnavailableError(
-                f"the journal in {self._folder} accepts nothing: "
-                f"{self._failure or 'it was not begun'}; restart the shard",
-                reason=Reason.STORE_FAILED,
-                metadata={"file": str(self._folder)},
-            )
+            raise self._unusable()
+
+    def _unusable(self) -> UnavailableError:
+        return UnavailableError(
+            f"the journal in {self._folder} accepts nothing: "
+            f"{self._failure or 'it was not begun'}; restart the shard",
+            reason=Reason.STORE_FAILED,
+            metadata={"file": str(self._folder)},
+        )
 
     def _covered(self, lsn: int) -> tuple[_Segment, ...]:
         return tuple(segment for segment in self._segments[:-1] if segment.last <= lsn)
@@ -261,7 +276,7 @@ class LocalJournal:
             )
         if any(segment.rank >= rank for segment in self._given_up):
             # Not in one step, then: what was given up has the names that come later.
-            _unlink(self._given_up)
+            self._unlink(self._given_up)
             self._given_up = ()
 
     def _sync_parents(self) -> None:
@@ -285,7 +300,7 @@ class LocalJournal:
                 # After a failed fsync the kernel may have dropped the pages: a second one that
                 # succeeds would prove nothing.
                 self._failure = f"fdatasync failed ({err})"
-                raise storage_error(err, str(segment.path)) from err
+                raise self._unusable() from err
 
     def _undo(self, segment: _Segment) -> None:
         assert self._file is not None
@@ -314,7 +329,7 @@ class LocalJournal:
         file: LogFile | None = None
         try:
             with suppress(FileNotFoundError):
-                path.unlink()  # an empty segment of the same place and epoch
+                self._remove_file(path)  # an empty segment of the same place and epoch
             file = self._open_file(path)
             file.append([head])
             if self._sync:
@@ -337,9 +352,17 @@ class LocalJournal:
     def _remove(self, segments: Sequence[_Segment]) -> None:
         # Oldest first: a crash in between leaves a gap at the start, never one in the middle.
         for segment in segments:
-            _unlink([segment])
+            self._unlink([segment])
             with self._lock:
                 self._segments = tuple(kept for kept in self._segments if kept is not segment)
+
+    def _unlink(self, segments: Sequence[_Segment]) -> None:
+        for segment in segments:
+            try:
+                with suppress(FileNotFoundError):
+                    self._remove_file(segment.path)
+            except OSError as err:
+                raise storage_error(err, str(segment.path)) from err
 
     def _close_file(self) -> None:
         if self._file is not None:
@@ -370,15 +393,7 @@ class LocalJournal:
             _LOG.warning("cut %d bytes of an unfinished write off %s", found.torn.num_bytes, path)
             os.truncate(path, found.num_bytes)
         if found.head is None:
-            path.unlink()
-
-
-def _unlink(segments: Sequence[_Segment]) -> None:
-    for segment in segments:
-        try:
-            segment.path.unlink(missing_ok=True)
-        except OSError as err:
-            raise storage_error(err, str(segment.path)) from err
+            self._remove_file(path)
 
 
 def _read(path: Path, start: int, end: int) -> bytes:

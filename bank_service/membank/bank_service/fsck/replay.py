@@ -1,0 +1,147 @@
+"""Journalled updates computed again, block by block, and compared with what was acknowledged.
+
+A shard replays a journal update by update and keeps every block that it touches. Updates of
+different blocks do not depend on each other, so here one block after the other is brought from its
+slot to its newest version, and no more than that block is in memory.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from membank.bank_service.fsck.journals import JournalledUpdate, JournalScan
+from membank.bank_service.fsck.report import Finding, FindingKind
+from membank.bank_service.fsck.view import PartitionView
+from membank.bank_service.shard.content import (
+    INITIAL_ENTRY,
+    BlockRecord,
+    Content,
+    initial_content,
+    zero_state,
+)
+from membank.bank_service.shard.update_frame import AppliedGradient, UpdateFrame, decode_update
+from membank.bank_service.store.arrays import SlotArrays
+from membank.bank_service.store.journal.frames import read_frames
+from membank.wire.errors import MembankError
+from membank.wire.format import Entry
+from membank.wire.spec import Array, BlockRef, Role
+
+if TYPE_CHECKING:
+    # torch takes seconds to import, and most banks at rest have nothing to compute again.
+    from membank.bank_service.shard.update_rule import UpdateRule
+
+
+def check_replay(view: PartitionView, journal: JournalScan) -> Iterator[Finding]:
+    """Compute the updates after the manifest in force again.
+
+    Parameters
+    ----------
+    view
+        The partition.
+    journal
+        Its journal, in order, which continues the manifest in force.
+    """
+    by_block: dict[BlockRef, list[JournalledUpdate]] = defaultdict(list)
+    for update in journal.updates:
+        if update.lsn > view.manifests.lsn:
+            by_block[update.ref].append(update)
+    if not by_block:
+        return
+    try:
+        from membank.bank_service.shard.update_rule import UpdateRule
+    except ImportError as err:
+        yield _not_checked(journal, f"updates are not computed again: {err.name} is missing")
+        return
+    rule = UpdateRule(view.spec)
+    for ref, updates in sorted(by_block.items()):
+        yield from _check_block(view, journal, rule, ref, updates)
+
+
+def _check_block(
+    view: PartitionView,
+    journal: JournalScan,
+    rule: UpdateRule,
+    ref: BlockRef,
+    updates: Sequence[JournalledUpdate],
+) -> Iterator[Finding]:
+    from membank.bank_service.shard.optimizer import kernel_fingerprint
+
+    manifest = view.manifests.current
+    entry = INITIAL_ENTRY if manifest is None else manifest.entries.get(ref, INITIAL_ENTRY)
+    content = _load(view, ref, entry)
+    for update in updates:
+        if content is None:
+            return  # its slot is damaged, which is reported, or it is deleted
+        found = _read(view, journal, update)
+        if found is None:
+            return  # trimmed meanwhile: its effect is in a slot by now
+        frame, applied = found
+        after = rule.apply(ref, entry, content, applied.values, frame.learning_rate_scale)
+        if after is None or (after[0].version, after[0].crcs) != (applied.version, applied.crcs):
+            if frame.kernel == kernel_fingerprint():
+                yield _mismatch(journal, update, frame, applied)
+            else:
+                yield _not_checked(
+                    journal,
+                    f"update {update.lsn} of block {ref} was computed with {frame.kernel}, and "
+                    f"gives another result with {kernel_fingerprint()}",
+                )
+            return
+        entry, content = after
+        view.bank.tally.num_replayed += 1
+
+
+def _load(view: PartitionView, ref: BlockRef, entry: Entry) -> Content | None:
+    record = BlockRecord(entry)
+    if record.is_initial:
+        content = initial_content(view.spec, ref)
+        return Content({**content.arrays, **zero_state(view.spec, ref)}, content.weight_crc)
+    if not entry.crcs:
+        return None
+    slots = SlotArrays(view.bank.objects, view.spec, view.number)
+    arrays: dict[Role, Array] = {}
+    try:
+        for role, crc in zip(view.spec.roles, entry.crcs, strict=True):
+            arrays[role] = slots.read(ref.level, entry.slot, role, crc)
+    except MembankError:
+        return None
+    return Content(arrays, entry.crcs[0])
+
+
+def _read(
+    view: PartitionView, journal: JournalScan, update: JournalledUpdate
+) -> tuple[UpdateFrame, AppliedGradient] | None:
+    end = update.offset + update.num_bytes
+    try:
+        data = journal.objects.get_range(update.key, update.offset, end)
+        for frame in read_frames(journal.name(update.key), data, offset=update.offset):
+            decoded = decode_update(frame.payload, view.spec)
+            return decoded, next(g for g in decoded.gradients if g.ref == update.ref)
+    except MembankError:
+        pass
+    return None
+
+
+def _mismatch(
+    journal: JournalScan, update: JournalledUpdate, frame: UpdateFrame, applied: AppliedGradient
+) -> Finding:
+    return Finding(
+        kind=FindingKind.REPLAY_MISMATCH,
+        key=journal.name(update.key),
+        offset=update.offset,
+        problem=f"update {update.lsn} (request {frame.request_id}) of block {applied.ref} does not "
+        f"give what was acknowledged as version {applied.version}",
+        affects=f"block {applied.ref}, and the shard of its partition: it does not start",
+        remedy="restore manifest, slot and journal of one moment from a copy",
+    )
+
+
+def _not_checked(journal: JournalScan, problem: str) -> Finding:
+    return Finding(
+        kind=FindingKind.REPLAY_NOT_CHECKED,
+        key=journal.segments[-1].name,
+        problem=problem,
+        remedy="check the bank where its service runs, with the same torch",
+    )
