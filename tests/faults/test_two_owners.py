@@ -9,7 +9,7 @@ import pytest
 from membank.bank_service.shard import Shard, ShardConfig
 from membank.bank_service.shard.config import Durability
 from membank.bank_service.store import Bank
-from membank.wire.errors import Reason, UnavailableError
+from membank.wire.errors import CorruptionError, Reason, UnavailableError
 from membank.wire.spec import BlockRef
 from tiny_bank import create_bank, full_state, make_update
 
@@ -218,3 +218,16 @@ def test_another_durability_inherits_the_journal(
     shard = _open(bank, tmp_path, clock, durability=before)
     assert full_state(shard) == state
     shard.close()
+
+
+def test_a_journal_in_the_store_that_is_gone_is_noticed(
+    bank: Bank, tmp_path: Path, clock: Clock
+) -> None:
+    shard = _open(bank, tmp_path / "one", clock, durability=Durability.STORE)
+    shard.push(make_update(shard, [A], "u0"))
+    shard.close(consolidate=False)
+    for key in bank.objects.list("partitions/0001/log"):
+        bank.objects.delete(key)
+    with pytest.raises(CorruptionError) as caught:
+        _open(bank, tmp_path / "two", clock, durability=Durability.STORE)
+    assert caught.value.metadata["key"] == "partitions/0001/log"

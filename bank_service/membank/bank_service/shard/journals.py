@@ -18,7 +18,7 @@ from membank.bank_service.store.journal import (
 from membank.bank_service.store.local_objects import LocalObjects
 from membank.wire.errors import CorruptionError, FailedPreconditionError, Reason
 from membank.wire.format import Manifest
-from membank.wire.format.layout import manifest_prefix, partition_prefix
+from membank.wire.format.layout import log_prefix, manifest_prefix, partition_prefix
 
 _LOG = logging.getLogger(__name__)
 
@@ -115,13 +115,14 @@ def open_journals(
         return ownership.is_current(manifest.epoch, manifest.owner, manifest.nonce)
 
     journal: Journal
+    others: list[Journal]
     if config.durability is Durability.STORE:
         journal, others = stored, [local]
     elif config.ship_every_s:
         journal, others = ShippedJournal(local, stored, is_current), []
     else:
         journal, others = local, [stored]
-    found = [j for j in (journal, *others) if j.ownership is not None]
+    found: list[Journal] = [j for j in (journal, *others) if j.ownership is not None]
     current = [j for j in found if j.ownership is not None and is_current(j.ownership)]
     if not current:
         _require_replaceable(found, manifest, folder, is_elsewhere=config.journal_dir is not None)
@@ -156,6 +157,14 @@ def _require_replaceable(
             "manifests from a copy",
             reason=Reason.MANIFEST_CORRUPT,
             metadata={"file": str(folder), "key": prefix},
+        )
+    if manifest.durability == Durability.STORE:
+        prefix = log_prefix(manifest.partition)
+        raise CorruptionError(
+            f"the journal in {prefix} is missing, in which the owner before kept its updates; "
+            "restore it from a copy",
+            reason=Reason.JOURNAL_CORRUPT,
+            metadata={"key": prefix},
         )
     if manifest.owner and not is_elsewhere:
         raise CorruptionError(

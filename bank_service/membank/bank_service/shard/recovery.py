@@ -85,6 +85,7 @@ def take_over(context: ShardContext, number: int, folder: Path, lock: str) -> Ta
             owner=ownership.owner,
             lock=lock,
             lease_s=0.0 if math.isinf(lease_s) else lease_s,
+            durability=context.config.durability.value,
             prepared=False,
         )
     )

@@ -56,6 +56,9 @@ class Manifest:
     """Identity of the lock that the owner holds while it answers; empty = it does no more."""
     lease_s: float = 0.0
     """Seconds that the owner may answer after it last made sure that it is the owner."""
+    durability: str = ""
+    """What the owner promised of its updates: with ``store``, those after this manifest are in the
+    bank's own storage; otherwise they are where the owner keeps its journal."""
     nonce: str
     """Random; tells the writer that its own put succeeded although the answer was lost."""
     lsn: int
@@ -83,6 +86,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "owner": manifest.owner,
         "lock": manifest.lock,
         "lease_s": manifest.lease_s,
+        "durability": manifest.durability,
         "nonce": manifest.nonce,
         "lsn": manifest.lsn,
         "prepared": manifest.prepared,
@@ -138,6 +142,7 @@ def decode_manifest(data: bytes, *, num_roles: int, key: str) -> Manifest:
         owner=header["owner"],
         lock=header["lock"],
         lease_s=header["lease_s"],
+        durability=header["durability"],
         nonce=header["nonce"],
         lsn=header["lsn"],
         prepared=header["prepared"],
