@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from membank.bank_service.shard import Shard, ShardConfig
 from membank.bank_service.shard.contract import RestoreEntry, SetContent
 from membank.bank_service.shard.retention import Chain, Retention, StoredManifest
-from membank.bank_service.shard.slot_sets import names_of, slot_set, union, without
+from membank.bank_service.shard.slot_sets import members, names_of, slot_set, tops, union, without
 from membank.bank_service.store import Bank
 from membank.wire.errors import NotFoundError
 from membank.wire.format import NO_SLOT, RevisionRecord
@@ -95,6 +95,10 @@ def test_slot_sets_are_sets(one: set[tuple[int, int]], others: list[set[tuple[in
     assert list(names_of(slot_set(one))) == sorted(one)
     assert list(names_of(union(packed))) == sorted(set().union(*others))
     assert list(names_of(without(slot_set(one), packed))) == sorted(one.difference(*others))
+    assert members(slot_set(one), set().union(*others)) == one & set().union(*others)
+    assert tops(slot_set(one)) == {
+        level: max(slot for other, slot in one if other == level) for level, _ in one
+    }
 
 
 # ---- how far the settings let history go

@@ -11,7 +11,7 @@ from membank.bank_service.fsck.manifests import ManifestIndex, names
 from membank.bank_service.fsck.reading import Fault, FaultKind, examine, first_clause, unreadable
 from membank.bank_service.fsck.report import Finding, FindingKind
 from membank.bank_service.shard.update_frame import decode_update
-from membank.bank_service.store.journal.contract import Frame, FrameKind, Ownership
+from membank.bank_service.store.journal.contract import CONTENT_KINDS, Frame, Ownership
 from membank.bank_service.store.journal.frames import (
     HEADER_BYTES,
     SegmentScan,
@@ -165,7 +165,7 @@ def _note_updates(found: JournalScan, key: str, spec: BankSpec, data: bytes) -> 
     offset = 0
     for frame in read_frames(found.name(key), data):
         num_bytes = HEADER_BYTES + len(frame.payload)
-        if frame.kind is FrameKind.UPDATE:
+        if frame.kind in CONTENT_KINDS:
             found.num_frames += 1
             for ref in _refs(found.name(key), offset, frame, spec):
                 update = JournalledUpdate(ref, key, offset, num_bytes, frame.lsn)
@@ -175,7 +175,7 @@ def _note_updates(found: JournalScan, key: str, spec: BankSpec, data: bytes) -> 
 
 def _refs(name: str, offset: int, frame: Frame, spec: BankSpec) -> list[BlockRef]:
     try:
-        return [applied.ref for applied in decode_update(frame.payload, spec).gradients]
+        return [block.ref for block in decode_update(frame, spec).blocks]
     except Exception as err:
         raise corrupt(name, offset, f"an update does not decode ({err!r})") from err
 
@@ -200,25 +200,34 @@ def check_continuity(
         yield from journal.findings
     if not index.is_certain or not all(journal.is_sound for journal in journals):
         return
-    current = current_journal(index, journals)
+    continuing = [journal for journal in journals if _continues(journal, index)]
     for journal in journals:
-        if journal.segments and journal is not current and (is_elsewhere or current is not None):
+        if journal.segments and journal not in continuing and (is_elsewhere or continuing):
             yield _outdated(journal, index)
-    if current is not None:
-        if current.base > index.lsn:
-            yield _gap(current, index)
-    elif index.epoch and not place:
+    if continuing:
+        if current_journal(index, journals) is None:
+            yield _gap(continuing[0], index)
+    elif index.owner and not place:
         yield _elsewhere()
-    elif index.epoch and not (is_elsewhere and any(journal.segments for journal in journals)):
+    elif index.owner and not is_elsewhere:
         yield _missing(place, index)
 
 
 def current_journal(index: ManifestIndex, journals: Sequence[JournalScan]) -> JournalScan | None:
-    """Return the journal that continues the manifest in force; None = none does."""
+    """Return the journal that goes on where the manifest in force ends; None = none does."""
     for journal in journals:
-        if journal.ownership is not None and journal.ownership.epoch >= index.epoch:
+        if journal.is_sound and _continues(journal, index) and journal.base <= index.lsn:
             return journal
     return None
+
+
+def _continues(journal: JournalScan, index: ManifestIndex) -> bool:
+    found, current = journal.ownership, index.current
+    if found is None:
+        return False
+    if current is None:
+        return found.is_current(0, "", "")
+    return found.is_current(current.epoch, current.owner, current.nonce)
 
 
 def check_deleted(index: ManifestIndex, journal: JournalScan) -> Iterator[Finding]:
@@ -291,7 +300,7 @@ def _missing(place: str, index: ManifestIndex) -> Finding:
     return Finding(
         kind=FindingKind.JOURNAL_MISSING,
         key=place,
-        problem=f"the owner of epoch {index.epoch} began a journal, and it is missing, or its last "
+        problem="the owner of the newest manifest began a journal, and it is missing, or its last "
         "segment is",
         affects=f"updates of partition {index.partition} after update {index.lsn}, if there were "
         "any; its shard does not start",

@@ -86,9 +86,9 @@ class ManifestIndex:
         return all(number < newest for number in self.unreadable)
 
     @property
-    def epoch(self) -> int:
-        """Epoch of the manifest in force; 0 where there is none."""
-        return 0 if self.current is None else self.current.epoch
+    def owner(self) -> str:
+        """Owner that wrote the manifest in force; empty where there is none."""
+        return "" if self.current is None else self.current.owner
 
     @property
     def lsn(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from membank.bank_service.fsck.journals import JournalledUpdate, JournalScan
@@ -18,14 +19,15 @@ from membank.bank_service.shard.content import (
     INITIAL_ENTRY,
     BlockRecord,
     Content,
+    content_crcs,
     initial_content,
     zero_state,
 )
-from membank.bank_service.shard.update_frame import AppliedGradient, UpdateFrame, decode_update
+from membank.bank_service.shard.update_frame import AppliedBlock, UpdateFrame, decode_update
 from membank.bank_service.store.arrays import SlotArrays
 from membank.bank_service.store.journal.frames import read_frames
 from membank.wire.errors import MembankError
-from membank.wire.format import Entry
+from membank.wire.format import NO_SLOT, Entry
 from membank.wire.spec import Array, BlockRef, Role
 
 if TYPE_CHECKING:
@@ -77,11 +79,11 @@ def _check_block(
         found = _read(view, journal, update)
         if found is None:
             return  # trimmed meanwhile: its effect is in a slot by now
-        frame, applied = found
-        after = rule.apply(ref, entry, content, applied.values, frame.learning_rate_scale)
-        if after is None or (after[0].version, after[0].crcs) != (applied.version, applied.crcs):
-            if frame.kernel == kernel_fingerprint():
-                yield _mismatch(journal, update, frame, applied)
+        frame, block = found
+        after = _apply(view, rule, entry, content, frame, block)
+        if after is None or _traits(after[0]) != _traits(block.after):
+            if block.arrays is not None or frame.kernel == kernel_fingerprint():
+                yield _mismatch(journal, update, frame)
             else:
                 yield _not_checked(
                     journal,
@@ -91,6 +93,34 @@ def _check_block(
             return
         entry, content = after
         view.bank.tally.num_replayed += 1
+
+
+def _apply(
+    view: PartitionView,
+    rule: UpdateRule,
+    before: Entry,
+    content: Content,
+    frame: UpdateFrame,
+    block: AppliedBlock,
+) -> tuple[Entry, Content] | None:
+    if block.gradient is not None:
+        scale = frame.learning_rate_scale
+        return rule.apply(block.ref, before, content, block.gradient, scale)
+    assert block.arrays is not None
+    crcs = content_crcs(view.spec, block.arrays)
+    after = replace(
+        before,
+        slot=NO_SLOT,
+        version=before.version + 1,
+        step=before.step + 1,
+        updates=before.updates + 1,
+        crcs=crcs,
+    )
+    return after, Content(dict(block.arrays), crcs[0])
+
+
+def _traits(entry: Entry) -> tuple[object, ...]:
+    return (entry.version, entry.step, entry.updates, entry.crcs)
 
 
 def _load(view: PartitionView, ref: BlockRef, entry: Entry) -> Content | None:
@@ -112,28 +142,26 @@ def _load(view: PartitionView, ref: BlockRef, entry: Entry) -> Content | None:
 
 def _read(
     view: PartitionView, journal: JournalScan, update: JournalledUpdate
-) -> tuple[UpdateFrame, AppliedGradient] | None:
+) -> tuple[UpdateFrame, AppliedBlock] | None:
     end = update.offset + update.num_bytes
     try:
         data = journal.objects.get_range(update.key, update.offset, end)
         for frame in read_frames(journal.name(update.key), data, offset=update.offset):
-            decoded = decode_update(frame.payload, view.spec)
-            return decoded, next(g for g in decoded.gradients if g.ref == update.ref)
+            decoded = decode_update(frame, view.spec)
+            return decoded, next(block for block in decoded.blocks if block.ref == update.ref)
     except MembankError:
         pass
     return None
 
 
-def _mismatch(
-    journal: JournalScan, update: JournalledUpdate, frame: UpdateFrame, applied: AppliedGradient
-) -> Finding:
+def _mismatch(journal: JournalScan, update: JournalledUpdate, frame: UpdateFrame) -> Finding:
     return Finding(
         kind=FindingKind.REPLAY_MISMATCH,
         key=journal.name(update.key),
         offset=update.offset,
-        problem=f"update {update.lsn} (request {frame.request_id}) of block {applied.ref} does not "
-        f"give what was acknowledged as version {applied.version}",
-        affects=f"block {applied.ref}, and the shard of its partition: it does not start",
+        problem=f"update {update.lsn} (request {frame.request_id}) of block {update.ref} does not "
+        "give what was acknowledged",
+        affects=f"block {update.ref}, and the shard of its partition: it does not start",
         remedy="restore manifest, slot and journal of one moment from a copy",
     )
 

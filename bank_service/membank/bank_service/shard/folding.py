@@ -263,7 +263,7 @@ class Folding:
                 raise state.fenced
             floor = self._give_up_history(history_from, dry_run=dry_run)
             with self._noticing_fence():
-                items = state.store.garbage(floor)
+                items = state.store.garbage(floor, state.manifest.owner)
                 if not dry_run:
                     state.store.remove(items[:MAX_REMOVED])
         removed = items if dry_run else items[:MAX_REMOVED]

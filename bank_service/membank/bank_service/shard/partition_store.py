@@ -19,8 +19,10 @@ from membank.bank_service.shard.garbage import Item, Sorting
 from membank.bank_service.shard.retention import Chain, Retention, StoredManifest
 from membank.bank_service.shard.slot_sets import (
     SlotName,
+    members,
     names_of,
     slots_of,
+    tops,
     union,
     without,
 )
@@ -84,7 +86,6 @@ class PartitionStore:
         # Written by this owner and named by no manifest that it knows: about to be published, or
         # by one whose publication may have succeeded although it was reported as failed.
         self._unpublished: set[SlotName] = set()
-        self._nonces: set[str] = set()
 
     def load_manifests(self) -> LoadedManifests:
         """Find the manifest in force, and remove those that were prepared and given up.
@@ -215,13 +216,11 @@ class PartitionStore:
             nonce=uuid.uuid4().hex,
             history_from=max(manifest.history_from, floor),
         )
-        self._nonces.add(numbered.nonce)
         try:
             self._bank.publish_manifest(numbered)
         except AlreadyExistsError as err:
             raise self._fenced(number) from err
         self._note(numbered)
-        self._nonces.discard(numbered.nonce)
         return numbered
 
     def require_sole_owner(self, owner: str) -> None:
@@ -311,8 +310,15 @@ class PartitionStore:
             self._arrays.delete(level, slot)
             self._unpublished.discard((level, slot))
 
-    def garbage(self, history_from: int) -> list[Item]:
+    def garbage(self, history_from: int, owner: str) -> list[Item]:
         """Return what nothing needs if history begins at `history_from`; manifests come last.
+
+        Parameters
+        ----------
+        history_from
+            Oldest revision that can be returned to.
+        owner
+            This owner.
 
         Raises
         ------
@@ -324,7 +330,7 @@ class PartitionStore:
         # takes no slot of which an object is left, and each object is removed once.
         levels = range(1, self._bank.spec.num_levels + 1)
         chunks = [chunk for level in levels for chunk in self._arrays.stored_chunks(level)]
-        self._require_known_manifests()
+        self._note_own(owner)
         needed = self._needed(history_from)
         doomed = {
             number: GarbageKind.RETIRED_MANIFEST
@@ -359,13 +365,13 @@ class PartitionStore:
     def _names(self, numbers: Iterable[int]) -> frozenset[SlotName]:
         return frozenset(names_of(union(self._stored[number].slots for number in numbers)))
 
-    def _require_known_manifests(self) -> None:
-        """Take note of manifests whose publication only seemed to fail; raise for another owner's."""
+    def _note_own(self, owner: str) -> None:
+        """Take note of manifests whose publication only seemed to fail; raise for a stranger's."""
         for number in self._bank.manifest_numbers(self._partition):
             if number in self._stored:
                 continue
             manifest = self.manifest(number)
-            if manifest.nonce not in self._nonces:
+            if manifest.owner != owner:
                 raise self._fenced(number)
             self._note(manifest)
 
@@ -457,9 +463,9 @@ class PartitionStore:
             history_from=manifest.history_from,
             slots=slots,
         )
-        for level, slot in names_of(slots):
+        for level, slot in tops(slots).items():
             self._next_slot[level] = max(self._next_slot.get(level, 0), slot + 1)
-            self._unpublished.discard((level, slot))
+        self._unpublished -= members(slots, self._unpublished)
         self._next_number = max(self._next_number, manifest.number + 1)
 
 

@@ -22,7 +22,7 @@ _SHIFT = 32
 
 def slot_set(names: Iterable[SlotName]) -> SlotSet:
     """Return the set of `names`."""
-    return np.unique(np.array([level << _SHIFT | slot for level, slot in names], np.uint64))
+    return np.unique(_packed(names))
 
 
 def slots_of(manifest: Manifest) -> SlotSet:
@@ -46,3 +46,22 @@ def without(slots: SlotSet, others: Iterable[SlotSet]) -> SlotSet:
     for other in others:
         slots = np.setdiff1d(slots, other, assume_unique=True)
     return slots
+
+
+def members(slots: SlotSet, names: Iterable[SlotName]) -> set[SlotName]:
+    """Return those of `names` that are in `slots`."""
+    asked = list(names)
+    return {
+        name for name, is_in in zip(asked, np.isin(_packed(asked), slots), strict=True) if is_in
+    }
+
+
+def tops(slots: SlotSet) -> dict[int, int]:
+    """Return the greatest slot of each level."""
+    levels = slots >> np.uint64(_SHIFT)
+    last = np.flatnonzero(np.append(levels[1:] != levels[:-1], True)) if len(slots) else ()
+    return dict(names_of(slots[np.array(last, np.intp)]))
+
+
+def _packed(names: Iterable[SlotName]) -> SlotSet:
+    return np.array([level << _SHIFT | slot for level, slot in names], np.uint64)
