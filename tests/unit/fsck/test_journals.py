@@ -11,6 +11,7 @@ import pytest
 from membank.bank_service.fsck import FindingKind, check_bank
 from membank.bank_service.shard import Shard, optimizer
 from membank.bank_service.store import Bank, FsspecObjects, LocalObjects
+from membank.wire.errors import CorruptionError
 from membank.wire.format import decode_spec, encode_manifest, encode_spec
 from membank.wire.format.layout import manifest_key
 from membank.wire.spec import BlockState
@@ -129,7 +130,9 @@ def test_files_with_names_of_their_own(root: Path) -> None:
     }
 
 
-def test_the_manifest_that_trimmed_the_journal_is_missing(tmp_path: Path) -> None:
+@pytest.fixture
+def folded(tmp_path: Path) -> Path:
+    """A bank whose journal begins with the fourth update of a block."""
     bank = create_bank(tmp_path)
     shard = Shard.open(bank, config=whole_config())
     for number in range(3):
@@ -138,10 +141,21 @@ def test_the_manifest_that_trimmed_the_journal_is_missing(tmp_path: Path) -> Non
     shard.push(make_update(shard, [A], "last"))
     shard.close(consolidate=False)
     assert found(tmp_path) == set()
-    newest = bank.manifest_numbers(0)[-1]
-    (tmp_path / manifest_key(0, newest)).unlink()
-    kinds = {kind for kind, _ in found(tmp_path)}
-    assert FindingKind.JOURNAL_GAP in kinds
+    return tmp_path
+
+
+def test_the_manifest_that_trimmed_the_journal_is_missing(folded: Path) -> None:
+    newest = Bank.open(LocalObjects(folded)).manifest_numbers(0)[-1]
+    (folded / manifest_key(0, newest)).unlink()
+    assert (FindingKind.JOURNAL_GAP, segments(folded)[0]) in found(folded)
+
+
+def test_every_manifest_is_missing(root: Path) -> None:
+    shutil.rmtree(root / "partitions/0000/manifests")
+    named = {key for kind, key in found(root) if kind is FindingKind.MANIFEST_MISSING}
+    assert "partitions/0000/manifests" in named
+    with pytest.raises(CorruptionError):
+        Shard.open(Bank.open(LocalObjects(root)))
 
 
 # ---- journals outside of the bank

@@ -2,7 +2,7 @@
 
 Modules: `checker` (the check as a whole), `view` (one look at a bank), one module for each kind of
 thing: `document`, `chain`, `trees`, `snapshots`, `manifests` with `retention`, `arrays`, `slots`,
-`journals` with `replay`, `removal`, `strays`; `report` (what comes out).
+`segments`, `journals` with `replay`, `removal`, `strays`; `report` (what comes out).
 """
 
 from membank.bank_service.fsck.checker import check_bank

@@ -19,7 +19,6 @@ from membank.bank_service.fsck.document import read_spec
 from membank.bank_service.fsck.journals import (
     check_continuity,
     check_deleted,
-    current_journal,
 )
 from membank.bank_service.fsck.removal import check_removal
 from membank.bank_service.fsck.replay import check_replay
@@ -79,9 +78,8 @@ def _check_journals(view: PartitionView) -> Iterator[Finding]:
         return
     for journal in journals:
         yield from check_deleted(index, journal)
-    current = current_journal(index, journals)
-    if view.bank.deep and current is not None:
-        yield from check_replay(view, current)
+    if view.bank.deep:
+        yield from check_replay(view)
 
 
 BANK_CHECKS: tuple[BankCheck, ...] = (_check_chain, _check_snapshots, check_trees)

@@ -1,183 +1,13 @@
-"""Journals: every frame of every segment, and whether they continue the manifest in force."""
+"""Journals: whether they go on where the manifest in force ends, and what they should not hold."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator, Sequence
 
 from membank.bank_service.fsck.manifests import ManifestIndex, names
-from membank.bank_service.fsck.reading import Fault, FaultKind, examine, first_clause, unreadable
 from membank.bank_service.fsck.report import Finding, FindingKind
-from membank.bank_service.shard.update_frame import decode_update
-from membank.bank_service.store.journal.contract import CONTENT_KINDS, Frame, Ownership
-from membank.bank_service.store.journal.frames import (
-    HEADER_BYTES,
-    SegmentScan,
-    check_chain,
-    corrupt,
-    read_frames,
-    scan,
-)
-from membank.bank_service.store.objects import ObjectStore
-from membank.wire.errors import CorruptionError, FailedPreconditionError, MembankError, Reason
-from membank.wire.spec import BankSpec, BlockRef
-
-_LOCAL_NAME = re.compile(r"(\d{20,})-(\d{10,})\.log")
-_RESTORE = "restore the file from a copy, or give the updates in it up (docs/fsck.md)"
-
-
-@dataclass(frozen=True, slots=True)
-class JournalledUpdate:
-    """Where a journal says what became of one block."""
-
-    ref: BlockRef
-    """The block."""
-    key: str
-    """The segment that holds it."""
-    offset: int
-    """Where its frame begins."""
-    num_bytes: int
-    """Length of the frame."""
-    lsn: int
-    """Number of the frame."""
-
-
-@dataclass(slots=True)
-class JournalScan:
-    """What one place holds of the journal of a partition."""
-
-    objects: ObjectStore
-    """What serves the segments."""
-    place: str
-    """What their keys are below, for people; empty = keys of the bank."""
-    segments: list[SegmentScan] = field(default_factory=list)
-    """Those that are in order, oldest first."""
-    updates: list[JournalledUpdate] = field(default_factory=list)
-    """What they hold, in the order in which it happened."""
-    num_frames: int = 0
-    """Frames of updates in them."""
-    is_sound: bool = True
-    """False where frames are damaged or missing."""
-    findings: list[Finding] = field(default_factory=list)
-    """What is wrong with the segments in themselves."""
-
-    @property
-    def base(self) -> int:
-        """LSN after which the log begins."""
-        starts = [s.head for s in self.segments if s.head is not None]
-        # Segments before one that starts anew were given up.
-        anew = [index for index, head in enumerate(starts) if head.follows != head.base]
-        return starts[anew[-1] if anew else 0].base if starts else 0
-
-    @property
-    def ownership(self) -> Ownership | None:
-        """Who wrote the newest segment; None = there is none."""
-        heads = [s.head for s in self.segments if s.head is not None]
-        return heads[-1].ownership if heads else None
-
-    def name(self, key: str) -> str:
-        """Return what findings call a segment."""
-        return f"{self.place}/{key}" if self.place else key
-
-
-ChainCheck = Callable[[Sequence[SegmentScan]], object]
-"""Raises where segments do not continue each other."""
-
-
-def local_order(keys: Iterable[str]) -> list[str]:
-    """Return the segments among the files of a local journal, oldest first."""
-    matches = ((_LOCAL_NAME.fullmatch(key.rsplit("/", 1)[-1]), key) for key in keys)
-    ranked = ((int(match[2]), int(match[1]), key) for match, key in matches if match is not None)
-    return [key for _, _, key in sorted(ranked)]
-
-
-def is_local_segment(key: str) -> bool:
-    """Say whether a file of a local journal has the name of a segment."""
-    return bool(local_order([key]))
-
-
-def check_local_chain(identity: str, scans: Sequence[SegmentScan]) -> None:
-    """Raise unless the segments of a local journal continue each other, under their own names."""
-    for segment in scans:
-        head = segment.head
-        if head is None:
-            continue
-        name = f"{head.base:020d}-{head.ownership.epoch:010d}.log"
-        if segment.name.rsplit("/", 1)[-1] != name:
-            raise corrupt(segment.name, 0, f"it holds the segment {name}")
-    check_chain(scans, identity)
-
-
-def survey_journal(
-    found: JournalScan, keys: Sequence[str], spec: BankSpec, check: ChainCheck
-) -> JournalScan:
-    """Read segments, one at a time, into `found`, and return it.
-
-    Parameters
-    ----------
-    found
-        Where they are.
-    keys
-        The segments, oldest first.
-    spec
-        Spec of the bank.
-    check
-        Raises where they do not continue each other.
-    """
-    for key in keys:
-        _survey_segment(found, key, spec)
-    if not found.is_sound:
-        return found
-    try:
-        check(found.segments)
-    except MembankError as err:
-        found.is_sound = False
-        found.findings.append(_chain_finding(err, found.name(keys[-1] if keys else "")))
-    else:
-        if found.segments and (torn := found.segments[-1].torn) is not None:
-            found.findings.append(_torn(torn.file, torn.offset, torn.num_bytes))
-    return found
-
-
-def _survey_segment(found: JournalScan, key: str, spec: BankSpec) -> None:
-    name = found.name(key)
-    segment = examine(found.objects, key, partial(scan, name))
-    if isinstance(segment, SegmentScan):
-        found.segments.append(segment)
-        # Read a second time, so that no more than one segment is in memory at any time.
-        fault = examine(found.objects, key, partial(_note_updates, found, key, spec))
-    else:
-        fault = segment
-    if not isinstance(fault, Fault) or fault.kind is FaultKind.MISSING:
-        return  # trimmed since it was listed, if it is missing
-    found.is_sound = False
-    if fault.kind is FaultKind.UNREADABLE:
-        found.findings.append(unreadable(name, fault.problem, _LATER))
-    elif isinstance(fault.cause, FailedPreconditionError):
-        found.findings.append(_not_checked(name, fault.problem))
-    else:
-        found.findings.append(_damaged(name, fault))
-
-
-def _note_updates(found: JournalScan, key: str, spec: BankSpec, data: bytes) -> None:
-    offset = 0
-    for frame in read_frames(found.name(key), data):
-        num_bytes = HEADER_BYTES + len(frame.payload)
-        if frame.kind in CONTENT_KINDS:
-            found.num_frames += 1
-            for ref in _refs(found.name(key), offset, frame, spec):
-                update = JournalledUpdate(ref, key, offset, num_bytes, frame.lsn)
-                found.updates.append(update)
-        offset += num_bytes
-
-
-def _refs(name: str, offset: int, frame: Frame, spec: BankSpec) -> list[BlockRef]:
-    try:
-        return [block.ref for block in decode_update(frame, spec).blocks]
-    except Exception as err:
-        raise corrupt(name, offset, f"an update does not decode ({err!r})") from err
+from membank.bank_service.fsck.segments import JournalledUpdate, JournalScan
+from membank.wire.format.layout import manifest_prefix
 
 
 def check_continuity(
@@ -201,24 +31,42 @@ def check_continuity(
     if not index.is_certain or not all(journal.is_sound for journal in journals):
         return
     continuing = [journal for journal in journals if _continues(journal, index)]
+    newer = [journal for journal in journals if _is_newer(journal, index)]
     for journal in journals:
-        if journal.segments and journal not in continuing and (is_elsewhere or continuing):
+        if journal.ownership is None or journal in (*continuing, *newer):
+            continue
+        if is_elsewhere or continuing:
             yield _outdated(journal, index)
-    if continuing:
-        if current_journal(index, journals) is None:
-            yield _gap(continuing[0], index)
+    if newer and not continuing:
+        yield _onto_nothing(newer[0], index)
+    elif continuing:
+        _, covered = updates_since(index, journals)
+        if beyond := [journal for journal in continuing if journal.base > covered]:
+            yield _gap(beyond[0], index)
     elif index.owner and not place:
         yield _elsewhere()
     elif index.owner and not is_elsewhere:
         yield _missing(place, index)
 
 
-def current_journal(index: ManifestIndex, journals: Sequence[JournalScan]) -> JournalScan | None:
-    """Return the journal that goes on where the manifest in force ends; None = none does."""
-    for journal in journals:
-        if journal.is_sound and _continues(journal, index) and journal.base <= index.lsn:
-            return journal
-    return None
+def updates_since(
+    index: ManifestIndex, journals: Sequence[JournalScan]
+) -> tuple[list[tuple[JournalScan, JournalledUpdate]], int]:
+    """Return the updates after the manifest in force, and the LSN up to which they are there.
+
+    Notes
+    -----
+    There may be two journals: a local one that is shipped to the bank's storage, or one that was
+    begun where the settings changed. The one that reaches furthest goes on where another ends.
+    """
+    found: list[tuple[JournalScan, JournalledUpdate]] = []
+    covered = index.lsn
+    usable = [j for j in journals if j.is_sound and _continues(j, index)]
+    while joining := [j for j in usable if j.base <= covered < j.last]:
+        journal = max(joining, key=lambda joined: joined.last)
+        found += [(journal, update) for update in journal.after(covered)]
+        covered = journal.last
+    return found, covered
 
 
 def _continues(journal: JournalScan, index: ManifestIndex) -> bool:
@@ -228,6 +76,13 @@ def _continues(journal: JournalScan, index: ManifestIndex) -> bool:
     if current is None:
         return found.is_current(0, "", "")
     return found.is_current(current.epoch, current.owner, current.nonce)
+
+
+def _is_newer(journal: JournalScan, index: ManifestIndex) -> bool:
+    """Say whether a journal belongs to a manifest that is newer than any that is stored."""
+    found = journal.ownership
+    epoch = 0 if index.current is None else index.current.epoch
+    return found is not None and found.epoch > epoch and not _continues(journal, index)
 
 
 def check_deleted(index: ManifestIndex, journal: JournalScan) -> Iterator[Finding]:
@@ -245,42 +100,13 @@ def check_deleted(index: ManifestIndex, journal: JournalScan) -> Iterator[Findin
             )
 
 
-_LATER = "updates from there on: the shard of the partition does not start"
-
-
-def _damaged(name: str, fault: Fault) -> Finding:
-    problem, offset = fault.problem, 0
-    if isinstance(fault.cause, CorruptionError) and "offset" in fault.cause.metadata:
-        offset = int(fault.cause.metadata["offset"])
-        problem = problem.removeprefix(f"journal {name}, offset {offset}: ")
+def _onto_nothing(journal: JournalScan, index: ManifestIndex) -> Finding:
     return Finding(
-        kind=FindingKind.JOURNAL_DAMAGED,
-        key=name,
-        offset=offset,
-        problem=problem,
-        affects=_LATER,
-        remedy=_RESTORE,
-    )
-
-
-def _chain_finding(err: MembankError, name: str) -> Finding:
-    name = err.metadata.get("file", name)
-    offset = int(err.metadata.get("offset", 0))
-    if isinstance(err, FailedPreconditionError) and err.reason is not Reason.FORMAT_TOO_NEW:
-        return Finding(
-            kind=FindingKind.JOURNAL_FOREIGN,
-            key=name,
-            problem=first_clause(err),
-            affects="the shard of the partition: it does not start",
-            remedy="put the journal of this bank in its place",
-        )
-    return Finding(
-        kind=FindingKind.JOURNAL_GAP,
-        key=name,
-        offset=offset,
-        problem=first_clause(err).removeprefix(f"journal {name}, offset {offset}: "),
-        affects=_LATER,
-        remedy=_RESTORE,
+        kind=FindingKind.MANIFEST_MISSING,
+        key=manifest_prefix(index.partition),
+        problem=f"the journal {journal.segments[-1].name} was begun onto a manifest that is missing",
+        affects=f"partition {index.partition}: its shard does not start",
+        remedy="restore the newest manifests from a copy",
     )
 
 
@@ -319,16 +145,6 @@ def _outdated(journal: JournalScan, index: ManifestIndex) -> Finding:
     )
 
 
-def _torn(name: str, offset: int, num_bytes: int) -> Finding:
-    return Finding(
-        kind=FindingKind.JOURNAL_TORN,
-        key=name,
-        offset=offset,
-        problem=f"{num_bytes} bytes of a write that was not finished; nobody was told that it was",
-        remedy="nothing; the next start cuts them off",
-    )
-
-
 def _elsewhere() -> Finding:
     return Finding(
         kind=FindingKind.JOURNAL_NOT_CHECKED,
@@ -336,10 +152,4 @@ def _elsewhere() -> Finding:
         problem="the journals are not in the bank, so updates that are not in slots yet were not "
         "checked",
         remedy="say where they are (--journal-dir), on the machine that holds them",
-    )
-
-
-def _not_checked(name: str, problem: str) -> Finding:
-    return Finding(
-        kind=FindingKind.JOURNAL_NOT_CHECKED, key=name, problem=problem, remedy="update membank"
     )

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from membank.bank_service.fsck.journals import JournalledUpdate, JournalScan
+from membank.bank_service.fsck.journals import updates_since
 from membank.bank_service.fsck.report import Finding, FindingKind
+from membank.bank_service.fsck.segments import JournalledUpdate, JournalScan
 from membank.bank_service.fsck.view import PartitionView
 from membank.bank_service.shard.content import (
     INITIAL_ENTRY,
@@ -35,45 +36,37 @@ if TYPE_CHECKING:
     from membank.bank_service.shard.update_rule import UpdateRule
 
 
-def check_replay(view: PartitionView, journal: JournalScan) -> Iterator[Finding]:
-    """Compute the updates after the manifest in force again.
+Source = tuple[JournalScan, JournalledUpdate]
+"""An update, and the journal that holds it."""
 
-    Parameters
-    ----------
-    view
-        The partition.
-    journal
-        Its journal, in order, which continues the manifest in force.
-    """
-    by_block: dict[BlockRef, list[JournalledUpdate]] = defaultdict(list)
-    for update in journal.updates:
-        if update.lsn > view.manifests.lsn:
-            by_block[update.ref].append(update)
+
+def check_replay(view: PartitionView) -> Iterator[Finding]:
+    """Compute the updates after the manifest in force again."""
+    by_block: dict[BlockRef, list[Source]] = defaultdict(list)
+    for source in updates_since(view.manifests, view.journals)[0]:
+        by_block[source[1].ref].append(source)
     if not by_block:
         return
     try:
         from membank.bank_service.shard.update_rule import UpdateRule
     except ImportError as err:
+        journal = next(iter(by_block.values()))[0][0]
         yield _not_checked(journal, f"updates are not computed again: {err.name} is missing")
         return
     rule = UpdateRule(view.spec)
-    for ref, updates in sorted(by_block.items()):
-        yield from _check_block(view, journal, rule, ref, updates)
+    for ref, sources in sorted(by_block.items()):
+        yield from _check_block(view, rule, ref, sources)
 
 
 def _check_block(
-    view: PartitionView,
-    journal: JournalScan,
-    rule: UpdateRule,
-    ref: BlockRef,
-    updates: Sequence[JournalledUpdate],
+    view: PartitionView, rule: UpdateRule, ref: BlockRef, sources: Sequence[Source]
 ) -> Iterator[Finding]:
     from membank.bank_service.shard.optimizer import kernel_fingerprint
 
     manifest = view.manifests.current
     entry = INITIAL_ENTRY if manifest is None else manifest.entries.get(ref, INITIAL_ENTRY)
     content = _load(view, ref, entry)
-    for update in updates:
+    for journal, update in sources:
         if content is None:
             return  # its slot is damaged, which is reported, or it is deleted
         found = _read(view, journal, update)

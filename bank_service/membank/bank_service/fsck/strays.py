@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from membank.bank_service.fsck.chain import record_number
-from membank.bank_service.fsck.journals import is_local_segment
 from membank.bank_service.fsck.manifests import manifest_number
 from membank.bank_service.fsck.report import Finding, FindingKind
+from membank.bank_service.fsck.segments import is_local_segment, is_stored_segment
 from membank.bank_service.fsck.slots import slot_of
 from membank.bank_service.fsck.snapshots import snapshot_name
 from membank.bank_service.fsck.trees import tree_revision
@@ -22,6 +22,7 @@ from membank.wire.format.layout import (
     SPEC_KEY,
     TREES,
     array_prefix,
+    log_prefix,
     manifest_prefix,
     partition_prefix,
 )
@@ -76,13 +77,16 @@ def check_partition_names(view: PartitionView) -> Iterator[Finding]:
         for level in range(1, view.spec.num_levels + 1)
         for role in view.spec.roles
     }
-    manifests = f"{manifest_prefix(view.number)}/"
+    manifests, log = f"{manifest_prefix(view.number)}/", f"{log_prefix(view.number)}/"
     for key in sorted(view.keys):
         if key.startswith(manifests):
             if manifest_number(key, view.number) is None:
                 yield _misnamed(key)
         elif key in arrays or slot_of(view.spec, view.number, key) is not None:
             continue
+        elif key.startswith(log):
+            if not is_stored_segment(key, view.number):
+                yield _misnamed(key)
         elif (match := _JOURNAL.fullmatch(key)) is not None:
             yield from _check_journal_name(key, match[1])
         else:

@@ -8,18 +8,21 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from membank.bank_service.fsck.chain import Chain, survey_chain
-from membank.bank_service.fsck.journals import (
-    JournalScan,
-    check_local_chain,
-    local_order,
-    survey_journal,
-)
 from membank.bank_service.fsck.manifests import ManifestIndex, survey_manifests
 from membank.bank_service.fsck.retention import Needed, needed_manifests
+from membank.bank_service.fsck.segments import (
+    JournalScan,
+    check_local_chain,
+    check_stored_chain,
+    local_order,
+    scan_whole,
+    stored_order,
+    survey_journal,
+)
 from membank.bank_service.fsck.snapshots import Snapshots, survey_snapshots
 from membank.bank_service.store.local_objects import LocalObjects
 from membank.bank_service.store.objects import ObjectStore
-from membank.wire.format.layout import partition_prefix
+from membank.wire.format.layout import log_prefix, partition_prefix
 from membank.wire.spec import BankSpec
 
 
@@ -131,7 +134,7 @@ class PartitionView:
     @cached_property
     def journals(self) -> list[JournalScan]:
         """The journals: on a local disk, and in the bank's own storage."""
-        found = [self._local_journal()]
+        found = [self._local_journal(), self._stored_journal()]
         self.bank.tally.num_frames += sum(journal.num_frames for journal in found)
         return found
 
@@ -151,10 +154,17 @@ class PartitionView:
             found = JournalScan(LocalObjects(place), place)
             keys = found.objects.list("")
         else:
-            found = JournalScan(self.bank.objects, "")
+            found = JournalScan(self.bank.objects)
             keys = found.objects.list(place) if place else []
         check = partial(check_local_chain, self._identity)
         return survey_journal(found, local_order(keys), self.spec, check)
+
+    def _stored_journal(self) -> JournalScan:
+        objects = self.bank.objects
+        keys = stored_order(objects.list(log_prefix(self.number)), self.number)
+        found = JournalScan(objects, scan=scan_whole)
+        check = partial(check_stored_chain, objects, self.number, self._identity)
+        return survey_journal(found, keys, self.spec, check)
 
     @property
     def _identity(self) -> str:
