@@ -71,6 +71,12 @@ class PartitionJournals:
             after_lsn = max(after_lsn, self.inherited.last_lsn)
         self.journal.begin(ownership, after_lsn)
 
+    def close(self) -> None:
+        """Release what is held, after an opening that failed."""
+        for journal in (self.journal, self.inherited, *self.unused):
+            if journal is not None:
+                journal.close()
+
     @property
     def epoch(self) -> int:
         """Greatest epoch that a journal knows; 0 = none."""

@@ -178,7 +178,7 @@ class Participant:
             if record.committed:
                 self.revision = record.revision
                 for partition in self._partitions.values():
-                    partition.revision = record.revision
+                    partition.enter(record.revision)
         self._last_record = record.revision
         self._context.hub.publish(events)
         with ExitStack() as stack:

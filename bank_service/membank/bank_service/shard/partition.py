@@ -46,8 +46,8 @@ class Partition:
         """Newest committed revision of the bank."""
         return self._state.revision
 
-    @revision.setter
-    def revision(self, revision: int) -> None:
+    def enter(self, revision: int) -> None:
+        """Take note that `revision` is in force."""
         self._state.revision = revision
 
     @property

@@ -47,7 +47,6 @@ from membank.wire.format.revision import record_sha256
 from membank.wire.records import Snapshot
 from membank.wire.spec import BankSpec
 
-
 SNAPSHOT_OPERATION = "snapshot"
 """Operation of the record that makes a snapshot, whose name is in its detail."""
 UNPIN_OPERATION = "delete-snapshot"
