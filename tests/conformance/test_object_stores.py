@@ -23,6 +23,7 @@ from membank.bank_service.store import (
     probe_create_only,
     publish,
 )
+from membank.bank_service.store.local_objects import offers_unnamed
 from membank.wire.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
@@ -44,15 +45,19 @@ class Subject:
     write_raw: Callable[[str, bytes], None]
 
 
-def _local(tmp_path: Path) -> Subject:
+def _local(tmp_path: Path, *, unnamed: bool) -> Subject:
     root = tmp_path / "bank"
+    tmp_path.joinpath("probe").mkdir()
+    if unnamed and not offers_unnamed(str(tmp_path / "probe")):
+        pytest.skip("this file system makes no files without a name")
 
     def write_raw(key: str, data: bytes) -> None:
         path = root / key
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
 
-    return Subject(LocalObjects(root), lambda key: (root / key).read_bytes(), write_raw)
+    store = LocalObjects(root, offers_unnamed=lambda _: unnamed)
+    return Subject(store, lambda key: (root / key).read_bytes(), write_raw)
 
 
 def _memory(name: str) -> Subject:
@@ -92,11 +97,11 @@ S3_KINDS = [
 ]
 
 
-@pytest.fixture(params=["local", "memory", *S3_KINDS])
+@pytest.fixture(params=["local", "local-scratch", "memory", *S3_KINDS])
 def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Subject]:
     match request.param:
-        case "local":
-            yield _local(tmp_path)
+        case "local" | "local-scratch" as kind:
+            yield _local(tmp_path, unnamed=kind == "local")
         case "memory":
             name = uuid.uuid4().hex
             yield _memory(name)

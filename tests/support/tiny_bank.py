@@ -18,6 +18,7 @@ from membank.wire.spec import (
     Array,
     BankSpec,
     BlockRef,
+    BlockState,
     LevelSpec,
     OptimizerKind,
     OptimizerSpec,
@@ -118,6 +119,7 @@ def transact(
 def commit_record(bank: Bank, revision: int, prepared: Prepared) -> RevisionRecord:
     """Return the record that commits what was prepared."""
     previous = bank.latest_commit()
+    removes = any(change.state_after is not BlockState.ACTIVE for change in prepared.changes)
     return RevisionRecord(
         revision=revision,
         committed=True,
@@ -128,6 +130,7 @@ def commit_record(bank: Bank, revision: int, prepared: Prepared) -> RevisionReco
         request_id=f"revision-{revision}",
         time_s=0.0,
         manifests={**previous.manifests, **prepared.manifests},
+        removal_revision=revision if removes else previous.removal_revision,
     )
 
 

@@ -5,19 +5,27 @@ from __future__ import annotations
 import errno
 import gc
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from membank.bank_service.store import LocalObjects
+from membank.bank_service.store.local_objects import offers_unnamed
 from membank.bank_service.store.objects import storage_error
 from membank.wire.errors import (
+    AlreadyExistsError,
     FailedPreconditionError,
     NotFoundError,
     Reason,
     ResourceExhaustedError,
     UnavailableError,
 )
+
+
+def _offers_no_unnamed(folder: str) -> bool:
+    del folder
+    return False
 
 
 def _files(root: Path) -> set[str]:
@@ -93,3 +101,70 @@ def test_errors_of_the_kernel_are_typed(number: int, leaf: type, reason: Reason)
     assert type(error) is leaf
     assert error.reason is reason
     assert "bank/key" in error.message
+
+
+def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, pread = os.read, os.pread
+    monkeypatch.setattr(os, "read", lambda handle, size: read(handle, min(size, 7)))
+    monkeypatch.setattr(os, "pread", lambda handle, size, at: pread(handle, min(size, 7), at))
+    content = bytes(range(100))
+    (tmp_path / "a").write_bytes(content)
+    store = LocalObjects(tmp_path)
+    assert store.get("a") == content
+    assert store.get_range("a", 10, 95) == content[10:95]
+    assert store.get_range("a", 90, 200) == content[90:]
+
+
+def test_creating_makes_no_scratch_files(tmp_path: Path) -> None:
+    if not offers_unnamed(str(tmp_path)):
+        pytest.skip("this file system makes no files without a name")
+    LocalObjects(tmp_path).put_if_absent("a/b", b"1")
+    assert _files(tmp_path) == {"a/b"}
+
+
+def test_without_unnamed_files_creating_uses_scratch_files(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def offers_none(folder: str) -> bool:
+        asked.append(folder)
+        return False
+
+    store = LocalObjects(tmp_path, offers_unnamed=offers_none)
+    store.put_if_absent("a/b", b"1")
+    store.put_if_absent("a/c", b"2")
+    assert asked == [str(tmp_path / "a")], "the file system is asked once"
+    assert (tmp_path / ".tmp").is_dir()
+    assert store.list("") == ["a/b", "a/c"]
+
+
+def test_a_file_system_without_unnamed_files_says_so(tmp_path: Path) -> None:
+    # /proc makes none, whatever the kernel; nor does a folder that is not there.
+    assert not offers_unnamed("/proc/self")
+    assert not offers_unnamed(str(tmp_path / "missing"))
+
+
+@pytest.mark.parametrize("can_unname", [offers_unnamed, _offers_no_unnamed])
+def test_files_have_the_mode_that_the_umask_leaves(
+    tmp_path: Path, can_unname: Callable[[str], bool]
+) -> None:
+    store = LocalObjects(tmp_path, offers_unnamed=can_unname)
+    before = os.umask(0o027)
+    try:
+        store.put("put", b"1")
+        store.put_if_absent("created", b"1")
+    finally:
+        os.umask(before)
+    modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in ("put", "created")}
+    assert modes == {"put": 0o640, "created": 0o640}
+
+
+@pytest.mark.parametrize("can_unname", [offers_unnamed, _offers_no_unnamed])
+def test_a_lost_race_leaves_no_open_file(tmp_path: Path, can_unname: Callable[[str], bool]) -> None:
+    store = LocalObjects(tmp_path, offers_unnamed=can_unname)
+    store.put_if_absent("a", b"1")
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(AlreadyExistsError):
+        store.put_if_absent("a", b"2", durable=True)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert (tmp_path / "a").read_bytes() == b"1"
+    assert {name for name in _files(tmp_path) if not name.endswith("/lock")} == {"a"}

@@ -87,8 +87,12 @@ class GarbageCollector:
             return floor
 
         def plan() -> Plan:
-            begin = retention.floor(self._bank, self._log.committed.revision)
-            return Plan(detail={"history_from": begin, "keep_revisions": keep_revisions})
+            begin = retention.floor(self._bank, self._log.last + 1)
+            return Plan(
+                detail={"history_from": begin, "keep_revisions": keep_revisions},
+                # Every partition begins anew, so that what only its old beginning needs can go.
+                all_partitions=True,
+            )
 
         # On record before it happens, so that nothing is ever missing without an account of it.
         record = self._coordinator.run(request, "gc", plan).record

@@ -84,7 +84,10 @@ class SnapshotCatalog:
                     "snapshot": name,
                     "revision": snapshot.revision,
                     "create_time_s": snapshot.create_time_s,
-                }
+                },
+                # A commit that named no partition would leave what the snapshot pinned the
+                # beginning of every revision to come.
+                all_partitions=True,
             )
 
         outcome = self._coordinator.run(request, UNPIN_OPERATION, plan)

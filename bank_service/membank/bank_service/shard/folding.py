@@ -274,11 +274,16 @@ class Folding:
     def _give_up_history(self, history_from: int, *, dry_run: bool) -> int:
         """Promise no more than what settings and caller ask to keep; return what is promised."""
         state = self._state
-        floor = max(state.store.floor(state.revision), min(history_from, state.revision))
+        promised = state.store.history_from
+        asked = min(history_from, state.revision)
+        floor = max(state.store.floor(state.revision), asked)
         if dry_run or not state.store.would_free(floor):
             return floor
         if state.held is not None:
-            raise state.in_transaction()
+            # What the transaction prepared makes a promise of its own.
+            if asked > promised:
+                raise state.in_transaction()
+            return promised
         # The manifest first: while it promises the older history, nothing of that may go.
         published = self.publish(replace(state.manifest, history_from=floor, prepared=False))
         with state.context.state_lock:

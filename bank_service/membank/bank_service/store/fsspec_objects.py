@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import builtins
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import fsspec
-import tenacity
 from fsspec.utils import stringify_path
 
-from membank.bank_service.store.objects import check_key, forked_error, storage_error
-from membank.bank_service.store.s3_account import S3Account, S3Config, S3Place
+from membank.bank_service.store.attempts import Attempts
+from membank.bank_service.store.objects import check_key, forked_error
+from membank.bank_service.store.s3_account import LARGE_UPLOAD_BYTES, S3Account, S3Config, S3Place
 from membank.bank_service.store.s3_errors import INVALID_RANGE, s3_code
-from membank.wire.errors import (
-    InvalidArgumentError,
-    MembankError,
-    NotFoundError,
-    UnavailableError,
-)
+from membank.wire.errors import InvalidArgumentError, NotFoundError
 
 T = TypeVar("T")
 
@@ -62,20 +57,17 @@ class FsspecObjects:
         plain = self._url.removeprefix(_MARK)
         self._is_s3 = plain.startswith(_S3)
         bounds = config or S3Config()
-        # Only S3 is tried again here; other file systems have their own ways.
-        self._retry_s = bounds.retry_s if self._is_s3 else 0.0
-        self._max_backoff_s = bounds.max_backoff_s
-        settings = _s3_options(plain, bounds) if self._is_s3 else {}
-        try:
-            # Listings must be fresh: other processes write to the same bank.
-            self._fs, root = fsspec.core.url_to_fs(
-                plain, use_listings_cache=False, **(settings | options)
-            )
-        except (ValueError, ImportError) as err:
-            raise InvalidArgumentError(f"{url}: {err}") from err
+        self._attempts = Attempts(
+            self._url,
+            # Other file systems have their own ways.
+            retry_s=bounds.retry_s if self._is_s3 else 0.0,
+            max_backoff_s=bounds.max_backoff_s,
+        )
+        self._fs, root = self._open(plain, bounds, silence_s=bounds.stall_timeout_s)
+        self._uploads = self._fs
         if self._is_s3:
-            # Two layers of retries multiply, and neither knows of a time; ours does.
-            self._fs.retries = 1
+            # While a large object is sent, a server has nothing to say.
+            self._uploads, _ = self._open(plain, bounds, silence_s=bounds.transfer_timeout_s)
         self._root = stringify_path(root).rstrip("/")
 
     @property
@@ -107,11 +99,11 @@ class FsspecObjects:
 
     def put(self, key: str, data: bytes, *, durable: bool = False) -> None:
         # docstring inherited
-        self._run(key, lambda path: self._fs.pipe_file(path, data, **self._whole()))
+        self._run(key, lambda path: self._pipe(path, data))
 
     def put_if_absent(self, key: str, data: bytes, *, durable: bool = False) -> None:
         # docstring inherited
-        self._run(key, lambda path: self._fs.pipe_file(path, data, mode="create", **self._whole()))
+        self._run(key, lambda path: self._pipe(path, data, mode="create"))
 
     def sync(self, keys: Sequence[str]) -> None:
         # docstring inherited
@@ -122,7 +114,8 @@ class FsspecObjects:
         if prefix:
             check_key(prefix)
         top = f"{self._root}/{prefix}" if prefix else self._root
-        found = self._run(prefix, lambda _: self._fs.find(top), check=False)
+        self._check_process()
+        found = self._attempts.run(prefix, lambda: self._fs.find(top))
         start = len(self._root) + 1
         # An object called exactly like the prefix is not below it; one whose name ends in a slash is
         # what the consoles of buckets show as a folder.
@@ -147,42 +140,40 @@ class FsspecObjects:
             raise TypeError("a store with options, which may hold secrets, is not pickled")
         return FsspecObjects, (self._url, self._config)
 
-    def _whole(self) -> dict[str, Any]:
-        # A create-only upload in parts is not refused by every server when it ends.
-        return {"chunksize": _CHUNK_BYTES} if self._is_s3 else {}
+    def _open(self, url: str, bounds: S3Config, *, silence_s: float) -> tuple[Any, str]:
+        """Return a file system that waits `silence_s` for a server's next word, and its root."""
+        settings = _s3_options(url, bounds, silence_s) if self._is_s3 else {}
+        try:
+            # Listings must be fresh: other processes write to the same bank.
+            fs, root = fsspec.core.url_to_fs(
+                url, use_listings_cache=False, **(settings | self._options)
+            )
+        except (ValueError, ImportError) as err:
+            raise InvalidArgumentError(f"{self._url}: {err}") from err
+        if self._is_s3:
+            # See `Attempts`; botocore's own are switched off in the options.
+            fs.retries = 1
+        return fs, root
 
-    def _run(self, key: str, action: Callable[[str], T], *, check: bool = True) -> T:
-        """Run `action` on the path of `key`, again where that may help, and translate its error."""
-        if check:
-            check_key(key)
+    def _pipe(self, path: str, data: bytes, **options: object) -> None:
+        if self._is_s3:
+            # In one request: a create-only upload in parts is not refused by every server at its end.
+            options["chunksize"] = _CHUNK_BYTES
+        fs = self._uploads if len(data) > LARGE_UPLOAD_BYTES else self._fs
+        fs.pipe_file(path, data, **options)
+
+    def _run(self, key: str, action: Callable[[str], T]) -> T:
+        check_key(key)
+        self._check_process()
+        return self._attempts.run(key, lambda: action(f"{self._root}/{key}"))
+
+    def _check_process(self) -> None:
+        # The event loop's thread is not there in a forked child.
         if self._fs.async_impl and os.getpid() != self._pid:
             raise forked_error(self._url)
 
-        def attempt() -> T:
-            with self._translated(key):
-                return action(f"{self._root}/{key}")
 
-        if not self._retry_s:
-            return attempt()
-        return tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(UnavailableError),
-            stop=tenacity.stop_after_delay(self._retry_s),
-            wait=tenacity.wait_random_exponential(0.1, self._max_backoff_s),
-            reraise=True,
-        )(attempt)
-
-    @contextmanager
-    def _translated(self, key: str) -> Iterator[None]:
-        try:
-            yield
-        except MembankError:
-            raise
-        except Exception as err:
-            # File systems raise what their libraries raise (botocore, aiohttp, ...).
-            raise storage_error(err, f"{self._url}/{key}".rstrip("/")) from err
-
-
-def _s3_options(url: str, config: S3Config) -> dict[str, object]:
+def _s3_options(url: str, config: S3Config, silence_s: float) -> dict[str, object]:
     """Return what s3fs is told beyond the URL."""
     S3Place.parse(url)
     account = S3Account()
@@ -192,8 +183,7 @@ def _s3_options(url: str, config: S3Config) -> dict[str, object]:
         "client_kwargs": {"region_name": account.region},
         "config_kwargs": {
             "connect_timeout": config.connect_timeout_s,
-            # It also runs while a large object is sent, hence not the time of a silence.
-            "read_timeout": config.transfer_timeout_s,
+            "read_timeout": silence_s,
             "retries": {"total_max_attempts": 1},
             "max_pool_connections": config.max_idle_connections,
             **addressing,

@@ -28,7 +28,8 @@ from membank.wire.errors import (
 
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR})
-_PUBLISH_ATTEMPTS = 4
+# Stores behind a network repeat requests themselves; this is for the answer that got lost.
+_PUBLISH_ATTEMPTS = 2
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from botocore.credentials import Credentials
     from obstore.store import S3Credential
 
+LARGE_UPLOAD_BYTES = 1024 * 1024
+"""Above this size the upload itself may take longer than a silence of the server means anything."""
+
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
 _DEFAULT_REGION = "us-east-1"
 # botocore renews credentials long before they expire; this is how often it is asked whether it has.

@@ -30,7 +30,7 @@ _STATUS = re.compile(r"status code: (\d{3})\b")
 _OBSTORE_REDIRECT = "redirect without LOCATION"
 _OBSTORE_PROVIDER = "External AWS credential provider"
 # How obstore's dump of an error names a failure to reach the server at all.
-_OBSTORE_CONNECT = "kind: Connect"
+_OBSTORE_CONNECT = "kind: Connect,"
 _UNREACHED = frozenset(
     {"EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError", "SSLError"}
 )

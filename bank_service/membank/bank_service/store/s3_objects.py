@@ -5,27 +5,33 @@ from __future__ import annotations
 import builtins
 import io
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import obstore
 from obstore.store import S3Store
 
-from membank.bank_service.store.objects import check_key, forked_error, storage_error
-from membank.bank_service.store.s3_account import S3Account, S3Config, S3Place
+from membank.bank_service.store.attempts import Attempts
+from membank.bank_service.store.objects import check_key, forked_error
+from membank.bank_service.store.s3_account import (
+    LARGE_UPLOAD_BYTES,
+    CredentialProvider,
+    S3Account,
+    S3Config,
+    S3Place,
+)
 from membank.bank_service.store.s3_errors import INVALID_RANGE, s3_code
-from membank.wire.errors import MembankError, NotFoundError, Reason, UnavailableError
+from membank.wire.errors import NotFoundError, Reason, UnavailableError
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig, RetryConfig
+    from obstore.store import S3Config as S3Settings
+
+T = TypeVar("T")
 
 # Below this size a second copy costs less than the calls that avoid it.
 _SMALL_BYTES = 256 * 1024
-# Above this size the upload itself may take longer than a silence means anything.
-_LARGE_UPLOAD_BYTES = 1024 * 1024
-_NO_LIMIT = 1_000_000
 
 # obstore's threads serve the process in which it was first used, and no child of that.
 _used_in: int | None = None
@@ -63,27 +69,12 @@ class S3Objects:
         account = S3Account()
         provider = account.credentials()
 
-        def client(*, stalls: bool) -> S3Store:
-            endpoint = account.endpoint
-            return S3Store(
-                self._place.bucket,
-                config={
-                    "region": account.region,
-                    # Path style: an endpoint that is one address has no name per bucket.
-                    "virtual_hosted_style_request": False,
-                    # One DELETE per object; the bulk call is not served everywhere.
-                    "disable_bulk_delete": True,
-                    **({} if endpoint is None else {"endpoint": endpoint}),
-                },
-                client_options=_client_options(
-                    self._config, stalls=stalls, plain=(endpoint or "").startswith("http://")
-                ),
-                retry_config=_retry_config(self._config),
-                credential_provider=provider,
-            )
-
-        self._store = client(stalls=True)
-        self._uploads = client(stalls=False)
+        self._store = self._client(account, provider, silence_s=self._config.stall_timeout_s)
+        # While a large object is sent, a server has nothing to say.
+        self._uploads = self._client(account, provider, silence_s=self._config.transfer_timeout_s)
+        self._attempts = Attempts(
+            self._url, retry_s=self._config.retry_s, max_backoff_s=self._config.max_backoff_s
+        )
 
     @property
     def url(self) -> str:
@@ -92,16 +83,18 @@ class S3Objects:
 
     def get(self, key: str) -> bytes:
         # docstring inherited
-        with self._translated(key) as path:
+        def read(path: str) -> bytes:
             found = obstore.get(self._store, path)
             size = found.meta["size"]
             if size <= _SMALL_BYTES:
                 return found.bytes().to_bytes()
             return self._collect(found.stream(min_chunk_size=_SMALL_BYTES), key, size)
 
+        return self._run(key, read)
+
     def get_range(self, key: str, start: int, end: int) -> bytes:
         # docstring inherited
-        with self._translated(key) as path:
+        def read(path: str) -> bytes:
             if end <= start:
                 obstore.head(self._store, path)
                 return b""
@@ -113,16 +106,21 @@ class S3Objects:
                     return b""
                 raise
 
+        return self._run(key, read)
+
     def put(self, key: str, data: bytes, *, durable: bool = False) -> None:
         # docstring inherited
-        with self._translated(key) as path:
-            # In one request: an upload in parts could leave parts behind, which cost and can be read.
-            obstore.put(self._for(data), path, data, use_multipart=False)
+        # In one request: an upload in parts could leave parts behind, which cost and can be read.
+        self._run(key, lambda path: obstore.put(self._for(data), path, data, use_multipart=False))
 
     def put_if_absent(self, key: str, data: bytes, *, durable: bool = False) -> None:
         # docstring inherited
-        with self._translated(key) as path:
-            obstore.put(self._for(data), path, data, mode="create", use_multipart=False)
+        self._run(
+            key,
+            lambda path: obstore.put(
+                self._for(data), path, data, mode="create", use_multipart=False
+            ),
+        )
 
     def sync(self, keys: Sequence[str]) -> None:
         # docstring inherited
@@ -133,9 +131,13 @@ class S3Objects:
         if prefix:
             check_key(prefix)
         top = self._place.path(prefix) if prefix else self._place.prefix
-        with self._translated(prefix, check=False):
+
+        def read() -> builtins.list[str]:
             pages = obstore.list(self._store, top or None)
-            paths = [found["path"] for page in pages for found in page]
+            return [found["path"] for page in pages for found in page]
+
+        self._check_process()
+        paths = self._attempts.run(prefix, read)
         below = f"{top}/" if top else ""
         start = len(self._place.path(""))
         # An object called exactly like the prefix is not below it.
@@ -143,13 +145,12 @@ class S3Objects:
 
     def delete(self, key: str) -> None:
         # docstring inherited
-        with suppress(NotFoundError), self._translated(key) as path:
-            obstore.delete(self._store, path)
+        with suppress(NotFoundError):
+            self._run(key, lambda path: obstore.delete(self._store, path))
 
     def keeps_versions(self, key: str) -> bool:
         # docstring inherited
-        with self._translated(key) as path:
-            return obstore.head(self._store, path)["version"] is not None
+        return self._run(key, lambda path: obstore.head(self._store, path)["version"] is not None)
 
     def __repr__(self) -> str:
         return f"S3Objects({self._url!r})"
@@ -157,8 +158,35 @@ class S3Objects:
     def __reduce__(self) -> tuple[object, ...]:
         return S3Objects, (self._url, self._config)
 
+    def _client(
+        self, account: S3Account, provider: CredentialProvider, *, silence_s: float
+    ) -> S3Store:
+        """Return a client that waits `silence_s` for the server's next word."""
+        config = self._config
+        where: S3Settings = {} if account.endpoint is None else {"endpoint": account.endpoint}
+        return S3Store(
+            self._place.bucket,
+            config={
+                "region": account.region,
+                # Path style: an endpoint that is one address has no name per bucket.
+                "virtual_hosted_style_request": False,
+                # One DELETE per object; the bulk call is not served everywhere.
+                "disable_bulk_delete": True,
+                **where,
+            },
+            client_options={
+                "allow_http": (account.endpoint or "").startswith("http://"),
+                "connect_timeout": timedelta(seconds=config.connect_timeout_s),
+                "read_timeout": timedelta(seconds=silence_s),
+                "timeout": timedelta(seconds=config.transfer_timeout_s),
+                "pool_max_idle_per_host": str(config.max_idle_connections),
+            },
+            retry_config={"max_retries": 0},
+            credential_provider=provider,
+        )
+
     def _for(self, data: bytes) -> S3Store:
-        return self._uploads if len(data) > _LARGE_UPLOAD_BYTES else self._store
+        return self._uploads if len(data) > LARGE_UPLOAD_BYTES else self._store
 
     def _collect(self, chunks: Iterator[bytes], key: str, size: int) -> bytes:
         # obstore's own buffer would have to be copied whole into bytes, which for 4 MB took half as
@@ -174,17 +202,11 @@ class S3Objects:
             )
         return buffer.getvalue()
 
-    @contextmanager
-    def _translated(self, key: str, *, check: bool = True) -> Iterator[str]:
-        if check:
-            check_key(key)
+    def _run(self, key: str, action: Callable[[str], T]) -> T:
+        check_key(key)
         self._check_process()
-        try:
-            yield self._place.path(key)
-        except MembankError:
-            raise
-        except Exception as err:
-            raise storage_error(err, f"{self._url}/{key}".rstrip("/")) from err
+        path = self._place.path(key)
+        return self._attempts.run(key, lambda: action(path))
 
     def _check_process(self) -> None:
         global _used_in
@@ -194,28 +216,3 @@ class S3Objects:
         # A call would wait for threads that a fork does not copy, for ever.
         if pid != self._pid or pid != _used_in:
             raise forked_error(self._url)
-
-
-def _client_options(config: S3Config, *, stalls: bool, plain: bool) -> ClientConfig:
-    options: ClientConfig = {
-        "allow_http": plain,
-        "connect_timeout": timedelta(seconds=config.connect_timeout_s),
-        "timeout": timedelta(seconds=config.transfer_timeout_s),
-        "pool_max_idle_per_host": str(config.max_idle_connections),
-    }
-    if stalls:
-        options["read_timeout"] = timedelta(seconds=config.stall_timeout_s)
-    return options
-
-
-def _retry_config(config: S3Config) -> RetryConfig:
-    return {
-        # The time is the bound. Ten retries, the default, are over in two seconds.
-        "max_retries": _NO_LIMIT if config.retry_s else 0,
-        "retry_timeout": timedelta(seconds=config.retry_s),
-        "backoff": {
-            "init_backoff": timedelta(seconds=min(0.1, config.max_backoff_s)),
-            "max_backoff": timedelta(seconds=config.max_backoff_s),
-            "base": 2,
-        },
-    }

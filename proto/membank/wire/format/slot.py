@@ -6,6 +6,7 @@ and written directly and stays a valid chunk for every zarr v3 reader.
 
 from __future__ import annotations
 
+import math
 import struct
 
 import numpy as np
@@ -70,7 +71,7 @@ def decode_slot(
     CorruptionError
         If length, trailer or content are not what the manifest names.
     """
-    num_bytes = int(np.prod(shape)) * dtype.itemsize
+    num_bytes = math.prod(shape) * dtype.itemsize
     problem = ""
     if len(chunk) != num_bytes + _TRAILER.size:
         problem = f"{len(chunk)} bytes, expected {num_bytes + _TRAILER.size}"
