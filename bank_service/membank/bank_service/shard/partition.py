@@ -12,7 +12,7 @@ from membank.bank_service.shard.state import Hold, PartitionState
 from membank.bank_service.shard.update_frame import UpdateFrame
 from membank.bank_service.shard.update_path import UpdatePath
 from membank.bank_service.store.journal import Journal, ShippedJournal
-from membank.wire.errors import NotFoundError, Reason
+from membank.wire.errors import NotFoundError, Reason, UnavailableError
 from membank.wire.format import Manifest
 from membank.wire.records import BlockEvent, Gradient, Update, UpdateResult
 from membank.wire.spec import BlockRef, BlockState
@@ -59,6 +59,16 @@ class Partition:
     def journal_bytes(self) -> int:
         """Bytes of the journal; no lock is needed."""
         return self._state.journal.num_bytes
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether all that was acknowledged is in slots; no lock is needed once it is closed."""
+        return self._state.journal.last_lsn <= self._state.manifest.lsn
+
+    @property
+    def fenced(self) -> UnavailableError | None:
+        """Why nothing is acknowledged any more: there is another owner. No lock is needed."""
+        return self._state.fenced
 
     def record(self, ref: BlockRef) -> BlockRecord:
         """Return what is known of `ref`."""

@@ -195,6 +195,16 @@ class Shard:
         """Partitions that the shard owns, ascending."""
         return tuple(self._partitions)
 
+    @property
+    def fenced(self) -> UnavailableError | None:
+        """Why a partition is not served any more: another owner has it; None = all are."""
+        return next((p.fenced for p in self._partitions.values() if p.fenced is not None), None)
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether, after `close`, no acknowledged update is left in a journal."""
+        return all(partition.is_folded for partition in self._partitions.values())
+
     def fetch(
         self,
         refs: Sequence[BlockRef],
