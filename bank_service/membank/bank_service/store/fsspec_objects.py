@@ -54,7 +54,7 @@ class FsspecObjects:
         self._config = config
         self._options = options
         self._pid = os.getpid()
-        plain = self._url.removeprefix(_MARK)
+        plain = url.removeprefix(_MARK)
         self._is_s3 = plain.startswith(_S3)
         bounds = config or S3Config()
         self._attempts = Attempts(

@@ -162,7 +162,7 @@ def s3_code(err: BaseException) -> str | None:
         if _is_obstore(cause):
             text = str(cause)
             found = _CODE.search(text) or _STATUS.search(text)
-            return "301" if _OBSTORE_REDIRECT in text else found and found.group(1)
+            return "PermanentRedirect" if _OBSTORE_REDIRECT in text else found and found.group(1)
     return None
 
 
