@@ -81,9 +81,11 @@ class LocalRig(JournalRig):
         self.folder = folder
         self.sync = sync
         self.segment_bytes = segment_bytes
+        self.faults = FaultPlan()
+        """Those of the latest opening."""
 
     def open(self, plan: FaultPlan | None = None, *, identity: str = IDENTITY) -> LocalJournal:
-        faults = plan or FaultPlan()
+        self.faults = faults = plan or FaultPlan()
         return LocalJournal.open(
             self.folder,
             identity,

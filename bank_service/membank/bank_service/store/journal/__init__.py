@@ -2,7 +2,8 @@
 
 Modules: `contract` (what every journal promises), `frames` (its bytes, and how they are checked),
 `local` (segments on the owner's disk), `log_file` (the files below it), `objects` (batches in the
-bank's own storage), `shipped` (the one, copied to the other; `backlog`: what is still to be).
+bank's own storage), `object_chain` (how those continue each other), `shipped` (a local journal with
+a copy in the bank's storage), `backlog` (what is still to be shipped).
 """
 
 from membank.bank_service.store.journal.contract import (
@@ -23,6 +24,7 @@ from membank.bank_service.store.journal.frames import (
 )
 from membank.bank_service.store.journal.local import LocalJournal
 from membank.bank_service.store.journal.log_file import LogFile, PosixLogFile
+from membank.bank_service.store.journal.object_chain import check_object_chain
 from membank.bank_service.store.journal.objects import ObjectJournal
 from membank.bank_service.store.journal.shipped import ShipLag, ShippedJournal
 
@@ -43,6 +45,7 @@ __all__ = [
     "ShippedJournal",
     "TornTail",
     "check_chain",
+    "check_object_chain",
     "content_frames",
     "scan",
 ]

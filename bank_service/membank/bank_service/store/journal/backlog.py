@@ -14,14 +14,28 @@ class _Entry:
     last_lsn: int
     num_bytes: int
     since: float
+    num_added: int
+
+    def joined(self, later: _Entry) -> _Entry:
+        return _Entry(
+            later.last_lsn,
+            self.num_bytes + later.num_bytes,
+            self.since,
+            self.num_added + later.num_added,
+        )
 
 
 class Backlog:
-    """Counts bytes by LSN, in bounded memory. Safe to use from threads."""
+    """Counts bytes by LSN, in bounded memory. Safe to use from threads.
+
+    What is told is exact until there are many entries; then it is coarser, and never too small.
+    """
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._entries: deque[_Entry] = deque()
+        self._grain = 1
+        """How many additions an entry stands for, at least, but for the last one."""
 
     @property
     def since(self) -> float | None:
@@ -37,20 +51,25 @@ class Backlog:
 
     def add(self, last_lsn: int, num_bytes: int, since: float) -> None:
         """Take note of frames up to `last_lsn`, later than all before."""
+        entry = _Entry(last_lsn, num_bytes, since, 1)
         with self._lock:
-            self._entries.append(_Entry(last_lsn, num_bytes, since))
+            if self._entries and self._entries[-1].num_added < self._grain:
+                entry = self._entries.pop().joined(entry)
+            self._entries.append(entry)
             if len(self._entries) > _MAX_ENTRIES:
-                self._merge()
+                self._grain *= 2
+                self._join_pairs()
 
     def forget(self, lsn: int) -> None:
         """Leave out what is complete with `lsn`."""
         with self._lock:
             while self._entries and self._entries[0].last_lsn <= lsn:
                 self._entries.popleft()
+            if not self._entries:
+                self._grain = 1
 
-    def _merge(self) -> None:
-        # Two by two: coarser, and never less than there is.
-        pairs = zip(*[iter(self._entries)] * 2, strict=False)
-        rest = [self._entries[-1]] if len(self._entries) % 2 else []
-        merged = [_Entry(b.last_lsn, a.num_bytes + b.num_bytes, a.since) for a, b in pairs]
-        self._entries = deque([*merged, *rest])
+    def _join_pairs(self) -> None:
+        entries = list(self._entries)
+        pairs = zip(entries[::2], entries[1::2], strict=False)
+        rest = entries[-1:] if len(entries) % 2 else []
+        self._entries = deque([*(first.joined(second) for first, second in pairs), *rest])

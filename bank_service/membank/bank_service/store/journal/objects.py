@@ -20,7 +20,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from threading import Lock
 
 from membank.bank_service.store.journal.contract import Frame, FrameKind, Ownership, Payload
@@ -35,6 +34,7 @@ from membank.bank_service.store.journal.frames import (
     encode_head,
     scan,
 )
+from membank.bank_service.store.journal.object_chain import check_object_chain, require_object
 from membank.bank_service.store.objects import ObjectStore, publish
 from membank.wire.errors import (
     AlreadyExistsError,
@@ -64,9 +64,13 @@ class _Stored:
     def has_frames(self) -> bool:
         return self.last > self.head.base
 
-    @property
-    def is_bare_fence(self) -> bool:
-        return self.head.is_fence and not self.has_frames
+    @classmethod
+    def of(cls, found: SegmentScan) -> _Stored:
+        head = require_object(found)
+        return cls(head.number, head, found.last, found.num_bytes)
+
+    def as_scan(self, name: str) -> SegmentScan:
+        return SegmentScan(name, self.head, self.last, self.num_bytes, False, None)
 
 
 class ObjectJournal:
@@ -351,7 +355,8 @@ class ObjectJournal:
                 found = self._read(self._next)
             except NotFoundError:
                 return
-            self._require_chain([*self._live[-1:], found])
+            newest = [*self._live[-1:], found]
+            check_chain([s.as_scan(self._name(s.number)) for s in newest], self._identity)
             self._take(found)
 
     # ---- removing
@@ -377,45 +382,18 @@ class ObjectJournal:
     def _load(self) -> None:
         numbers = [self._number(key) for key in self._objects.list(log_prefix(self._partition))]
         numbers.sort()
-        found = [
-            self._checked(number, data)
+        scans = [
+            scan(self._name(number), data)
             for number, data in zip(numbers, self._read_all(numbers), strict=True)
         ]
-        runs = list(_runs(found))
-        for run, after in pairwise(runs):
-            self._require_chain(run)
-            # Fences stay where the rest was trimmed; anything else before a gap was lost.
-            if not run[-1].is_bare_fence:
-                raise corrupt(
-                    self._name(run[-1].number + 1),
-                    0,
-                    f"missing between objects {run[-1].number} and {after[0].number}",
-                )
-        old = [stored for run in runs[:-1] for stored in run]
-        newest = runs[-1] if runs else []
-        start = self._require_chain(newest)
-        self._given_up = (*old, *newest[:start])
-        self._live = tuple(newest[start:])
+        start = check_object_chain(scans, self._identity)
+        found = tuple(_Stored.of(segment) for segment in scans)
+        self._given_up = found[:start]
+        self._live = found[start:]
         self._next = numbers[-1] + 1 if numbers else 1
 
-    def _require_chain(self, stored: Sequence[_Stored]) -> int:
-        scans = [
-            SegmentScan(self._name(s.number), s.head, s.last, s.num_bytes, False, None)
-            for s in stored
-        ]
-        return check_chain(scans, self._identity)
-
     def _read(self, number: int) -> _Stored:
-        return self._checked(number, self._objects.get(self._key(number)))
-
-    def _checked(self, number: int, data: bytes) -> _Stored:
-        name = self._name(number)
-        found = scan(name, data)
-        if found.head is None or found.torn is not None:
-            raise corrupt(name, found.num_bytes, "it is cut short")
-        if found.is_continued or found.head.number != number:
-            raise corrupt(name, 0, f"it holds what was written as object {found.head.number}")
-        return _Stored(number, found.head, found.last, found.num_bytes)
+        return _Stored.of(scan(self._name(number), self._objects.get(self._key(number))))
 
     def _read_all(self, numbers: Iterable[int]) -> Iterator[bytes]:
         """Yield the objects in order, a few of them being on their way at any time."""
@@ -450,21 +428,3 @@ class ObjectJournal:
             reason=Reason.STORE_FAILED,
             metadata={"object": self._name()},
         )
-
-
-def _runs(found: Sequence[_Stored]) -> Iterator[list[_Stored]]:
-    """Yield the parts of `found`, ascending, between which something was trimmed."""
-    run: list[_Stored] = []
-    for stored in found:
-        if run and (stored.number != run[-1].number + 1 or _is_stray(run[-1], stored)):
-            yield run
-            run = []
-        run.append(stored)
-    if run:
-        yield run
-
-
-def _is_stray(stored: _Stored, after: _Stored) -> bool:
-    # An owner that was in doubt of a batch, and slept until another had trimmed that, fills the gap
-    # with a fence before it meets that other's fence.
-    return stored.is_bare_fence and stored.last != after.head.follows

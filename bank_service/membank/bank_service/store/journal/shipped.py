@@ -313,16 +313,15 @@ class ShippedJournal:
             yield frame
 
     def _give_local_up(self) -> None:
-        if self._local.ownership is not None:
+        if self._local.last_lsn > self._local.base:
             _LOG.warning(
-                "giving up the local journal (frames %d to %d): the one in the bank's storage is "
-                "that of the newest owner, or reaches further (frames %d to %d)",
+                "giving up frames %d to %d of the local journal: the one in the bank's storage, up "
+                "to frame %d, is that of the newest owner, or reaches further",
                 self._local.base + 1,
                 self._local.last_lsn,
-                self._remote.base + 1,
                 self._remote.last_lsn,
             )
-            self._local.discard()
+        self._local.discard()
 
     def _seal(self, err: UnavailableError) -> UnavailableError:
         self._fenced = self._fenced or err
