@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from membank.bank_service.shard import Shard, ShardConfig
+from membank.bank_service.shard import Durability, Shard, ShardConfig
 from membank.bank_service.shard.contract import BlockOperation, Erase, SetContent, SetState
 from membank.bank_service.store import Bank, ObjectStore
 from membank.wire.format import TreeDocument
@@ -35,23 +35,27 @@ class WholeBank:
     """What it held before the journalled updates, and after each of them."""
 
 
-def whole_config(journal_dir: Path | None = None) -> ShardConfig:
+def whole_config(journal_dir: Path | None = None, *, durability: str = "process") -> ShardConfig:
     """Return settings by which a journal of three updates has several segments, and none waits."""
-    folder = None if journal_dir is None else str(journal_dir)
-    return ShardConfig(segment_bytes=600, journal_dir=folder, lease_s=0.0)
+    return ShardConfig(
+        durability=Durability.of(durability),
+        segment_bytes=600,
+        journal_dir=None if journal_dir is None else str(journal_dir),
+        lease_s=0.0,
+    )
 
 
 def make_whole_bank(
     where: Path | ObjectStore,
     spec: BankSpec | None = None,
     *,
-    journal_dir: Path | None = None,
+    config: ShardConfig | None = None,
 ) -> WholeBank:
     """Make a bank: updates, a swap, a snapshot, withheld, deleted, a tree, a journal."""
     objects = UnsyncedObjects(where) if isinstance(where, Path) else where
     tree = TreeDocument(labels={A: "metals", GONE: "halogens"})
     bank = Bank.create(objects, spec or tiny_spec(), tree=tree)
-    config = whole_config(journal_dir)
+    config = config or whole_config()
     shard = Shard.open(bank, config=config)
     shard.push(make_update(shard, [A, B, HIDDEN, GONE], "u0"))
     swap = SetContent(ref=A, weight=_ones(bank.spec, A))

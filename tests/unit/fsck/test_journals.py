@@ -164,7 +164,7 @@ def test_every_manifest_is_missing(root: Path) -> None:
 @pytest.fixture
 def apart(tmp_path: Path) -> tuple[Path, Path]:
     """A bank, and the directory of its journals."""
-    make_whole_bank(tmp_path / "bank", journal_dir=tmp_path / "journals")
+    make_whole_bank(tmp_path / "bank", config=whole_config(tmp_path / "journals"))
     return tmp_path / "bank", tmp_path / "journals"
 
 
@@ -196,12 +196,71 @@ def test_a_journal_that_another_owner_went_on_without(
 
 def test_a_bank_behind_a_url_says_nothing_of_its_journals(tmp_path: Path) -> None:
     objects = FsspecObjects(f"memory://{tmp_path.name}")
-    make_whole_bank(objects, journal_dir=tmp_path)
+    make_whole_bank(objects, config=whole_config(tmp_path))
     report = check_bank(objects)
     (finding,) = report.findings
     assert finding.kind is FindingKind.JOURNAL_NOT_CHECKED
     assert report.is_clean
     assert check_bank(objects, journal_dir=tmp_path).findings == ()
+
+
+# ---- journals in the bank's own storage
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    """A bank whose journals are objects of it."""
+    make_whole_bank(tmp_path / "bank", config=whole_config(durability="store"))
+    return tmp_path / "bank"
+
+
+def log_objects(root: Path) -> list[str]:
+    paths = sorted(root.glob("partitions/0000/log/*"))
+    return [path.relative_to(root).as_posix() for path in paths]
+
+
+def test_a_journal_in_the_store(stored: Path) -> None:
+    report = check_bank(LocalObjects(stored))
+    assert report.findings == ()
+    # What was computed is in it, so it is compared wherever the check runs.
+    assert (report.checked.num_frames, report.checked.num_replayed) == (6, 6)
+
+
+def test_every_byte_of_a_journal_in_the_store(stored: Path) -> None:
+    for key in log_objects(stored):
+        size = (stored / key).stat().st_size
+        for position in (0, HEADER_BYTES, size // 2, size - 1):
+            flip(stored / key, position)
+            assert found(stored) == {(FindingKind.JOURNAL_DAMAGED, key)}
+            flip(stored / key, position)
+        whole = (stored / key).read_bytes()
+        for left in (b"", whole[:-1], whole[: HEADER_BYTES - 1]):
+            (stored / key).write_bytes(left)
+            # An object is there whole or not at all: it cannot be torn.
+            assert found(stored) == {(FindingKind.JOURNAL_DAMAGED, key)}
+        (stored / key).write_bytes(whole)
+
+
+def test_a_batch_that_is_missing_in_the_store(stored: Path) -> None:
+    *_, before, gone, _ = log_objects(stored)
+    (stored / gone).unlink()
+    ((kind, key),) = found(stored)
+    assert kind is FindingKind.JOURNAL_GAP
+    assert key in (before, gone)
+
+
+def test_no_journal_in_the_store(stored: Path) -> None:
+    shutil.rmtree(stored / "partitions/0000/log")
+    assert found(stored) == {(FindingKind.JOURNAL_MISSING, "partitions/0000/log")}
+
+
+def test_an_object_of_the_log_under_another_name(stored: Path) -> None:
+    newest = log_objects(stored)[-1]
+    (stored / newest).rename(stored / "partitions/0000/log/0000000099")
+    (stored / "partitions/0000/log/old").write_bytes(b"")
+    kinds = {kind for kind, _ in found(stored)}
+    assert kinds >= {FindingKind.OBJECT_MISNAMED}
+    assert kinds & {FindingKind.JOURNAL_GAP, FindingKind.JOURNAL_DAMAGED}
 
 
 # ---- computing updates again

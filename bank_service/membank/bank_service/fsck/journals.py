@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from membank.bank_service.fsck.manifests import ManifestIndex, names
 from membank.bank_service.fsck.report import Finding, FindingKind
 from membank.bank_service.fsck.segments import JournalledUpdate, JournalScan
-from membank.wire.format.layout import manifest_prefix
+from membank.wire.format.layout import log_prefix, manifest_prefix
 
 
 def check_continuity(
@@ -22,7 +22,7 @@ def check_continuity(
     journals
         Its journals; one place is in use, others may be left from former settings.
     place
-        Where the journal should be; empty = nobody said.
+        Where a local journal should be; empty = nobody said.
     is_elsewhere
         True where that is outside of the bank, so that another machine may have had it meanwhile.
     """
@@ -43,6 +43,8 @@ def check_continuity(
         _, covered = updates_since(index, journals)
         if beyond := [journal for journal in continuing if journal.base > covered]:
             yield _gap(beyond[0], index)
+    elif index.current is not None and index.current.durability == "store":
+        yield _missing(log_prefix(index.partition), index)
     elif index.owner and not place:
         yield _elsewhere()
     elif index.owner and not is_elsewhere:

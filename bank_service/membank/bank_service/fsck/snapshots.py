@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -11,7 +12,7 @@ from membank.bank_service.fsck.report import Finding, FindingKind
 from membank.bank_service.store.objects import ObjectStore
 from membank.wire.errors import CorruptionError, Reason
 from membank.wire.format import decode_snapshot
-from membank.wire.format.layout import SNAPSHOTS, snapshot_key
+from membank.wire.format.layout import FORMAT_VERSION, SNAPSHOTS, snapshot_key
 from membank.wire.records import Snapshot
 
 
@@ -60,6 +61,9 @@ def snapshot_name(key: str) -> str | None:
 
 def _decode(key: str, data: bytes) -> Snapshot:
     snapshot = decode_snapshot(data, key=key)
+    # The checksum does not cover it.
+    if json.loads(data).get("format") != FORMAT_VERSION:
+        raise CorruptionError(f"{key} does not say its format", reason=Reason.SPEC_CORRUPT)
     if snapshot_key(snapshot.name) != key:
         raise CorruptionError(f"{key} holds snapshot {snapshot.name!r}", reason=Reason.SPEC_CORRUPT)
     return snapshot

@@ -17,6 +17,7 @@ from membank.bank_service.fsck.view import PartitionView
 from membank.bank_service.store.local_objects import LocalObjects
 from membank.bank_service.store.objects import ObjectStore
 from membank.wire.format.layout import (
+    CLAIM_KEY,
     REVISIONS,
     SNAPSHOTS,
     SPEC_KEY,
@@ -66,7 +67,7 @@ def check_names(keys: Collection[str], num_partitions: int | None) -> Iterator[F
         elif key.startswith((f"{REVISIONS}/", f"{TREES}/", f"{SNAPSHOTS}/")):
             if not _is_document(key):
                 yield _misnamed(key)
-        elif key != SPEC_KEY:
+        elif key not in (SPEC_KEY, CLAIM_KEY):
             yield _unknown(key)
 
 
