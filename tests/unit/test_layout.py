@@ -38,6 +38,8 @@ EXTRAS_OF_LEAF: dict[str, tuple[str, ...]] = {
     "bank_service": ("service",),
     "trainer": ("trainer", "minilm"),
 }
+# What a leaf uses where it is installed, and does without where not.
+OPTIONAL_OF_LEAF: dict[str, set[str]] = {"wire": {"awscrt"}}
 # Distributions whose import name is not their own name.
 IMPORT_NAME = {
     "google-crc32c": "google_crc32c",
@@ -247,7 +249,7 @@ def _import_names(requirements: list[str]) -> set[str]:
 
 @pytest.mark.parametrize("leaf", EXTRAS_OF_LEAF)
 def test_third_party_imports_are_declared(leaf: str) -> None:
-    declared = _import_names(PROJECT["dependencies"])
+    declared = _import_names(PROJECT["dependencies"]) | OPTIONAL_OF_LEAF.get(leaf, set())
     for extra in EXTRAS_OF_LEAF[leaf]:
         declared |= _import_names(EXTRAS[extra])
     imported = {
@@ -256,6 +258,11 @@ def test_third_party_imports_are_declared(leaf: str) -> None:
         for module in _imported_modules(path)
     }
     assert imported - declared - sys.stdlib_module_names - {"membank"} == set()
+
+
+def test_what_is_optional_comes_with_an_extra() -> None:
+    offered = set().union(*(_import_names(requirements) for requirements in EXTRAS.values()))
+    assert set().union(*OPTIONAL_OF_LEAF.values()) - offered == set()
 
 
 def test_every_way_to_torch_pins_the_same_version() -> None:

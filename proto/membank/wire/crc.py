@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +30,7 @@ def as_uint8(buffer: Buffer) -> npt.NDArray[np.uint8]:
 def crc32c(buffer: Buffer, *, start: int = 0) -> int:
     """Return the CRC-32C of `buffer`, continuing from `start` (0 = afresh)."""
     view = as_uint8(buffer)
-    return int(google_crc32c.extend(start, view)) if view.size else start
+    return _extender()(view, start) if view.size else start
 
 
 def check_crc32c(buffer: Buffer, expected: int, *, what: str) -> None:
@@ -45,3 +48,26 @@ def check_crc32c(buffer: Buffer, expected: int, *, what: str) -> None:
             reason=Reason.CHECKSUM_MISMATCH,
             metadata={"what": what},
         )
+
+
+Extender = Callable[[npt.NDArray[np.uint8], int], int]
+"""Takes bytes, at least one, and the CRC of what comes before them; returns the CRC of both."""
+
+
+def extend_portably(view: npt.NDArray[np.uint8], start: int) -> int:
+    """Extend a CRC by what every installation has."""
+    return int(google_crc32c.extend(start, view))
+
+
+@cache
+def _extender() -> Extender:
+    """Return the fastest way that is installed; a service reads at half the rate without awscrt.
+
+    Looked for when it is first needed: loading awscrt takes longer than many a command.
+    """
+    try:
+        from awscrt import checksums
+    except ImportError:
+        return extend_portably
+    extend: Extender = checksums.crc32c
+    return extend

@@ -1,0 +1,108 @@
+"""Both implementations of CRC-32C are the same function, and a client needs only one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from membank.wire.crc import Buffer, Extender, as_uint8, crc32c, extend_portably
+
+
+def _fast() -> Extender:
+    checksums = pytest.importorskip("awscrt.checksums")
+    extend: Extender = checksums.crc32c
+    return extend
+
+
+def _bitwise(data: bytes, start: int = 0) -> int:
+    """Return the CRC by its definition: reflected polynomial 0x1EDC6F41, bit by bit."""
+    crc = start ^ 0xFFFF_FFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F6_3B78 if crc & 1 else 0)
+    return crc ^ 0xFFFF_FFFF
+
+
+def test_the_check_value_of_the_format() -> None:
+    assert crc32c(b"123456789") == 0xE306_9283
+
+
+@given(st.binary(max_size=300), st.integers(0, 2**32 - 1))
+def test_any_bytes_after_any_others(data: bytes, start: int) -> None:
+    expected = _bitwise(data, start)
+    assert crc32c(data, start=start) == expected
+    if data:
+        assert extend_portably(as_uint8(data), start) == expected
+        assert _fast()(as_uint8(data), start) == expected
+
+
+# Around the lengths at which implementations change their ways, at aligned and odd addresses.
+@pytest.mark.parametrize("size", [1, 15, 16, 63, 64, 255, 256, 1023, 1024, 4095, 1 << 16, 1 << 20])
+@pytest.mark.parametrize("offset", [0, 1, 7])
+def test_implementations_agree(size: int, offset: int) -> None:
+    data = np.random.default_rng(size).integers(0, 256, size + 8, np.uint8)[offset:][:size]
+    assert _fast()(data, 5) == extend_portably(data, 5) == crc32c(data, start=5)
+
+
+_VALUES: npt.NDArray[np.float32] = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        _VALUES.tobytes(),
+        bytearray(_VALUES.tobytes()),
+        memoryview(_VALUES.tobytes()),
+        _VALUES,
+        np.frombuffer(_VALUES.tobytes(), np.float32),  # read-only
+    ],
+)
+def test_buffers_of_every_kind(buffer: Buffer) -> None:
+    assert crc32c(buffer) == _bitwise(_VALUES.tobytes())
+
+
+def test_elements_that_numpy_does_not_know() -> None:
+    values = np.arange(4).astype(ml_dtypes.bfloat16)
+    assert crc32c(values) == _bitwise(values.tobytes())
+
+
+def test_nothing_leaves_the_crc_as_it_is() -> None:
+    assert crc32c(b"", start=77) == 77
+
+
+def test_a_client_alone_has_the_same_crc() -> None:
+    # None in sys.modules makes the import fail, as in an installation without the service.
+    program = """
+import sys
+sys.modules["awscrt"] = None
+from membank.wire.crc import crc32c
+print(crc32c(b"123456789"), "_awscrt" in sys.modules)
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.split() == [str(0xE306_9283), "False"]
+
+
+def test_the_fast_one_is_loaded_when_it_is_needed() -> None:
+    pytest.importorskip("awscrt")
+    program = """
+import sys
+import membank.wire, membank.client, membank.cli
+before = "_awscrt" in sys.modules
+from membank.wire.crc import crc32c
+crc32c(b"1")
+print(before, "_awscrt" in sys.modules)
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.split() == ["False", "True"]
