@@ -145,13 +145,14 @@ def probe_create_only(objects: ObjectStore) -> None:
 
 def _probe(objects: ObjectStore, key: str, first: bytes, second: bytes) -> str | None:
     """Return what is wrong with the store, given an object that holds `first`."""
+    # First: where versions are kept, a server may ignore create-only writes besides (Ceph).
+    if isinstance(objects, VersionKeeping) and objects.keeps_versions(key):
+        return _VERSIONED
     with suppress(AlreadyExistsError):
         objects.put_if_absent(key, second)
         return _IGNORED
     if objects.get(key) != first:
         return _IGNORED
-    if isinstance(objects, VersionKeeping) and objects.keeps_versions(key):
-        return _VERSIONED
     objects.delete(key)
     try:
         objects.put_if_absent(key, second)
