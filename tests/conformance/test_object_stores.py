@@ -526,21 +526,6 @@ def test_opened_after_a_fork_it_answers_or_says_why_not(subject: Subject) -> Non
     assert answer == (REFUSED_IN_A_FORK if over_obstore else repr(b"0123456789"))
 
 
-@pytest.mark.s3
-def test_both_s3_clients_see_the_same_bank(s3_place: S3Place) -> None:
-    stores = [open_objects(f"{prefix}{s3_place.url}/a%b/c d") for prefix in PREFIXES.values()]
-    for one, other in (stores, stores[::-1]):
-        one.put_if_absent("k/1", b"one")
-        with pytest.raises(AlreadyExistsError):
-            other.put_if_absent("k/1", b"other")
-        other.put("k/2", b"two")
-        assert (other.get("k/1"), one.get("k/2")) == (b"one", b"two")
-        assert one.list("") == other.list("") == ["k/1", "k/2"]
-        other.delete("k/1")
-        one.delete("k/2")
-        assert one.list("") == other.list("") == []
-
-
 def test_urls_choose_the_store(tmp_path: Path) -> None:
     assert isinstance(open_objects(str(tmp_path)), LocalObjects)
     assert isinstance(open_objects(f"file://{tmp_path}"), LocalObjects)
