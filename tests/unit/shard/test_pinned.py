@@ -227,7 +227,7 @@ def test_a_delete_between_looking_and_loading_is_noticed(tmp_path: Path) -> None
     push(shard, "u0", A, C)
     pin(shard, bank, "then")
     push(shard, "u1", A)
-    slots = []
+    slots: list[str] = []
 
     def erase_first(verb: str, key: str) -> None:
         if verb == "get" and "/weight/c." in key and not slots:
