@@ -1,9 +1,12 @@
 # One verb for each thing; every verb makes what it needs. `make help` lists them.
-# Variables: PYTHON (the interpreter of new environments), PYTEST_ARGS, FAST=1 (a smaller demo), JOBS (test processes).
+# Variables: PYTHON (the interpreter of new environments), PYTEST_ARGS, FAST=1 (a smaller demo), JOBS (test processes),
+# COUNT and SEED (of `make faults`).
 
 PYTHON ?= python3
 JOBS ?= 2
 PYTEST_ARGS ?=
+COUNT ?= 200
+SEED ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,7 +22,7 @@ QUICK := -m "not slow and not ray" -n $(JOBS)
 SLOW := -m "slow or ray"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup s3-server fmt lint type test test-slow test-all proto proto-check wheel demo study clean ci
+.PHONY: help setup s3-server fmt lint type test test-slow test-all faults proto proto-check wheel demo study clean ci
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +63,9 @@ test-slow: setup s3-server ## the slow and the Ray tests
 	$(BIN)/pytest $(SLOW) $(PYTEST_ARGS)
 
 test-all: test test-slow ## both suites
+
+faults: setup s3-server ## kill -9 a served bank COUNT times on disk and COUNT times on S3; report in runs/faults.json
+	PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py --count $(COUNT) $(if $(SEED),--seed $(SEED))
 
 proto: $(PROTO_VENV)/.stamp ## regenerate the code of proto/membank/v1
 	scripts/generate_proto.sh $(PROTO_VENV)

@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -192,37 +193,62 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     """End the run's server, if it was started; test processes have ended before."""
     if not hasattr(config, "workerinput") and _RUN in os.environ:
         folder = Path(os.environ.pop(_RUN))
-        for server in folder.glob("server-*"):
-            subprocess.run([SCRIPTS / "stop.sh", server], check=False, timeout=60)
+        _stop(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
 def s3_server() -> S3Server:
     """Return the run's S3 server."""
-    if external := os.environ.get(_EXTERNAL):
-        inherited = {name: os.environ[name] for name in _AWS if name in os.environ}
-        region = inherited.get("AWS_REGION", inherited.get("AWS_DEFAULT_REGION", "us-east-1"))
-        environment = {"AWS_REGION": region, **inherited}
-        return S3Server(S3User("owner", environment), base_url=external)
+    if (external := _external_server()) is not None:
+        return external
     folder = Path(os.environ[_RUN])
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         answer = folder / "environment"
         if not answer.exists():
-            answer.write_text(_start(folder))
-        lines = answer.read_text().splitlines()
-    said = dict(line.split("=", 1) for line in lines)
+            answer.write_text(_start(folder, int((folder / "pid").read_text())))
+        return _server_of(answer.read_text())
+
+
+@contextmanager
+def open_server(folder: Path) -> Iterator[S3Server]:
+    """Run a server under `folder`, for whoever is no test; it ends with this process at the latest."""
+    if (external := _external_server()) is not None:
+        yield external
+        return
+    try:
+        yield _server_of(_start(folder, os.getpid()))
+    finally:
+        _stop(folder)
+
+
+def _external_server() -> S3Server | None:
+    if not (url := os.environ.get(_EXTERNAL)):
+        return None
+    inherited = {name: os.environ[name] for name in _AWS if name in os.environ}
+    region = inherited.get("AWS_REGION", inherited.get("AWS_DEFAULT_REGION", "us-east-1"))
+    environment = {"AWS_REGION": region, **inherited}
+    return S3Server(S3User("owner", environment), base_url=url)
+
+
+def _stop(folder: Path) -> None:
+    for server in folder.glob("server-*"):
+        subprocess.run([SCRIPTS / "stop.sh", server], check=False, timeout=60)
+
+
+def _server_of(answer: str) -> S3Server:
+    said = dict(line.split("=", 1) for line in answer.splitlines())
     return S3Server(
         S3User("tester", {name: said[name] for name in _AWS}), ceph_conf=said["CEPH_CONF"]
     )
 
 
-def _start(folder: Path) -> str:
+def _start(folder: Path, watched: int) -> str:
     # A port that was free may be taken before its daemon has it: then once more with others.
     for attempt in range(3):
         said = subprocess.run(
-            [SCRIPTS / "start.sh", folder / f"server-{attempt}", (folder / "pid").read_text()],
+            [SCRIPTS / "start.sh", folder / f"server-{attempt}", str(watched)],
             check=False,
             capture_output=True,
             text=True,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from enum import Enum, auto
@@ -84,23 +83,6 @@ class FaultPlan:
                 call()
                 if not is_journal:
                     raise UnavailableError(f"{what}: no answer", reason=Reason.STORE_FAILED)
-
-
-class KillPlan(FaultPlan):
-    """Sends SIGKILL to this very process at one mutating call, in the middle or right after it."""
-
-    def run(
-        self, call: Callable[[], None], *, half: Callable[[], None] | None = None, what: str
-    ) -> None:
-        self.num_calls += 1
-        if self.num_calls != self.at:
-            call()
-            return
-        if self.fault is StorageFault.CRASH_AFTER:
-            call()
-        elif half is not None:
-            half()
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class FaultyObjects:

@@ -1,0 +1,69 @@
+"""What comes out of a campaign."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from campaign_model import Wrong
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What came out of the kills of one kind of storage."""
+
+    kills: int = 0
+    """Processes killed."""
+    restarts: int = 0
+    """Restarts after which every request was settled and every block compared."""
+    banks: int = 0
+    """Banks."""
+    checks: int = 0
+    """Runs of the check of a whole bank."""
+    seconds: float = 0.0
+    """Seconds in all."""
+    phases: Counter[str] = field(default_factory=Counter)
+    """Kills by what a thread of the service was at; one kill may hit several."""
+    triggers: Counter[str] = field(default_factory=Counter)
+    """Kills by how they came about."""
+    calls: Counter[str] = field(default_factory=Counter)
+    """Kills at a call of the storage, by the call."""
+    durability: Counter[str] = field(default_factory=Counter)
+    """Kills by what was promised."""
+    machines: int = 0
+    """Restarts without the journals and locks of the life before, as on another machine."""
+    requests: Counter[str] = field(default_factory=Counter)
+    """What became of requests."""
+    wrong: Counter[Wrong] = field(default_factory=Counter)
+    """Failures."""
+    failures: list[dict[str, object]] = field(default_factory=list)
+    """What exactly failed, and where the evidence lies."""
+
+    def to_json(self) -> dict[str, object]:
+        """Return the figures, JSON-able."""
+        return {
+            "kills": self.kills,
+            "acknowledged": self.requests["update acknowledged"],
+            **{kind.value: self.wrong[kind] for kind in Wrong},
+            "restarts": self.restarts,
+            "banks": self.banks,
+            "fsck_runs": self.checks,
+            "seconds": round(self.seconds, 1),
+            "kills_by_phase": _ordered(self.phases),
+            "kills_by_trigger": _ordered(self.triggers),
+            "kills_by_call": _ordered(self.calls),
+            "kills_by_durability": _ordered(self.durability),
+            "restarts_elsewhere": self.machines,
+            "requests": _ordered(self.requests),
+            "failures": self.failures,
+        }
+
+    def summary(self) -> str:
+        """Return the figures that matter, in one line."""
+        wrong = ", ".join(f"{self.wrong[kind]} {kind.value}" for kind in Wrong)
+        updates = self.requests["update acknowledged"]
+        return f"{self.kills} kills, {updates} updates acknowledged: {wrong}"
+
+
+def _ordered(counter: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counter.items()))
