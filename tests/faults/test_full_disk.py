@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from full_disk import files_up_to
 from membank.bank_service.shard import Shard
 from membank.bank_service.shard.contract import SetContent
 from membank.bank_service.store import Bank, LocalObjects
@@ -18,17 +16,6 @@ from membank.wire.spec import BlockRef
 from tiny_bank import create_bank, full_state, make_update, tiny_spec, transact
 
 A, B = BlockRef(1, 0), BlockRef(1, 1)
-
-
-@contextmanager
-def _files_up_to(num_bytes: int) -> Iterator[None]:
-    """Let the kernel refuse to let any file grow beyond `num_bytes`, after a partial write."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def _journal_size(root: Path) -> int:
@@ -43,7 +30,7 @@ def test_an_update_that_does_not_fit_changes_nothing(tmp_path: Path, room: int) 
     shard.push(make_update(shard, [A], "u0"))
     state, size = full_state(shard), _journal_size(tmp_path)
     update = make_update(shard, [A], "u1")
-    with _files_up_to(size + room), pytest.raises(ResourceExhaustedError) as caught:
+    with files_up_to(size + room), pytest.raises(ResourceExhaustedError) as caught:
         shard.push(update)
     assert caught.value.reason is Reason.NO_SPACE
     assert full_state(shard) == state
@@ -66,7 +53,7 @@ def test_a_transaction_that_does_not_fit_changes_nothing(tmp_path: Path) -> None
     files = set(tmp_path.rglob("c.*"))
     weight = np.ones(bank.spec.block_shape(1), np.float32)
     operations = [SetContent(ref=A, weight=weight), SetContent(ref=B, weight=weight)]
-    with _files_up_to(300), pytest.raises(ResourceExhaustedError):
+    with files_up_to(300), pytest.raises(ResourceExhaustedError):
         shard.prepare(1, operations)
     assert full_state(shard) == state
     assert set(tmp_path.rglob("c.*")) == files
@@ -76,6 +63,6 @@ def test_a_transaction_that_does_not_fit_changes_nothing(tmp_path: Path) -> None
 
 
 def test_a_bank_that_does_not_fit_is_not_created(tmp_path: Path) -> None:
-    with _files_up_to(100), pytest.raises(ResourceExhaustedError):
+    with files_up_to(100), pytest.raises(ResourceExhaustedError):
         Bank.create(LocalObjects(tmp_path / "bank"), tiny_spec())
     Bank.create(LocalObjects(tmp_path / "bank"), tiny_spec())

@@ -16,6 +16,7 @@ from membank.bank_service.cluster import (
 )
 from membank.bank_service.cluster import state as notes
 from membank.bank_service.cluster.config import bank_key, canonical_url
+from membank.bank_service.shard.config import Durability
 from membank.wire.errors import (
     InvalidArgumentError,
     MembankError,
@@ -41,7 +42,10 @@ def endpoint(bank_url: str, address: str = "127.0.0.1:7600") -> Endpoint:
         ({"tls_cert": Path("c")}, Reason.BAD_CONFIG),
         ({"host": "0.0.0.0"}, Reason.INSECURE_ENDPOINT),
         ({"host": "0.0.0.0", "token_file": Path("t")}, Reason.INSECURE_ENDPOINT),
-        ({"durability": "store"}, Reason.BAD_CONFIG),
+        ({"durability": "eternal"}, Reason.BAD_CONFIG),
+        ({"lease_s": -1.0}, Reason.BAD_CONFIG),
+        ({"ship_every_s": -1.0}, Reason.BAD_CONFIG),
+        ({"retained_revisions": 0}, Reason.BAD_CONFIG),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_starts(
@@ -69,6 +73,52 @@ def test_urls_keep_their_scheme_and_have_their_journal_elsewhere(tmp_path: Path)
     assert journal_dir is not None
     assert journal_dir.startswith(str(tmp_path))
     assert UpConfig(bank_url="bank").shard_config().journal_dir is None
+
+
+def test_a_journal_that_is_to_survive_a_restart_lies_where_restarts_remove_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def journal_dir(**fields: Path) -> Path:
+        config = UpConfig(bank_url="s3://bucket/bank", **fields)  # type: ignore[arg-type]
+        chosen = config.shard_config().journal_dir
+        assert chosen is not None
+        return Path(chosen).parent
+
+    monkeypatch.delenv("MEMBANK_RUNTIME_DIR", raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "emptied"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    assert journal_dir() == tmp_path / "state" / "membank"
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert journal_dir() == tmp_path / "home" / ".local" / "state" / "membank"
+    # Where somebody chose, that is it.
+    assert journal_dir(runtime_dir=tmp_path / "run") == tmp_path / "run"
+    monkeypatch.setenv("MEMBANK_RUNTIME_DIR", str(tmp_path / "own"))
+    assert journal_dir() == tmp_path / "own"
+
+
+def test_both_clients_of_a_bucket_name_one_bank() -> None:
+    key = bank_key("s3://bucket/bank")
+    assert bank_key("fsspec+s3://bucket/bank/") == key
+    assert bank_key("s3://bucket/other") != key
+    assert bank_key("/bucket/bank") != key
+
+
+def test_settings_of_durability_reach_the_shards(tmp_path: Path) -> None:
+    config = UpConfig(
+        bank_url="s3://bucket/bank",
+        durability="store",
+        journal_dir=tmp_path / "journals",
+        ship_every_s=2.5,
+        lease_s=4.0,
+        resident_bytes=1 << 20,
+        retained_revisions=3,
+    )
+    shard = config.shard_config()
+    assert shard.durability is Durability.STORE
+    assert shard.journal_dir == str(tmp_path / "journals")
+    assert (shard.ship_every_s, shard.lease_s) == (2.5, 4.0)
+    assert (shard.resident_bytes, shard.retained_revisions) == (1 << 20, 3)
 
 
 def test_runtime_dir_follows_the_environment(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +30,20 @@ def default_runtime_dir() -> Path:
     if base := os.environ.get("XDG_RUNTIME_DIR"):
         return Path(base) / "membank"
     return Path(tempfile.gettempdir()) / f"membank-{os.getuid()}"
+
+
+def default_journal_root(runtime_dir: Path) -> Path:
+    """Return where the journals of banks behind URLs lie, unless settings say.
+
+    That is `runtime_dir` where somebody chose it, else ``membank`` in ``$XDG_STATE_HOME`` or in
+    ``~/.local/state``: what systems offer for the runtime of a user is empty after a restart of the
+    machine, which a synced journal is to survive.
+    """
+    if os.environ.get("MEMBANK_RUNTIME_DIR") or runtime_dir != default_runtime_dir():
+        return runtime_dir
+    if base := os.environ.get("XDG_STATE_HOME"):
+        return Path(base) / "membank"
+    return Path.home() / ".local" / "state" / "membank"
 
 
 def canonical_url(url: str) -> str:
@@ -80,14 +93,14 @@ class UpConfig:
     """Whether shards move to nodes that join later; None = unless the bank is a directory, which
     a new node may not see."""
     runtime_dir: Path = field(default_factory=default_runtime_dir)
-    """Where the running service is noted, and where journals lie of banks that are no directory."""
+    """Where the running service is noted."""
     resident_bytes: int = 1 << 30
     """Bytes of blocks and optimizer state that each shard keeps in memory."""
     durability: Durability | str = Durability.PROCESS
     """What an acknowledged update survives."""
     journal_dir: Path | None = None
     """Local directory of the journals, at this path on every node that runs a shard; None = in a
-    bank's directory, or under `runtime_dir` for a bank behind a URL."""
+    bank's directory, or for a bank behind a URL, see `default_journal_root`."""
     ship_every_s: float = 0.0
     """Seconds between two copies of the journals to the bank's storage, for a bank behind a URL:
     about what is lost at most with a machine. 0 = none."""
@@ -96,8 +109,8 @@ class UpConfig:
     been replaced; a shard that replaces one on a lost machine waits as long."""
     retained_revisions: int = 8
     """Newest revisions that can be rolled back to, besides snapshots; at least 1."""
-    service_id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """Random; names this service in the claim that it writes into a bank behind a URL."""
+    service_id: str = ""
+    """Names the service in the claim that it writes into a bank behind a URL; chosen by `up`."""
     max_in_flight_bytes: int = 1 << 30
     """Payload bytes that each server holds at one time; beyond, callers are told to retry."""
     start_timeout_s: float = 90.0
@@ -152,7 +165,7 @@ class UpConfig:
         """Return the settings of each shard."""
         journal_dir = self.journal_dir
         if journal_dir is None and not self.is_directory:
-            journal_dir = self.runtime_dir / f"journal-{self.key}"
+            journal_dir = default_journal_root(self.runtime_dir) / f"journal-{self.key}"
         return ShardConfig(
             durability=Durability.of(self.durability),
             journal_dir=None if journal_dir is None else str(journal_dir),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import socket
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from pathlib import Path
 import ray
 
 from membank.bank_service.cluster.addresses import gateway_listening
-from membank.bank_service.cluster.claim import BankClaim
+from membank.bank_service.cluster.claim import BankClaim, replaced
 from membank.bank_service.cluster.config import UpConfig
 from membank.bank_service.cluster.fleet import ShardFleet, ShardStatus
 from membank.bank_service.cluster.gateway import Gateway
@@ -58,6 +59,8 @@ class ControllerStatus:
     """Newest committed revision; 0 without a bank."""
     shards: tuple[ShardStatus, ...]
     """The shards; empty without a bank."""
+    problem: str = ""
+    """What somebody must look at: another service has claimed the bank; "" = nothing."""
 
 
 class ControllerActor:
@@ -83,7 +86,10 @@ class ControllerActor:
         self._bank_lock: int | None = None
         self._claim: BankClaim | None = None
         self._gateway = Gateway(
-            config.bank_url, self._start_fleet, check_spec=lambda spec: check_spec(config, spec)
+            config.bank_url,
+            self._start_fleet,
+            check_spec=lambda spec: check_spec(config, spec),
+            check_ours=self._check_ours,
         )
         self._thread = threading.Thread(target=self._run, name="membank-controller", daemon=True)
         self._thread.start()
@@ -97,26 +103,38 @@ class ControllerActor:
 
     def status(self) -> ControllerStatus:
         """Return what is known of the service now."""
-        shards = () if self._fleet is None else self._fleet.statuses()
-        has_bank = self._gateway.has_bank
+        lost_to = None if self._claim is None else self._claim.lost_to
         return ControllerStatus(
             address=self._address(),
             pid=os.getpid(),
-            has_bank=has_bank,
-            revision=self._gateway.info().revision if has_bank else 0,
-            shards=shards,
+            has_bank=self._gateway.has_bank,
+            revision=self._gateway.revision,
+            shards=() if self._fleet is None else self._fleet.statuses(),
+            problem="" if lost_to is None else str(replaced(self._config.bank_url, lost_to)),
         )
 
-    def stop(self, timeout_s: float) -> None:
-        """End gateway and shards; the caller ends this actor after."""
+    def stop(self, timeout_s: float) -> tuple[str, ...]:
+        """End gateway and shards; the caller ends this actor after.
+
+        Parameters
+        ----------
+        timeout_s
+            Longest wait for a start under way, and for each shard.
+
+        Returns
+        -------
+        tuple[str, ...]
+            Shards that may have left acknowledged updates in their journals.
+        """
         self._stopping.set()
-        self._thread.join()
+        # A start that hangs must not keep the claim from being given back.
+        self._thread.join(timeout_s)
         if self._server is not None:
             self._server.stop()
-        if self._fleet is not None:
-            self._fleet.stop(timeout_s)
+        unfolded = () if self._fleet is None else self._fleet.stop(timeout_s)
         if self._claim is not None:
             self._claim.release()
+        return unfolded
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -161,13 +179,14 @@ class ControllerActor:
             server.start()
             self._server = server
         self._claim_bank()
-        self._gateway.open()
+        if self._claim is None or self._claim.lost_to is None:
+            self._gateway.open()
 
     def _start_fleet(self, spec: BankSpec) -> ShardFleet:
         fleet = ShardFleet(self._config, spec)
         # Known before it is started: whatever of it exists is stopped with the service.
         self._fleet = fleet
-        fleet.start(self._config.start_timeout_s)
+        fleet.start(self._config.start_timeout_s, is_restart=self._is_restart)
         return fleet
 
     def _lock_bank(self) -> None:
@@ -199,12 +218,20 @@ class ControllerActor:
     def _claim_bank(self) -> None:
         """Keep other services off a bank behind a URL, where no file lock reaches."""
         if self._claim is None and not self._config.is_directory:
-            self._claim = BankClaim.take(
+            begin = BankClaim.resume if self._is_restart else BankClaim.take
+            self._claim = begin(
                 open_objects(self._config.bank_url),
                 service=self._config.service_id,
-                host=ray.util.get_node_ip_address(),
+                host=socket.gethostname(),
                 endpoint=self._address(),
             )
+
+    def _check_ours(self) -> None:
+        """Raise where another service has the bank and a shard of this one has found that out."""
+        if self._claim is None or self._claim.lost_to is None:
+            return
+        if self._fleet is None or not all(shard.alive for shard in self._fleet.statuses()):
+            raise replaced(self._config.bank_url, self._claim.lost_to)
 
     def _address(self) -> str:
         listening = gateway_listening(self._config.host, ray.util.get_node_ip_address())

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -23,6 +24,7 @@ from membank.bank_service.rpc.server import ServerConfig
 from membank.wire.errors import (
     InternalError,
     MembankError,
+    Reason,
     UnavailableError,
 )
 from membank.wire.records import Placement
@@ -35,6 +37,7 @@ _LOG = logging.getLogger(__name__)
 
 _PROBE_TIMEOUT_S = 10.0
 _MOVE_TIMEOUT_S = 60.0
+_MOVE_BACKOFF_S = 60.0
 _REBALANCE_EVERY_S = 3.0
 _REOPEN_BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 
@@ -59,6 +62,8 @@ class ShardStatus:
     """Times it came back since the controller started."""
     alive: bool
     """Whether it answers."""
+    problem: str = ""
+    """Why it does not, as last heard."""
 
 
 @dataclass(slots=True)
@@ -70,6 +75,7 @@ class _ShardState:
     actor: Actor
     identity: ShardIdentity | None = None
     alive: bool = False
+    problem: str = ""
     num_restarts: int = 0
     failures: int = 0
     retry_at_s: float = 0.0
@@ -79,8 +85,10 @@ class ShardFleet:
     """Shard actors and their supervision.
 
     Ray starts an actor again whose process died; `supervise` notices, tells everybody the new
-    endpoint, reopens what failed to open, and replaces what Ray gave up on. Actors are detached:
-    they outlive a controller, which finds them by name when it starts again.
+    endpoint, reopens what failed to open, and replaces what Ray gave up on. A shard that another
+    owner has replaced closes itself; it opens again only while this service has the claim on the
+    bank (see `ShardServer`), so two services never fight for a partition. Actors are detached: they
+    outlive a controller, which finds them by name when it starts again.
 
     Parameters
     ----------
@@ -109,8 +117,15 @@ class ShardFleet:
         self._started = threading.Event()
         self._rebalance_at_s = 0.0
 
-    def start(self, timeout_s: float) -> None:
+    def start(self, timeout_s: float, *, is_restart: bool = False) -> None:
         """Make the actors, or find them, and wait until all serve.
+
+        Parameters
+        ----------
+        timeout_s
+            Longest wait.
+        is_restart
+            Whether there may be shards that failed to open and that nobody has looked after since.
 
         Raises
         ------
@@ -127,6 +142,8 @@ class ShardFleet:
             actor = self._make_actor(settings, node_id)
             with self._lock:
                 self._states[shard_id] = _ShardState(settings, node_id, actor)
+            if is_restart:
+                actor.open.remote()
         for state in self._states.values():
             self._note(state, self._wait_for_identity(state, deadline))
         self._tell_placement()
@@ -164,16 +181,16 @@ class ShardFleet:
         for shard_id, state in self._states.items():
             try:
                 self._note(state, self._ask_identity(state, _PROBE_TIMEOUT_S))
-            except UnavailableError as err:
+            except MembankError as err:
+                if not _is_away(err):
+                    self._reopen(state, err)
+                    continue
                 _LOG.debug("%s: %s", shard_id, err)
-                self._mark_down(state)
+                self._mark_down(state, err)
                 try:
                     self._replace_if_dead(state)
                 except MembankError as reason:
                     _LOG.error("%s cannot be made anew: %s", shard_id, reason)
-            except MembankError as err:
-                self._mark_down(state)
-                self._reopen(state, err)
         self._tell_placement()
         if self._config.moves_shards and self._clock() >= self._rebalance_at_s:
             self._rebalance_at_s = self._clock() + _REBALANCE_EVERY_S
@@ -195,14 +212,26 @@ class ShardFleet:
                 self._move(self._states[shard_id], node_id, nodes[node_id])
             except MembankError as err:
                 _LOG.warning("%s did not move to %s: %s", shard_id, nodes[node_id], err)
+                self._rebalance_at_s = self._clock() + _MOVE_BACKOFF_S
 
     def _move(self, state: _ShardState, node_id: str, node_ip: str) -> None:
         shard_id = state.settings.shard_id
         settings = self._settings(shard_id, node_ip)
         _LOG.info("moving %s to %s", shard_id, node_ip)
-        # Closing folds the journal, which may lie on the old node's own disk, into the bank.
-        call_actor(state.actor, "stop", timeout_s=_MOVE_TIMEOUT_S, who=shard_id)
-        self._mark_down(state)
+        # Most of the journal while it still serves, so that it is away for a moment only; and a
+        # storage that fails is found before anything is stopped.
+        call_actor(state.actor, "consolidate", timeout_s=_MOVE_TIMEOUT_S, who=shard_id)
+        try:
+            # Closing folds the rest. The journal may lie on the old node's own disk.
+            is_folded = call_actor(state.actor, "stop", timeout_s=_MOVE_TIMEOUT_S, who=shard_id)
+        except MembankError:
+            state.actor.open.remote()
+            raise
+        if not is_folded:
+            # Elsewhere, what was acknowledged and is in no slot would be missing.
+            state.actor.open.remote()
+            raise UnavailableError("its journal was not emptied; it stays where that is")
+        self._mark_down(state, UnavailableError(f"{shard_id} moves to {node_ip}"))
         ray.kill(state.actor, no_restart=True)
         self._wait_for_name(shard_actor_name(self._config.key, shard_id))
         state.settings, state.node_id = settings, node_id
@@ -220,26 +249,32 @@ class ShardFleet:
                 raise UnavailableError(f"{name} does not end")
             time.sleep(0.05)
 
-    def stop(self, timeout_s: float) -> None:
-        """Drain and end every shard, by force where it does not end by itself."""
-        stops = []
-        for shard_id, state in self._states.items():
-            actor = state.actor
-            thread = threading.Thread(
-                target=self._stop_one, args=(shard_id, actor, timeout_s), daemon=True
-            )
-            thread.start()
-            stops.append(thread)
-        for thread in stops:
-            thread.join()
+    def stop(self, timeout_s: float) -> tuple[str, ...]:
+        """Drain and end every shard, by force where it does not end by itself.
 
-    def _stop_one(self, shard_id: str, actor: Actor, timeout_s: float) -> None:
+        Returns
+        -------
+        tuple[str, ...]
+            Those that may have left acknowledged updates in their journals.
+        """
+        shards = [(shard_id, state.actor) for shard_id, state in self._states.items()]
+        with ThreadPoolExecutor(max(1, len(shards))) as pool:
+            folded = list(pool.map(lambda one: self._stop_one(one[0], one[1], timeout_s), shards))
+        return tuple(
+            shard_id
+            for (shard_id, _), is_folded in zip(shards, folded, strict=True)
+            if not is_folded
+        )
+
+    def _stop_one(self, shard_id: str, actor: Actor, timeout_s: float) -> bool:
         try:
-            call_actor(actor, "stop", timeout_s=timeout_s, who=shard_id)
+            return bool(call_actor(actor, "stop", timeout_s=timeout_s, who=shard_id))
         except MembankError as err:
-            # Its acknowledged updates are in its journal; the next start recovers them.
+            # Its acknowledged updates are in its journal; the next start there recovers them.
             _LOG.warning("%s did not stop by itself: %s", shard_id, err)
-        ray.kill(actor, no_restart=True)
+            return False
+        finally:
+            ray.kill(actor, no_restart=True)
 
     def _settings(self, shard_id: str, node_ip: str) -> ShardSettings:
         config = self._config
@@ -250,6 +285,8 @@ class ShardFleet:
             shard_id=shard_id,
             bank_url=config.bank_url,
             partitions=self._partitions[shard_id],
+            # Directories have no claim; a lock keeps a second service away.
+            service="" if config.is_directory else config.service_id,
             server=ServerConfig(
                 host=listening.bind,
                 tls_cert=config.tls_cert,
@@ -293,8 +330,8 @@ class ShardFleet:
         while True:
             try:
                 return self._ask_identity(state, max(deadline - self._clock(), 0.1))
-            except UnavailableError:
-                if self._clock() > deadline:
+            except UnavailableError as err:
+                if self._clock() > deadline or not _is_away(err):
                     raise
                 # Killed while it started, or its node was not ready for it.
                 self._replace_if_dead(state)
@@ -311,15 +348,16 @@ class ShardFleet:
     def _note(self, state: _ShardState, identity: ShardIdentity) -> None:
         with self._lock:
             before = state.identity
-            state.identity, state.alive, state.failures = identity, True, 0
+            state.identity, state.alive = identity, True
+            state.problem, state.failures = "", 0
             if before is not None and before.incarnation != identity.incarnation:
                 state.num_restarts += 1
                 _LOG.info("%s is back at %s", identity.shard_id, identity.endpoint)
         self._table.set_endpoint(identity.shard_id, identity.endpoint)
 
-    def _mark_down(self, state: _ShardState) -> None:
+    def _mark_down(self, state: _ShardState, why: MembankError) -> None:
         with self._lock:
-            state.alive = False
+            state.alive, state.problem = False, str(why)
 
     def _replace_if_dead(self, state: _ShardState) -> None:
         """Make a new actor where Ray has given up on the old one: its name is free then."""
@@ -340,13 +378,15 @@ class ShardFleet:
         return min(nodes, key=carried.count)
 
     def _reopen(self, state: _ShardState, err: MembankError) -> None:
+        if state.problem != str(err):
+            _LOG.error("%s is not open: %s", state.settings.shard_id, err)
+        self._mark_down(state, err)
         now = self._clock()
         if now < state.retry_at_s:
             return
         backoff_s = _REOPEN_BACKOFF_S[min(state.failures, len(_REOPEN_BACKOFF_S) - 1)]
         state.failures += 1
         state.retry_at_s = now + backoff_s
-        _LOG.error("%s does not open: %s; trying again", state.settings.shard_id, err)
         state.actor.open.remote()
 
     def _tell_placement(self) -> None:
@@ -378,6 +418,11 @@ def _alive_nodes() -> list[tuple[str, str]]:
     return sorted(nodes, key=lambda node: (node[1], node[0]))
 
 
+def _is_away(err: MembankError) -> bool:
+    """Say whether no process answers, or not yet; it answers with anything else."""
+    return isinstance(err, UnavailableError) and err.reason is Reason.SHARD_UNAVAILABLE
+
+
 def _status(shard_id: str, state: _ShardState) -> ShardStatus:
     identity = state.identity
     return ShardStatus(
@@ -389,6 +434,7 @@ def _status(shard_id: str, state: _ShardState) -> ShardStatus:
         partitions=state.settings.partitions,
         num_restarts=state.num_restarts,
         alive=state.alive,
+        problem=state.problem,
     )
 
 

@@ -53,6 +53,8 @@ class Gateway:
         Starts the shards of a bank; they serve when it returns.
     check_spec
         Raises for a bank that the service could not serve, before it is created.
+    check_ours
+        Raises where another service has taken the bank over; asked before every call.
     """
 
     # `_lock` makes creation and opening happen once; `_served` is replaced whole.
@@ -63,9 +65,11 @@ class Gateway:
         start_fleet: Callable[[BankSpec], Fleet],
         *,
         check_spec: Callable[[BankSpec], None] = lambda spec: None,
+        check_ours: Callable[[], None] = lambda: None,
     ) -> None:
         self._bank_url = bank_url
         self._check_spec = check_spec
+        self._check_ours = check_ours
         self._start_fleet = start_fleet
         self._lock = threading.Lock()
         self._served: _Served | None = None
@@ -96,6 +100,11 @@ class Gateway:
         """Whether a bank is served."""
         return self._served is not None
 
+    @property
+    def revision(self) -> int:
+        """Newest committed revision; 0 without a bank."""
+        return 0 if self._served is None else self._served.log.committed.revision
+
     def info(self) -> BankInfo:
         """Return what clients must know before their first fetch."""
         served = self._require()
@@ -120,6 +129,7 @@ class Gateway:
     def create_bank(self, request: AdminRequest, spec: BankSpec, tree: bytes) -> BankSpec:
         """Create the bank and serve it."""
         document = decode_tree(tree, key="of the request") if tree else None
+        self._check_ours()
         self._check_spec(spec)
         with self._lock:
             if self._served is None:
@@ -156,6 +166,7 @@ class Gateway:
         return self._require().operations
 
     def _require(self) -> _Served:
+        self._check_ours()
         if self._served is not None:
             return self._served
         if not self._waiting_for_bank:

@@ -22,6 +22,8 @@ class ShardSettings:
     """The bank."""
     partitions: tuple[int, ...]
     """Partitions it owns."""
+    service: str = ""
+    """Service that must have the claim on the bank when the shard opens; "" = no claim is needed."""
     server: ServerConfig
     """How its server listens."""
     advertise_host: str = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -52,6 +53,11 @@ class ServiceStatus:
     """Process of the controller; 0 where it does not answer."""
     shards: tuple[ShardStatus, ...]
     """Its shards; empty without a bank."""
+    problem: str = ""
+    """What somebody must look at: another service has claimed the bank; "" = nothing."""
+    unfolded: tuple[str, ...] = ()
+    """After `down`, shards that may have left acknowledged updates in their journals: where these
+    lie on a disk, the service must be started there again before the bank is served elsewhere."""
 
 
 def up(config: UpConfig) -> Endpoint:
@@ -70,7 +76,7 @@ def up(config: UpConfig) -> Endpoint:
     Raises
     ------
     FailedPreconditionError
-        INSECURE_ENDPOINT, PORT_IN_USE, or BANK_IN_USE.
+        INSECURE_ENDPOINT, PORT_IN_USE, BANK_IN_USE, or what somebody must mend in the storage.
     CorruptionError
         If the bank is damaged.
     UnavailableError
@@ -187,8 +193,13 @@ def _check_not_running(config: UpConfig) -> None:
 def _start_controller(config: UpConfig, local: LocalRay | None, deadline: float) -> Endpoint:
     if _find_controller(config.key) is not None:
         raise bank_in_use(config.bank_url)
-    # Chosen here, so that a controller that is started again listens where the first one did.
-    config = dataclasses.replace(config, port=config.port or free_port(config.host))
+    config = dataclasses.replace(
+        config,
+        # Chosen here, so that a controller that is started again listens where the first one did.
+        port=config.port or free_port(config.host),
+        # Also here: the settings may be used again, for another service.
+        service_id=uuid.uuid4().hex,
+    )
     node_id = ray.get_runtime_context().get_node_id()
     controller = cast(
         "Actor",
@@ -217,6 +228,7 @@ def _start_controller(config: UpConfig, local: LocalRay | None, deadline: float)
         ray_dir=None if local is None else local.folder,
         ray_mark=None if local is None else local.mark,
         num_shards=config.num_shards,
+        had_bank=cast("ControllerStatus", answer).has_bank,
     )
 
 
@@ -229,16 +241,19 @@ def _stop_actors(endpoint: Endpoint, timeout_s: float) -> ServiceStatus:
         stopped = _status(endpoint, controller)
     except MembankError:
         stopped = _nothing_left(endpoint)
-    _stop_one(controller, endpoint.key, endpoint.num_shards, timeout_s=timeout_s)
-    return stopped
+    unfolded = _stop_one(controller, endpoint.key, endpoint.num_shards, timeout_s=timeout_s)
+    return dataclasses.replace(stopped, unfolded=unfolded)
 
 
-def _stop_one(controller: Actor, key: str, num_shards: int, *, timeout_s: float) -> None:
+def _stop_one(controller: Actor, key: str, num_shards: int, *, timeout_s: float) -> tuple[str, ...]:
     try:
-        call_actor(controller, "stop", timeout_s, timeout_s=timeout_s + 10.0, who="the controller")
+        answer = call_actor(
+            controller, "stop", timeout_s, timeout_s=timeout_s + 10.0, who="the controller"
+        )
+        return cast("tuple[str, ...]", answer)
     except MembankError:
         # It does not answer, or is being started again; it is killed, and so are its shards.
-        pass
+        return tuple(f"shard-{index}" for index in range(num_shards))
     finally:
         ray.kill(controller, no_restart=True)
         _kill_shards(key, num_shards)
@@ -264,6 +279,7 @@ def _status(endpoint: Endpoint, controller: Actor) -> ServiceStatus:
         revision=answer.revision,
         controller_pid=answer.pid,
         shards=answer.shards,
+        problem=answer.problem,
     )
 
 

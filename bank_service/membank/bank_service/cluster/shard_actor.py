@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -13,6 +12,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from membank.bank_service.cluster.identity import ShardIdentity, ShardSettings
+from membank.bank_service.cluster.shard_keeper import ShardKeeper
 from membank.bank_service.cluster.staging import (
     StagedOperations,
     batches,
@@ -52,38 +52,29 @@ class ShardActor:
     fails is not started again by Ray, and its error would reach the controller as text.
     """
 
-    # `_lock` guards opening and stopping; `_staged` is used by the one coordinator alone.
+    # `_staged` is used by the one coordinator alone.
 
     def __init__(self, settings: ShardSettings) -> None:
         logging.basicConfig(level=logging.INFO)
-        self._settings = settings
-        self._lock = threading.Lock()
-        self._server: ShardServer | None = None
-        self._error: MembankError | None = None
+        self._keeper = ShardKeeper(
+            settings.shard_id,
+            lambda: _start_server(
+                settings,
+                node=ray.util.get_node_ip_address(),
+                node_id=ray.get_runtime_context().get_node_id(),
+            ),
+            returns=bool(settings.service),
+        )
         self._staged = StagedOperations()
         self.open()
 
     def open(self) -> None:
         """Open the shard unless it is open; what went wrong is told by `identity`."""
-        with self._lock:
-            if self._server is not None:
-                return
-            try:
-                self._server = _start_server(
-                    self._settings,
-                    node=ray.util.get_node_ip_address(),
-                    node_id=ray.get_runtime_context().get_node_id(),
-                )
-                self._error = None
-            except MembankError as err:
-                self._error = err
-            except Exception as err:
-                _LOG.exception("shard %s did not open", self._settings.shard_id)
-                self._error = InternalError(f"{type(err).__name__}: {err}")
+        self._keeper.open()
 
     def identity(self) -> ShardIdentity:
         """Return where the shard is found, or raise why it is not."""
-        return self._open_server().identity
+        return self._keeper.identity()
 
     def set_placement(self, placement: Placement) -> None:
         """Pass the placement on to the server."""
@@ -140,21 +131,20 @@ class ShardActor:
             partition, history_from=history_from, dry_run=dry_run
         )
 
+    def consolidate(self) -> None:
+        """Fold the journals into slots."""
+        self._open_server().shard.consolidate()
+
     def stats(self) -> ShardStats:
         """Return counters and sizes."""
         return self._open_server().stats()
 
-    def stop(self) -> None:
-        """Drain and close."""
-        with self._lock:
-            if self._server is not None:
-                self._server.stop()
+    def stop(self) -> bool:
+        """Drain and close; return whether nothing is left in a journal (see `ShardKeeper`)."""
+        return self._keeper.stop()
 
     def _open_server(self) -> ShardServer:
-        with self._lock:
-            if self._server is None:
-                raise self._error or UnavailableError("the shard is starting; retry")
-            return self._server
+        return self._keeper.server()
 
 
 def _start_server(settings: ShardSettings, *, node: str, node_id: str) -> ShardServer:

@@ -7,6 +7,7 @@ import os
 import threading
 import uuid
 
+from membank.bank_service.cluster.claim import require_claim
 from membank.bank_service.cluster.identity import (
     BLOCK_SERVICE,
     ShardIdentity,
@@ -38,6 +39,12 @@ class ShardServer:
         What to serve.
     node, node_id
         Address and name of this machine, for `ShardIdentity`.
+
+    Raises
+    ------
+    MembankError
+        What keeps the shard from being opened; also that another service has claimed the bank
+        (BANK_IN_USE), or that nobody has, where `settings` names a service.
     """
 
     # `_placement` is replaced whole by one assignment; everything else is set once.
@@ -47,6 +54,10 @@ class ShardServer:
     ) -> None:
         self._settings = settings
         self._bank = Bank.open(settings.bank_url)
+        if settings.service:
+            # Ray starts a shard again whatever happened meanwhile; a service that has been replaced
+            # must not take the bank back from the one that its operator chose.
+            require_claim(self._bank.objects, settings.service)
         self._trees = TreeStore(self._bank)
         self._placement: Placement | None = None
         self._stopping = threading.Lock()
@@ -120,13 +131,20 @@ class ShardServer:
             self.shard.stats(), endpoint=self.identity.endpoint, pid=self.identity.pid
         )
 
-    def stop(self) -> None:
-        """Drain the server, then close the shard; repeated calls have no effect."""
+    def stop(self) -> bool:
+        """Drain the server, then close the shard; repeated calls have no effect.
+
+        Returns
+        -------
+        bool
+            Whether all that was acknowledged is in slots, so that any machine may go on.
+        """
         with self._stopping:
             if not self._stopped:
                 self._stopped = True
                 self._server.stop()
                 self.shard.close()
+            return self.shard.is_folded
 
     def _record(self) -> RevisionRecord:
         revision = self.shard.revision

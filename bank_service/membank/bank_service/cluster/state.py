@@ -29,6 +29,8 @@ class Endpoint:
     """Environment mark of that Ray's processes."""
     num_shards: int = 0
     """Shards it was started with."""
+    had_bank: bool = True
+    """Whether there was a bank when it was started; else it waited for `CreateBank`."""
 
     def __str__(self) -> str:
         return self.address

@@ -1,0 +1,229 @@
+"""A shard in its process: opened, closed when it was replaced, opened again only where it may be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from full_disk import files_up_to
+from membank.bank_service.cluster.claim import BankClaim
+from membank.bank_service.cluster.identity import ShardSettings
+from membank.bank_service.cluster.shard_keeper import ShardKeeper
+from membank.bank_service.cluster.shard_server import ShardServer
+from membank.bank_service.rpc.server import ServerConfig
+from membank.bank_service.shard import ShardConfig
+from membank.bank_service.store import Bank
+from membank.wire.errors import (
+    FailedPreconditionError,
+    MembankError,
+    Reason,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from membank.wire.spec import BlockRef
+from tiny_bank import create_bank, make_update
+
+A = BlockRef(1, 0)
+NEVER_S = 60.0
+
+
+class Machine:
+    """One machine of several that can reach the bank: its disk, and the shard that it runs."""
+
+    def __init__(self, bank: Bank, folder: Path, *, claims: bool) -> None:
+        self.name = folder.name
+        self.settings = ShardSettings(
+            shard_id=f"shard-of-{self.name}",
+            bank_url=bank.url,
+            partitions=(0,),
+            service=self.name if claims else "",
+            server=ServerConfig(host="127.0.0.1", port=0),
+            # A replaced owner finds out when it publishes.
+            shard=ShardConfig(journal_dir=str(folder), lease_s=0),
+            max_in_flight_bytes=1 << 20,
+        )
+        self.keeper = ShardKeeper(
+            self.settings.shard_id, lambda: ShardServer(self.settings), returns=claims
+        )
+
+    def claim(self, bank: Bank) -> BankClaim:
+        return BankClaim.take(
+            bank.objects,
+            service=self.name,
+            host=self.name,
+            endpoint=f"{self.name}:1",
+            beat_every_s=NEVER_S,
+            sleep=lambda seconds: None,
+        )
+
+    def push(self, request_id: str) -> None:
+        shard = self.keeper.server().shard
+        shard.push(make_update(shard, [A], request_id))
+
+
+@pytest.fixture
+def bank(tmp_path: Path) -> Bank:
+    return create_bank(tmp_path / "bank")
+
+
+@pytest.fixture
+def machines(bank: Bank, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[list[Machine]]:
+    """Two machines; whether their services claim the bank is the parameter."""
+    claims: bool = getattr(request, "param", True)
+    made = [Machine(bank, tmp_path / name, claims=claims) for name in ("one", "two")]
+    yield made
+    for machine in made:
+        machine.keeper.stop()
+
+
+def reason_of(machine: Machine) -> Reason:
+    with pytest.raises(MembankError) as caught:
+        machine.keeper.identity()
+    return caught.value.reason
+
+
+def test_a_shard_without_its_service_s_claim_does_not_open(
+    bank: Bank, machines: list[Machine]
+) -> None:
+    one, two = machines
+    one.keeper.open()
+    with pytest.raises(UnavailableError) as caught:
+        one.keeper.identity()
+    assert caught.value.reason is Reason.STORE_FAILED
+    claim = two.claim(bank)
+    one.keeper.open()
+    with pytest.raises(FailedPreconditionError, match="two:1 on two") as refused:
+        one.keeper.identity()
+    assert refused.value.reason is Reason.BANK_IN_USE
+    assert bank.manifest_numbers(0) == [], "it must not even have touched the partition"
+    claim.release()
+
+
+def test_a_replaced_shard_closes_and_leaves_the_bank_to_the_one_that_claimed_it(
+    bank: Bank, machines: list[Machine]
+) -> None:
+    one, two = machines
+    claims = [one.claim(bank)]
+    one.keeper.open()
+    endpoint = one.keeper.identity().endpoint
+    one.push("u0")
+    claims.append(two.claim(bank))
+    two.keeper.open()
+    two.keeper.identity()
+    # It finds out as it would: by the manifest of another owner.
+    with pytest.raises(UnavailableError):
+        one.keeper.server().shard.consolidate()
+    assert reason_of(one) is Reason.FENCED
+    with pytest.raises(UnavailableError):
+        one.keeper.server()
+    numbers = bank.manifest_numbers(0)
+    for _ in range(3):
+        # Supervision asks for that again and again, and so does Ray after a crash.
+        one.keeper.open()
+        assert reason_of(one) is Reason.BANK_IN_USE
+    assert bank.manifest_numbers(0) == numbers
+    two.push("u1")
+    two.keeper.server().shard.consolidate()
+    assert two.keeper.identity().endpoint != endpoint
+    for claim in claims:
+        claim.release()
+
+
+def test_the_service_with_the_claim_takes_back_what_somebody_without_one_took(
+    bank: Bank, machines: list[Machine], tmp_path: Path
+) -> None:
+    one = machines[0]
+    claim = one.claim(bank)
+    one.keeper.open()
+    first = one.keeper.identity()
+    one.push("u0")
+    stranger = Machine(bank, tmp_path / "stranger", claims=False)
+    stranger.keeper.open()
+    stranger.keeper.identity()
+    with pytest.raises(UnavailableError):
+        one.keeper.server().shard.consolidate()
+    assert reason_of(one) is Reason.FENCED
+    one.keeper.open()
+    again = one.keeper.identity()
+    assert again.incarnation != first.incarnation
+    one.push("u1")
+    stranger.keeper.stop()
+    claim.release()
+
+
+@pytest.mark.parametrize("machines", [False], indirect=True)
+def test_where_there_are_no_claims_a_replaced_shard_stays_closed(
+    bank: Bank, machines: list[Machine]
+) -> None:
+    one, two = machines
+    one.keeper.open()
+    one.push("u0")
+    two.keeper.open()
+    with pytest.raises(UnavailableError):
+        one.keeper.server().shard.consolidate()
+    assert reason_of(one) is Reason.FENCED
+    one.keeper.open()
+    assert reason_of(one) is Reason.FENCED
+    two.push("u1")
+
+
+def test_what_keeps_a_shard_from_opening_is_told_until_it_opens(
+    bank: Bank, machines: list[Machine]
+) -> None:
+    one = machines[0]
+    claim = one.claim(bank)
+    spec = bank.objects.get("bank.json")
+    bank.objects.put("bank.json", b"{")
+    one.keeper.open()
+    assert reason_of(one) is Reason.SPEC_CORRUPT
+    bank.objects.put("bank.json", spec)
+    one.keeper.open()
+    one.keeper.identity()
+    claim.release()
+
+
+def test_a_defect_is_told_as_one(caplog: pytest.LogCaptureFixture) -> None:
+    def start() -> ShardServer:
+        raise ZeroDivisionError("by zero")
+
+    keeper = ShardKeeper("shard-0", start, returns=True)
+    keeper.open()
+    with pytest.raises(MembankError, match="ZeroDivisionError: by zero"):
+        keeper.identity()
+    assert "by zero" in caplog.text
+
+
+def test_a_stopped_shard_says_whether_its_journal_is_empty_and_opens_again(
+    bank: Bank, machines: list[Machine]
+) -> None:
+    one = machines[0]
+    claim = one.claim(bank)
+    assert one.keeper.stop(), "there was nothing to stop"
+    one.keeper.open()
+    one.push("u0")
+    assert one.keeper.stop()
+    with pytest.raises(UnavailableError):
+        one.keeper.identity()
+    one.keeper.open()
+    (status,) = one.keeper.server().shard.describe([A])
+    assert status.version == 1
+    claim.release()
+
+
+def test_a_shard_that_cannot_fold_says_so_and_finds_everything_when_it_opens_again(
+    bank: Bank, machines: list[Machine]
+) -> None:
+    one = machines[0]
+    claim = one.claim(bank)
+    one.keeper.open()
+    one.push("u0")
+    with files_up_to(100), pytest.raises(ResourceExhaustedError):
+        one.keeper.stop()
+    with pytest.raises(UnavailableError):
+        one.keeper.identity()
+    one.keeper.open()
+    (status,) = one.keeper.server().shard.describe([A])
+    assert status.version == 1
+    claim.release()
