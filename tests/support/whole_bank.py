@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from membank.bank_service.shard import Durability, Shard, ShardConfig
 from membank.bank_service.shard.contract import BlockOperation, Erase, SetContent, SetState
 from membank.bank_service.store import Bank, ObjectStore
+from membank.bank_service.store.journal import LogFile, PosixLogFile
 from membank.wire.format import TreeDocument
 from membank.wire.records import Snapshot
 from membank.wire.spec import BankSpec, BlockRef, BlockState
@@ -50,13 +52,15 @@ def make_whole_bank(
     spec: BankSpec | None = None,
     *,
     config: ShardConfig | None = None,
+    open_log_file: Callable[[Path], LogFile] = PosixLogFile,
 ) -> WholeBank:
     """Make a bank: updates, a swap, a snapshot, withheld, deleted, a tree, a journal."""
     objects = UnsyncedObjects(where) if isinstance(where, Path) else where
     tree = TreeDocument(labels={A: "metals", GONE: "halogens"})
     bank = Bank.create(objects, spec or tiny_spec(), tree=tree)
     config = config or whole_config()
-    shard = Shard.open(bank, config=config)
+    open_shard = partial(Shard.open, bank, config=config, open_log_file=open_log_file)
+    shard = open_shard()
     shard.push(make_update(shard, [A, B, HIDDEN, GONE], "u0"))
     swap = SetContent(ref=A, weight=_ones(bank.spec, A))
     take_snapshot(shard, bank, [swap], SNAPSHOT)
@@ -65,7 +69,7 @@ def make_whole_bank(
     commit(shard, bank, [Erase(ref=GONE)], tree=tree.without_topic(bank.spec, GONE))
     shard.push(make_update(shard, [C], "u2"))
     shard.close()
-    shard = Shard.open(bank, config=config)
+    shard = open_shard()
     states = [full_state(shard)]
     for number in range(3):
         shard.push(make_update(shard, [A, B], f"j{number}"))

@@ -19,7 +19,7 @@ from membank.bank_service.store.journal.frames import (
     read_frames,
     scan,
 )
-from membank.bank_service.store.journal.objects import ObjectJournal
+from membank.bank_service.store.journal.object_chain import check_object_chain, require_object
 from membank.bank_service.store.objects import ObjectStore
 from membank.wire.errors import CorruptionError, FailedPreconditionError, MembankError, Reason
 from membank.wire.format.layout import log_key, number_of
@@ -119,9 +119,7 @@ def check_local_chain(identity: str, scans: Sequence[SegmentScan]) -> int:
         name = f"{head.base:020d}-{head.ownership.epoch:010d}.log"
         if segment.name.rsplit("/", 1)[-1] != name:
             raise corrupt(segment.name, 0, f"it holds the segment {name}")
-    first = check_chain(scans, identity)
-    heads = [segment.head for segment in scans[first:] if segment.head is not None]
-    return heads[0].base if heads else 0
+    return _base(scans[check_chain(scans, identity) :])
 
 
 def stored_order(keys: Iterable[str], number: int) -> list[str]:
@@ -137,12 +135,14 @@ def is_stored_segment(key: str, partition: int) -> bool:
         return False
 
 
-def check_stored_chain(
-    objects: ObjectStore, partition: int, identity: str, scans: Sequence[SegmentScan]
-) -> int:
-    """Check that the objects of a journal with the bank continue each other, as its owner does."""
-    # The rules on fences and on numbers are the journal's own; opening it changes nothing.
-    return ObjectJournal.open(objects, partition, identity).base if scans else 0
+def check_stored_chain(identity: str, scans: Sequence[SegmentScan]) -> int:
+    """Check that the objects of a journal with the bank continue each other."""
+    return _base(scans[check_object_chain(scans, identity) :])
+
+
+def _base(scans: Sequence[SegmentScan]) -> int:
+    heads = [segment.head for segment in scans if segment.head is not None]
+    return heads[0].base if heads else 0
 
 
 def survey_journal(
@@ -176,11 +176,10 @@ def survey_journal(
     return found
 
 
-def scan_whole(name: str, data: bytes) -> SegmentScan:
+def scan_object(name: str, data: bytes) -> SegmentScan:
     """Check a segment that is an object, and therefore there whole or not at all."""
     found = scan(name, data)
-    if found.head is None or found.torn is not None:
-        raise corrupt(name, found.num_bytes, "it is cut short")
+    require_object(found)
     return found
 
 

@@ -15,7 +15,7 @@ from membank.bank_service.fsck.segments import (
     check_local_chain,
     check_stored_chain,
     local_order,
-    scan_whole,
+    scan_object,
     stored_order,
     survey_journal,
 )
@@ -162,8 +162,8 @@ class PartitionView:
     def _stored_journal(self) -> JournalScan:
         objects = self.bank.objects
         keys = stored_order(objects.list(log_prefix(self.number)), self.number)
-        found = JournalScan(objects, scan=scan_whole)
-        check = partial(check_stored_chain, objects, self.number, self._identity)
+        found = JournalScan(objects, scan=scan_object)
+        check = partial(check_stored_chain, self._identity)
         return survey_journal(found, keys, self.spec, check)
 
     @property
