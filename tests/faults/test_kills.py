@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bad_settings import ForgetfulSetting, LateSetting
+from bad_settings import ForgetfulSetting, HoardingSetting, LateSetting
 from campaign_model import Wrong
 from campaign_service import preloaded_context
 from campaign_siege import LOCAL_PACE, LOCAL_PROMISES, S3_PACE, S3_PROMISES, Pace, Siege
@@ -81,3 +81,10 @@ def test_campaign_finds_updates_that_are_applied_again(tmp_path: Path) -> None:
 
     assert tally.wrong[Wrong.DOUBLED]
     assert tally.kills < 20
+
+
+def test_campaign_finds_deleted_content(tmp_path: Path) -> None:
+    tally = _besiege(HoardingSetting(**vars(_local(tmp_path / "siege"))), 40)
+
+    assert tally.wrong[Wrong.RESURRECTED]
+    assert tally.kills < 40

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from campaign_worker import Setting
 from membank.bank_service.shard import ShardConfig
+from membank.bank_service.store import ObjectStore
 from membank.bank_service.store.journal import LogFile
 from storage_faults import FaultPlan
+from tiny_bank import UnsyncedObjects
 
 
 class LateLogFile:
@@ -73,3 +75,21 @@ class ForgetfulSetting(Setting):
     def config(self) -> ShardConfig:
         # docstring inherited
         return replace(super().config(), retained_requests=1)
+
+
+class HoardingObjects(UnsyncedObjects):
+    """A directory that deletes no slot, and says that it has."""
+
+    def delete(self, key: str) -> None:
+        # docstring inherited
+        if "/level-" not in key:
+            super().delete(key)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoardingSetting(Setting):
+    """A bank whose deleted content stays where it is."""
+
+    def objects(self) -> ObjectStore:
+        # docstring inherited
+        return HoardingObjects(self.url)

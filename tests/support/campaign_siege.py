@@ -369,4 +369,4 @@ def _call_name(word: str) -> str:
             words.append(".probe")
         else:
             words.append("/".join(n for n in part.split("/") if not any(c.isdigit() for c in n)))
-    return " ".join(words).strip()
+    return " ".join(name for name in words if name)
