@@ -126,6 +126,77 @@ def test_snapshot_rollback_stats_and_audit(rig: RpcRig) -> None:
     assert json.loads(records[0].detail_json)["topic"] == "1/1"
 
 
+def test_rollback_to_a_revision_and_the_ways_back(rig: RpcRig) -> None:
+    rig.admin.SwapBlocks(swap_messages(full(2.0)))
+    withhold = pb.WithholdTopicRequest(request_id="w", topic=TOPIC_PB)
+    rig.admin.WithholdTopic(withhold)
+    listed = rig.admin.ListAuditRecords(pb.ListAuditRecordsRequest(retained_only=True)).records
+    assert [record.revision for record in listed] == [1, 0]
+    back = pb.RollbackRequest(request_id="b", topic=TOPIC_PB, revision_plus_one=2, only_block=True)
+    report = rig.admin.Rollback(back).report
+    assert [(change.ref, change.state_after) for change in report.changes] == [
+        (TOPIC_PB, types_pb.BLOCK_STATE_ACTIVE)
+    ]
+    np.testing.assert_array_equal(rig.bank.weight(TOPIC), full(2.0))
+    # Revision 0 is a revision, and no target at all is not it.
+    rig.admin.Rollback(pb.RollbackRequest(request_id="c", revision_plus_one=1))
+    assert rig.bank.status(TOPIC).step == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({}, Reason.BAD_ARGUMENT),
+        ({"snapshot": "s", "revision_plus_one": 1}, Reason.BAD_ARGUMENT),
+        ({"revision_plus_one": 1}, Reason.BAD_ARGUMENT),
+        ({"revision_plus_one": 9}, Reason.UNKNOWN_REVISION),
+        ({"revision_plus_one": 2**64 - 1}, Reason.UNKNOWN_REVISION),
+        ({"snapshot": "s"}, Reason.UNKNOWN_SNAPSHOT),
+        ({"snapshot": "s", "only_block": True}, Reason.BAD_ARGUMENT),
+    ],
+)
+def test_a_wrong_rollback_is_a_typed_error(
+    rig: RpcRig, fields: dict[str, object], reason: Reason
+) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        rig.admin.Rollback(pb.RollbackRequest(request_id="r", **fields))  # type: ignore[arg-type]
+    assert error_of(caught.value).reason is reason
+
+
+def test_a_snapshot_is_given_up(rig: RpcRig) -> None:
+    made = rig.admin.CreateSnapshot(pb.CreateSnapshotRequest(request_id="a", snapshot="s"))
+    answer = rig.admin.DeleteSnapshot(pb.DeleteSnapshotRequest(request_id="b", snapshot="s"))
+    assert (answer.snapshot, answer.revision) == (made.snapshot, 2)
+    assert not rig.admin.ListSnapshots(pb.ListSnapshotsRequest()).snapshots
+    with pytest.raises(grpc.RpcError) as caught:
+        rig.admin.DeleteSnapshot(pb.DeleteSnapshotRequest(request_id="c", snapshot="s"))
+    assert error_of(caught.value).reason is Reason.UNKNOWN_SNAPSHOT
+
+
+def test_garbage_is_told_and_removed(rig: RpcRig) -> None:
+    for number in range(3):
+        rig.bank.push(TOPIC, f"p{number}")
+        rig.admin.WithholdTopic(pb.WithholdTopicRequest(request_id=f"w{number}", topic=TOPIC_PB))
+        rig.admin.RestoreTopic(pb.RestoreTopicRequest(request_id=f"r{number}", topic=TOPIC_PB))
+    ask = pb.CollectGarbageRequest(dry_run=True, keep_revisions=1)
+    dry = rig.admin.CollectGarbage(ask)
+    assert dry.dry_run
+    assert rig.admin.GetStats(pb.GetStatsRequest()).revision == 6
+    wet = rig.admin.CollectGarbage(pb.CollectGarbageRequest(request_id="g", keep_revisions=1))
+    assert (wet.dry_run, wet.history_from) == (False, 7)
+    assert {g.kind for g in wet.garbage} == {
+        pb.GARBAGE_KIND_RETIRED_MANIFEST,
+        pb.GARBAGE_KIND_RETIRED_SLOT,
+    }
+    stored = set(rig.bank.objects.list(""))
+    for garbage in wet.garbage:
+        assert garbage.num_objects == len(garbage.keys) > 0
+        assert garbage.num_bytes > 0
+        assert not stored & set(garbage.keys)
+    again = rig.admin.CollectGarbage(pb.CollectGarbageRequest(request_id="g2"))
+    assert not again.garbage
+
+
 def test_describe_answers_in_the_order_asked(rig: RpcRig) -> None:
     refs = [types_pb.BlockRef(level=2, cluster=5), TOPIC_PB]
     blocks = rig.admin.DescribeBlocks(pb.DescribeBlocksRequest(refs=refs)).blocks

@@ -111,6 +111,22 @@ def test_fetch_converts_to_the_dtype_asked_for(rig: RpcRig) -> None:
     assert len(data) == RIG_SPEC.block_params(1) * 2
 
 
+def test_a_snapshot_is_read_at_its_revision(rig: RpcRig) -> None:
+    rig.bank.push(TOPIC, "p1")
+    then = fetch(rig, [TOPIC, LEAF])
+    rig.bank.operations.create_snapshot(asked("s"), "then")
+    rig.bank.push(TOPIC, "p2")
+    headers, data, revision = fetch(rig, [TOPIC, LEAF], snapshot="then")
+    assert (headers, data) == then[:2]
+    assert revision == 1
+    held, none, _ = fetch(rig, [TOPIC], snapshot="then", held_version_plus_one=[2])
+    assert held[0].unchanged
+    assert none == b""
+    held, sent, _ = fetch(rig, [TOPIC], snapshot="then", held_version_plus_one=[3])
+    assert not held[0].unchanged
+    assert sent == data[: held[0].num_bytes]
+
+
 def test_a_withheld_block_has_a_header_and_no_bytes(rig: RpcRig) -> None:
     rig.bank.operations.withhold_topic(asked("r1"), TOPIC)
     headers, data, revision = fetch(rig, [TOPIC])
@@ -128,6 +144,10 @@ def test_a_withheld_block_has_a_header_and_no_bytes(rig: RpcRig) -> None:
         ({"refs": [to_pb(TOPIC)], "min_revision": 7}, Reason.BEHIND_REVISION),
         ({"refs": [to_pb(TOPIC)] * 65_537}, Reason.MESSAGE_TOO_LARGE),
         ({"refs": [to_pb(TOPIC)], "dtype": 77}, Reason.BAD_DTYPE),
+        ({"refs": [to_pb(TOPIC)], "snapshot": "none"}, Reason.UNKNOWN_SNAPSHOT),
+        ({"refs": [to_pb(TOPIC)], "snapshot": "../bank"}, Reason.UNKNOWN_SNAPSHOT),
+        ({"refs": [to_pb(TOPIC)], "snapshot": "a/b"}, Reason.UNKNOWN_SNAPSHOT),
+        ({"refs": [to_pb(TOPIC)], "snapshot": "x" * 5_000}, Reason.UNKNOWN_SNAPSHOT),
     ],
 )
 def test_a_wrong_fetch_is_a_typed_error(

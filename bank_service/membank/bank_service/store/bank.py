@@ -45,7 +45,7 @@ from membank.wire.format.layout import (
 )
 from membank.wire.format.revision import record_sha256
 from membank.wire.records import Snapshot
-from membank.wire.spec import BankSpec
+from membank.wire.spec import NAME_PATTERN, BankSpec
 
 SNAPSHOT_OPERATION = "snapshot"
 """Operation of the record that makes a snapshot, whose name is in its detail."""
@@ -332,6 +332,9 @@ class Bank:
         NotFoundError
             If there is none (UNKNOWN_SNAPSHOT).
         """
+        if not NAME_PATTERN.fullmatch(name):
+            # It came from outside, and would become a part of a key.
+            raise self._no_snapshot(name)
         key = snapshot_key(name)
         try:
             return decode_snapshot(self.objects.get(key), key=f"{self.url}/{key}")
