@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from membank.bank_service.store import LocalObjects
-from membank.bank_service.store.local_objects import offers_unnamed
+from membank.bank_service.store.local_objects import offers_unnamed, write_fully
 from membank.bank_service.store.objects import storage_error
 from membank.wire.errors import (
     AlreadyExistsError,
@@ -113,6 +114,35 @@ def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert store.get("a") == content
     assert store.get_range("a", 10, 95) == content[10:95]
     assert store.get_range("a", 90, 200) == content[90:]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 7, 16, 1 << 20])
+def test_short_writes_are_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    write = os.write
+    calls = []
+
+    def writev(handle: int, buffers: Sequence[bytes | memoryview]) -> int:
+        assert 0 < len(buffers) <= os.sysconf("SC_IOV_MAX")
+        calls.append(len(buffers))
+        return write(handle, b"".join(buffers)[:at_once])
+
+    monkeypatch.setattr(os, "writev", writev)
+    numbers = np.arange(6, dtype=np.uint16).data
+    buffers: list[bytes | memoryview] = [b"", b"abc", numbers.cast("B"), b"", numbers, b"z", b""]
+    with (tmp_path / "a").open("wb", buffering=0) as file:
+        write_fully(file.fileno(), buffers)
+    expected = b"abc" + 2 * numbers.tobytes() + b"z"
+    assert (tmp_path / "a").read_bytes() == expected
+    assert len(calls) == -(-len(expected) // at_once), "nothing is written twice, or for nothing"
+
+
+def test_more_buffers_than_one_call_takes(tmp_path: Path) -> None:
+    buffers: list[bytes | memoryview] = [number.to_bytes(2, "little") for number in range(3000)]
+    with (tmp_path / "a").open("wb", buffering=0) as file:
+        write_fully(file.fileno(), buffers)
+    assert (tmp_path / "a").read_bytes() == b"".join(buffers)
 
 
 def test_creating_makes_no_scratch_files(tmp_path: Path) -> None:

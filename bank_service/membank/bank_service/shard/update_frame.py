@@ -15,6 +15,7 @@ import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
@@ -26,6 +27,8 @@ from membank.wire.records import Update, UpdateResult
 from membank.wire.spec import Array, BankSpec, BlockRef, Role, dtype_of
 
 _U32 = struct.Struct("<I")
+# One for all: json.dumps makes a new one at every call that asks for separators.
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ def encode_update(
         "results": [result_to_json(result) for result in results],
         "blocks": [_block_to_json(block) for block in blocks],
     }
-    text = json.dumps(head, separators=(",", ":")).encode()
+    text = _to_json(head).encode()
     return [_U32.pack(len(text)), text, *(as_uint8(array).data for array in arrays)]
 
 
@@ -135,8 +138,14 @@ def result_from_json(item: Sequence[object]) -> UpdateResult:
 
 def _block_to_json(block: AppliedBlock) -> list[object]:
     after = block.after
-    dtype = "" if block.gradient is None else block.gradient.dtype.name
+    dtype = "" if block.gradient is None else _name_of(block.gradient.dtype)
     return [*block.ref, after.version, after.step, after.updates, dtype, after.crcs]
+
+
+@cache
+def _name_of(dtype: np.dtype[np.generic]) -> str:
+    # numpy composes the name anew each time, which takes as long as all the rest of a block.
+    return dtype.name
 
 
 def _block_from_json(item: Sequence[object], spec: BankSpec) -> tuple[AppliedBlock, str]:

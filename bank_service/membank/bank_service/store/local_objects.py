@@ -208,7 +208,7 @@ class LocalObjects:
             return self._scratch
 
 
-def write_fully(handle: int, buffers: builtins.list[bytes | memoryview]) -> None:
+def write_fully(handle: int, buffers: Sequence[bytes | memoryview]) -> None:
     """Write `buffers` one after the other to a file descriptor, whatever the kernel takes at once.
 
     Raises
@@ -216,13 +216,26 @@ def write_fully(handle: int, buffers: builtins.list[bytes | memoryview]) -> None
     OSError
         As the system call does; a part may have been written.
     """
+    for start in range(0, len(buffers), _IOV_MAX):
+        some = buffers[start : start + _IOV_MAX]
+        written = os.writev(handle, some)
+        if written < sum(map(_num_bytes, some)):
+            _write_rest(handle, some, written)
+
+
+def _write_rest(handle: int, buffers: Sequence[bytes | memoryview], written: int) -> None:
     views = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
-    while views:
-        written = os.writev(handle, views[:_IOV_MAX])
+    while True:
         while views and written >= len(views[0]):
             written -= len(views.pop(0))
-        if written:
-            views[0] = views[0][written:]
+        if not views:
+            return
+        views[0] = views[0][written:]
+        written = os.writev(handle, views)
+
+
+def _num_bytes(buffer: bytes | memoryview) -> int:
+    return len(buffer) if isinstance(buffer, bytes) else buffer.nbytes
 
 
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
