@@ -1108,6 +1108,7 @@ class ShardStats(google.protobuf.message.Message):
     RESIDENT_BYTES_FIELD_NUMBER: builtins.int
     JOURNAL_BYTES_FIELD_NUMBER: builtins.int
     NUM_RESTARTS_FIELD_NUMBER: builtins.int
+    UNSHIPPED_S_FIELD_NUMBER: builtins.int
     shard_id: builtins.str
     """Identity of the shard."""
     endpoint: builtins.str
@@ -1130,6 +1131,10 @@ class ShardStats(google.protobuf.message.Message):
     """Bytes of journal that are not folded into slots yet."""
     num_restarts: builtins.int
     """Times the shard was started again by its supervisor."""
+    unshipped_s: builtins.float
+    """Age in seconds of the oldest update that would be lost with the shard's machine, where journals
+    are copied to the bank's storage; 0 = none would be, or they are not copied.
+    """
     @property
     def partitions(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Partitions it owns."""
@@ -1149,8 +1154,9 @@ class ShardStats(google.protobuf.message.Message):
         resident_bytes: builtins.int = ...,
         journal_bytes: builtins.int = ...,
         num_restarts: builtins.int = ...,
+        unshipped_s: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["endpoint", b"endpoint", "journal_bytes", b"journal_bytes", "num_blocks_fetched", b"num_blocks_fetched", "num_bytes_fetched", b"num_bytes_fetched", "num_bytes_pushed", b"num_bytes_pushed", "num_restarts", b"num_restarts", "num_updates_applied", b"num_updates_applied", "num_updates_refused", b"num_updates_refused", "partitions", b"partitions", "pid", b"pid", "resident_bytes", b"resident_bytes", "shard_id", b"shard_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["endpoint", b"endpoint", "journal_bytes", b"journal_bytes", "num_blocks_fetched", b"num_blocks_fetched", "num_bytes_fetched", b"num_bytes_fetched", "num_bytes_pushed", b"num_bytes_pushed", "num_restarts", b"num_restarts", "num_updates_applied", b"num_updates_applied", "num_updates_refused", b"num_updates_refused", "partitions", b"partitions", "pid", b"pid", "resident_bytes", b"resident_bytes", "shard_id", b"shard_id", "unshipped_s", b"unshipped_s"]) -> None: ...
 
 Global___ShardStats: typing_extensions.TypeAlias = ShardStats
 

@@ -70,6 +70,8 @@ class GetBankResponse(google.protobuf.message.Message):
     SERVER_VERSION_FIELD_NUMBER: builtins.int
     TREE_REVISION_FIELD_NUMBER: builtins.int
     REMOVAL_REVISION_FIELD_NUMBER: builtins.int
+    DURABILITY_FIELD_NUMBER: builtins.int
+    SHIP_EVERY_S_FIELD_NUMBER: builtins.int
     revision: builtins.int
     """Newest committed revision."""
     server_version: builtins.str
@@ -79,6 +81,12 @@ class GetBankResponse(google.protobuf.message.Message):
     removal_revision: builtins.int
     """Newest committed revision at which something was withheld or deleted; caches older than it
     ask again.
+    """
+    durability: membank.v1.types_pb2.Durability.ValueType
+    """What an update survives once PushUpdates has answered."""
+    ship_every_s: builtins.float
+    """Seconds between two copies of the journals to the bank's storage; 0 = none. With a machine go
+    the updates that it acknowledged in that time and in the time that one copy takes.
     """
     @property
     def spec(self) -> membank.v1.types_pb2.BankSpec:
@@ -97,9 +105,11 @@ class GetBankResponse(google.protobuf.message.Message):
         server_version: builtins.str = ...,
         tree_revision: builtins.int = ...,
         removal_revision: builtins.int = ...,
+        durability: membank.v1.types_pb2.Durability.ValueType = ...,
+        ship_every_s: builtins.float = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["placement", b"placement", "spec", b"spec"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["placement", b"placement", "removal_revision", b"removal_revision", "revision", b"revision", "server_version", b"server_version", "spec", b"spec", "tree_revision", b"tree_revision"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["durability", b"durability", "placement", b"placement", "removal_revision", b"removal_revision", "revision", b"revision", "server_version", b"server_version", "ship_every_s", b"ship_every_s", "spec", b"spec", "tree_revision", b"tree_revision"]) -> None: ...
 
 Global___GetBankResponse: typing_extensions.TypeAlias = GetBankResponse
 

@@ -95,7 +95,8 @@ class BlockServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PushUpdates(self, request_iterator, context):
-        """Applies gradients to blocks and answers when the journal holds them. A request id that was
+        """Applies gradients to blocks and answers when the journal holds them: what that survives is told
+        by GetBankResponse.durability. A request id that was
         applied before is not applied again; the first answer is returned.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

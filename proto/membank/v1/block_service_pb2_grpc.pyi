@@ -172,7 +172,8 @@ class BlockServiceStub(typing.Generic[_BlockServiceGetBankType, _BlockServiceGet
     """
 
     PushUpdates: _BlockServicePushUpdatesType
-    """Applies gradients to blocks and answers when the journal holds them. A request id that was
+    """Applies gradients to blocks and answers when the journal holds them: what that survives is told
+    by GetBankResponse.durability. A request id that was
     applied before is not applied again; the first answer is returned.
     """
 
@@ -241,7 +242,8 @@ class BlockServiceServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[membank.v1.block_service_pb2.PushUpdatesRequest],
         context: _ServicerContext,
     ) -> typing.Union[membank.v1.block_service_pb2.PushUpdatesResponse, collections.abc.Awaitable[membank.v1.block_service_pb2.PushUpdatesResponse]]:
-        """Applies gradients to blocks and answers when the journal holds them. A request id that was
+        """Applies gradients to blocks and answers when the journal holds them: what that survives is told
+        by GetBankResponse.durability. A request id that was
         applied before is not applied again; the first answer is returned.
         """
 

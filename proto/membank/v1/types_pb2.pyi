@@ -52,6 +52,34 @@ DATA_TYPE_FLOAT16: DataType.ValueType  # 3
 """IEEE 754 binary16, 2 bytes."""
 Global___DataType: typing_extensions.TypeAlias = DataType
 
+class _Durability:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _DurabilityEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Durability.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    DURABILITY_UNSPECIFIED: _Durability.ValueType  # 0
+    """Not set."""
+    DURABILITY_PROCESS: _Durability.ValueType  # 1
+    """The death of the shard's process."""
+    DURABILITY_HOST: _Durability.ValueType  # 2
+    """The loss of power of its machine: the update is synced to the disk of its journal."""
+    DURABILITY_STORE: _Durability.ValueType  # 3
+    """The loss of its machine: the update lies in the bank's own storage."""
+
+class Durability(_Durability, metaclass=_DurabilityEnumTypeWrapper):
+    """What an acknowledged update survives."""
+
+DURABILITY_UNSPECIFIED: Durability.ValueType  # 0
+"""Not set."""
+DURABILITY_PROCESS: Durability.ValueType  # 1
+"""The death of the shard's process."""
+DURABILITY_HOST: Durability.ValueType  # 2
+"""The loss of power of its machine: the update is synced to the disk of its journal."""
+DURABILITY_STORE: Durability.ValueType  # 3
+"""The loss of its machine: the update lies in the bank's own storage."""
+Global___Durability: typing_extensions.TypeAlias = Durability
+
 class _BlockState:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType

@@ -28,7 +28,14 @@ from membank.wire.records import (
     TransactionReport,
     UpdateResult,
 )
-from membank.wire.spec import BankSpec, BlockRef, BlockState, LevelSpec, OptimizerSpec
+from membank.wire.spec import (
+    BankSpec,
+    BlockRef,
+    BlockState,
+    Durability,
+    LevelSpec,
+    OptimizerSpec,
+)
 
 _DTYPE_TO_PB = {
     "float32": types_pb.DATA_TYPE_FLOAT32,
@@ -207,6 +214,14 @@ def placement_from_pb(message: types_pb.Placement) -> Placement:
     )
 
 
+_DURABILITY_TO_PB = {
+    Durability.PROCESS: types_pb.DURABILITY_PROCESS,
+    Durability.HOST: types_pb.DURABILITY_HOST,
+    Durability.STORE: types_pb.DURABILITY_STORE,
+}
+_DURABILITY_FROM_PB = {number: kind for kind, number in _DURABILITY_TO_PB.items()}
+
+
 def info_to_pb(info: BankInfo) -> block_pb.GetBankResponse:
     """Encode a bank's description."""
     return block_pb.GetBankResponse(
@@ -216,6 +231,8 @@ def info_to_pb(info: BankInfo) -> block_pb.GetBankResponse:
         server_version=info.server_version,
         tree_revision=info.tree_revision,
         removal_revision=info.removal_revision,
+        durability=_DURABILITY_TO_PB[info.durability],
+        ship_every_s=info.ship_every_s,
     )
 
 
@@ -228,6 +245,9 @@ def info_from_pb(message: block_pb.GetBankResponse) -> BankInfo:
         tree_revision=message.tree_revision,
         removal_revision=message.removal_revision,
         server_version=message.server_version,
+        # An older server promises the least.
+        durability=_DURABILITY_FROM_PB.get(message.durability, Durability.PROCESS),
+        ship_every_s=message.ship_every_s,
     )
 
 
@@ -430,6 +450,7 @@ _SHARD_COUNTERS = (
     "resident_bytes",
     "journal_bytes",
     "num_restarts",
+    "unshipped_s",
 )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from membank.wire.errors import Reason
-from membank.wire.spec import Array, BankSpec, BlockRef, BlockState
+from membank.wire.spec import Array, BankSpec, BlockRef, BlockState, Durability
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,6 +181,10 @@ class BankInfo:
     """Newest revision at which something was withheld or deleted."""
     server_version: str = ""
     """Version of the server software."""
+    durability: Durability = Durability.PROCESS
+    """What an acknowledged update survives."""
+    ship_every_s: float = 0.0
+    """Seconds between two copies of the journals to the bank's storage; 0 = none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -313,6 +317,9 @@ class ShardStats:
     """Bytes of journal that are not folded into slots yet."""
     num_restarts: int = 0
     """Times the shard was started again by its supervisor."""
+    unshipped_s: float = 0.0
+    """Age in seconds of the oldest update that would be lost with the shard's machine, where the
+    journals are copied to the bank's storage; 0 = none would be, or they are not copied."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -61,6 +61,34 @@ class BlockState(IntEnum):
     DELETED = 3
 
 
+class Durability(StrEnum):
+    """What an acknowledged update survives."""
+
+    PROCESS = "process"
+    """The death of the shard's process."""
+    HOST = "host"
+    """The loss of power of its machine: the update is synced to the disk of its journal."""
+    STORE = "store"
+    """The loss of its machine: the update lies in the bank's own storage."""
+
+    @classmethod
+    def of(cls, value: str) -> Durability:
+        """Return the level called `value`.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If there is none.
+        """
+        try:
+            return cls(value)
+        except ValueError:
+            known = ", ".join(kind.value for kind in cls)
+            raise InvalidArgumentError(
+                f"durability is {value!r}; accepted: {known}", reason=Reason.BAD_CONFIG
+            ) from None
+
+
 class Role(StrEnum):
     """What a zarr array of a bank holds."""
 

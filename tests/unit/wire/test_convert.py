@@ -6,7 +6,9 @@ import pytest
 
 from membank.v1 import admin_service_pb2 as admin_pb
 from membank.wire import convert
-from membank.wire.records import Garbage, GarbageKind, GarbageReport
+from membank.wire.records import BankInfo, Garbage, GarbageKind, GarbageReport, Placement
+from membank.wire.spec import Durability
+from tiny_bank import tiny_spec
 
 REPORT = GarbageReport(
     garbage=tuple(
@@ -41,3 +43,23 @@ def test_garbage_of_a_newer_service_is_counted(number: int) -> None:
     )
     (found,) = convert.garbage_from_pb(message).garbage
     assert (found.kind, found.num_objects, found.num_bytes) == (GarbageKind.UNKNOWN, 3, 9)
+
+
+@pytest.mark.parametrize("durability", list(Durability))
+def test_what_an_acknowledgement_means_crosses(durability: Durability) -> None:
+    info = BankInfo(
+        spec=tiny_spec(),
+        revision=3,
+        placement=Placement(generation=1, owners=()),
+        durability=durability,
+        ship_every_s=2.5,
+    )
+    assert convert.info_from_pb(convert.info_to_pb(info)) == info
+
+
+def test_an_older_server_promises_the_least() -> None:
+    message = convert.info_to_pb(
+        BankInfo(spec=tiny_spec(), revision=0, placement=Placement(generation=1, owners=()))
+    )
+    message.ClearField("durability")
+    assert convert.info_from_pb(message).durability is Durability.PROCESS

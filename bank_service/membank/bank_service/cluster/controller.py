@@ -89,6 +89,7 @@ class ControllerActor:
             config.bank_url,
             self._start_fleet,
             check_spec=lambda spec: check_spec(config, spec),
+            shard=config.shard_config(),
             check_ours=self._check_ours,
         )
         self._thread = threading.Thread(target=self._run, name="membank-controller", daemon=True)

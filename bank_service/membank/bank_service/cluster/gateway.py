@@ -14,6 +14,7 @@ from membank.bank_service.knowledge.revisions import RevisionLog
 from membank.bank_service.knowledge.shards import ShardDirectory, ShardGroup
 from membank.bank_service.knowledge.transactions import Coordinator
 from membank.bank_service.knowledge.trees import TreeStore
+from membank.bank_service.shard.config import ShardConfig
 from membank.bank_service.store import Bank
 from membank.wire.errors import AlreadyExistsError, NotFoundError, Reason, UnavailableError
 from membank.wire.format import TreeDocument, decode_tree
@@ -53,6 +54,8 @@ class Gateway:
         Starts the shards of a bank; they serve when it returns.
     check_spec
         Raises for a bank that the service could not serve, before it is created.
+    shard
+        Settings of the shards, for what clients are told; None = the defaults.
     check_ours
         Raises where another service has taken the bank over; asked before every call.
     """
@@ -65,12 +68,14 @@ class Gateway:
         start_fleet: Callable[[BankSpec], Fleet],
         *,
         check_spec: Callable[[BankSpec], None] = lambda spec: None,
+        shard: ShardConfig | None = None,
         check_ours: Callable[[], None] = lambda: None,
     ) -> None:
         self._bank_url = bank_url
         self._check_spec = check_spec
         self._check_ours = check_ours
         self._start_fleet = start_fleet
+        self._shard = shard or ShardConfig()
         self._lock = threading.Lock()
         self._served: _Served | None = None
         self._waiting_for_bank = False
@@ -116,6 +121,8 @@ class Gateway:
             tree_revision=record.tree_revision,
             removal_revision=record.removal_revision,
             server_version=server_version(),
+            durability=self._shard.durability,
+            ship_every_s=self._shard.ship_every_s,
         )
 
     def tree(self) -> bytes:

@@ -3,37 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 from membank.wire.errors import InvalidArgumentError, Reason
-
-
-class Durability(StrEnum):
-    """What an acknowledged update survives."""
-
-    PROCESS = "process"
-    """The death of the shard's process."""
-    HOST = "host"
-    """The loss of power of its machine: the update is synced to the disk of its journal."""
-    STORE = "store"
-    """The loss of its machine: the update lies in the bank's own storage."""
-
-    @classmethod
-    def of(cls, value: str) -> Durability:
-        """Return the level called `value`.
-
-        Raises
-        ------
-        InvalidArgumentError
-            If there is none.
-        """
-        try:
-            return cls(value)
-        except ValueError:
-            known = ", ".join(kind.value for kind in cls)
-            raise InvalidArgumentError(
-                f"durability is {value!r}; accepted: {known}", reason=Reason.BAD_CONFIG
-            ) from None
+from membank.wire.spec import Durability as Durability  # said to be exported
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

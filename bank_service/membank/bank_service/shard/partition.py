@@ -61,6 +61,12 @@ class Partition:
         return self._state.journal.num_bytes
 
     @property
+    def unshipped_s(self) -> float:
+        """Age in seconds of the oldest update that the bank's storage should have and has not."""
+        journal = self._state.journal
+        return journal.lag().seconds if isinstance(journal, ShippedJournal) else 0.0
+
+    @property
     def is_folded(self) -> bool:
         """Whether all that was acknowledged is in slots; no lock is needed once it is closed."""
         return self._state.journal.last_lsn <= self._state.manifest.lsn

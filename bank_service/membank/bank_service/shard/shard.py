@@ -342,6 +342,7 @@ class Shard:
             partitions=self.partitions,
             resident_bytes=resident_bytes,
             journal_bytes=sum(p.journal_bytes for p in self._partitions.values()),
+            unshipped_s=max((p.unshipped_s for p in self._partitions.values()), default=0.0),
             **counters,
         )
 
