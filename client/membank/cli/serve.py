@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from membank.cli.connection import DEFAULT_ENDPOINT, CaOption, TokenOption, connect
 from membank.cli.extras import needs_extra
 from membank.cli.output import JsonOption, console, emit, err_console, format_bytes, table
-from membank.wire.errors import NotFoundError
+from membank.wire.errors import MembankError
 from membank.wire.records import BankStats
+
+if TYPE_CHECKING:
+    # Only for the annotation: a client-only install lacks the service.
+    from membank.bank_service.cluster import Endpoint
 
 
 def register(app: typer.Typer) -> None:
@@ -79,7 +83,6 @@ def up(
     with needs_extra("service"):
         from membank.bank_service.cluster import UpConfig
         from membank.bank_service.cluster import up as start
-        from membank.bank_service.store import Bank
     config = UpConfig(
         bank_url=bank,
         num_shards=shards,
@@ -99,22 +102,16 @@ def up(
     )
     with err_console.status(f"starting {shards} shards on {bank}"):
         endpoint = start(config)
-    try:
-        Bank.open(bank)
-    except NotFoundError:
-        is_bank = False  # the service waits for CreateBank
-    else:
-        is_bank = True
     payload = {
         "endpoint": endpoint.address,
         "bank": endpoint.bank_url,
         "ray_address": endpoint.ray_address,
-        "is_bank": is_bank,
+        "is_bank": endpoint.had_bank,
     }
 
     def render() -> None:
         console.print(f"serving {endpoint.bank_url} at [bold]{endpoint.address}[/]")
-        if is_bank:
+        if endpoint.had_bank:
             console.print(f"try: membank topics --bank {endpoint.address}; stop: membank down")
         else:
             console.print(
@@ -136,12 +133,20 @@ def status(
 ) -> None:
     """Show a running service: shards, partitions, traffic, memory, journal.
 
+    Of a service that was started on this machine and does not answer, it shows what is known of its
+    shards.
+
     Example: ``membank status --bank localhost:7600``.
     """
     if bank is None:
         bank = _local_endpoint()
-    with connect(bank, token_file, ca_file) as client:
-        info, stats = client.info(), client.stats()
+    try:
+        with connect(bank, token_file, ca_file) as client:
+            info, stats = client.info(), client.stats()
+    except MembankError:
+        if not as_json:
+            _show_what_is_known(bank)
+        raise
     payload = {"endpoint": bank, "bank": info.spec.name, **asdict(stats)}
 
     def render() -> None:
@@ -160,28 +165,63 @@ def down(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Stop a service that was started on this machine; nothing acknowledged is lost.
+    """Stop a service that was started on this machine; what was acknowledged is in the bank then.
 
     Example: ``membank down``.
     """
     with needs_extra("service"):
         from membank.bank_service.cluster import down as stop
     stopped = stop(bank_url=bank)
-    payload = {"endpoint": stopped.endpoint.address, "bank": stopped.endpoint.bank_url}
-    emit(
-        payload,
-        as_json=as_json,
-        render=lambda: console.print(f"stopped {payload['bank']} at {payload['endpoint']}"),
-    )
+    endpoint = stopped.endpoint
+    # Beside a bank in a directory, a journal is found by whoever serves it next.
+    unfolded = list(stopped.unfolded) if "://" in endpoint.bank_url else []
+    payload = {
+        "endpoint": endpoint.address,
+        "bank": endpoint.bank_url,
+        "unfolded": unfolded,
+    }
+
+    def render() -> None:
+        console.print(f"stopped {endpoint.bank_url} at {endpoint.address}")
+        if unfolded:
+            console.print(
+                f"[yellow]{', '.join(unfolded)} did not stop in order[/] and may have left updates "
+                "in journals on local disks: start the service here again before any other machine "
+                "serves the bank"
+            )
+
+    emit(payload, as_json=as_json, render=render)
 
 
 def _local_endpoint() -> str:
+    running = _running_here()
+    return running[-1].address if running else DEFAULT_ENDPOINT
+
+
+def _running_here() -> tuple[Endpoint, ...]:
     try:
         from membank.bank_service.cluster import list_running
     except ImportError:
-        return DEFAULT_ENDPOINT
-    running = list_running()
-    return running[-1].address if running else DEFAULT_ENDPOINT
+        return ()
+    return list_running()
+
+
+def _show_what_is_known(address: str) -> None:
+    """Print what the controller of a service knows that does not answer, if it is one of here."""
+    noted = next((found for found in _running_here() if found.address == address), None)
+    if noted is None:
+        return
+    from membank.bank_service.cluster import status as ask_controller
+
+    try:
+        known = ask_controller(bank_url=noted.bank_url)
+    except MembankError:
+        return  # the caller has an error of its own to tell
+    rows = [
+        (shard.shard_id, shard.endpoint, shard.pid, "" if shard.alive else shard.problem)
+        for shard in known.shards
+    ]
+    err_console.print(table(("shard", "endpoint", "pid>", "does not answer because"), rows))
 
 
 def _shard_table(stats: BankStats) -> object:

@@ -15,7 +15,7 @@ from membank.bank_service.cluster import (
     status,
 )
 from membank.bank_service.cluster import state as notes
-from membank.bank_service.cluster.config import bank_key, canonical_url
+from membank.bank_service.cluster.config import bank_key, canonical_url, default_journal_root
 from membank.bank_service.shard.config import Durability
 from membank.wire.errors import (
     InvalidArgumentError,
@@ -78,23 +78,17 @@ def test_urls_keep_their_scheme_and_have_their_journal_elsewhere(tmp_path: Path)
 def test_a_journal_that_is_to_survive_a_restart_lies_where_restarts_remove_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def journal_dir(**fields: Path) -> Path:
-        config = UpConfig(bank_url="s3://bucket/bank", **fields)  # type: ignore[arg-type]
-        chosen = config.shard_config().journal_dir
-        assert chosen is not None
-        return Path(chosen).parent
-
     monkeypatch.delenv("MEMBANK_RUNTIME_DIR", raising=False)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "emptied"))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    assert journal_dir() == tmp_path / "state" / "membank"
+    assert default_journal_root() == tmp_path / "state" / "membank"
     monkeypatch.delenv("XDG_STATE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert journal_dir() == tmp_path / "home" / ".local" / "state" / "membank"
-    # Where somebody chose, that is it.
-    assert journal_dir(runtime_dir=tmp_path / "run") == tmp_path / "run"
+    assert default_journal_root() == tmp_path / "home" / ".local" / "state" / "membank"
     monkeypatch.setenv("MEMBANK_RUNTIME_DIR", str(tmp_path / "own"))
-    assert journal_dir() == tmp_path / "own"
+    assert default_journal_root() == tmp_path / "own"
+    # Each node looks that up for itself: it has a disk of its own.
+    assert UpConfig(bank_url="s3://bucket/bank").shard_config().journal_dir is None
 
 
 def test_both_clients_of_a_bucket_name_one_bank() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from full_disk import files_up_to
 from membank.bank_service.cluster.claim import BankClaim
+from membank.bank_service.cluster.config import journal_name
 from membank.bank_service.cluster.identity import ShardSettings
 from membank.bank_service.cluster.shard_keeper import ShardKeeper
 from membank.bank_service.cluster.shard_server import ShardServer
@@ -23,7 +24,7 @@ from membank.wire.errors import (
     UnavailableError,
 )
 from membank.wire.spec import BlockRef
-from tiny_bank import create_bank, make_update
+from tiny_bank import create_bank, make_update, tiny_spec
 
 A = BlockRef(1, 0)
 NEVER_S = 60.0
@@ -227,3 +228,24 @@ def test_a_shard_that_cannot_fold_says_so_and_finds_everything_when_it_opens_aga
     (status,) = one.keeper.server().shard.describe([A])
     assert status.version == 1
     claim.release()
+
+
+def test_each_machine_finds_a_place_for_the_journals_of_a_bank_behind_a_url(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEMBANK_RUNTIME_DIR", str(tmp_path / "disk"))
+    url = f"memory://{tmp_path.name}"
+    bank = Bank.create(url, tiny_spec())
+    settings = ShardSettings(
+        shard_id="shard-0",
+        bank_url=url,
+        partitions=(0,),
+        server=ServerConfig(host="127.0.0.1", port=0),
+        shard=ShardConfig(),
+        max_in_flight_bytes=1 << 20,
+    )
+    server = ShardServer(settings)
+    server.shard.push(make_update(server.shard, [A], "u0"))
+    folder = tmp_path / "disk" / journal_name(url) / bank.spec.bank_id / "0000"
+    assert [path for path in folder.iterdir() if path.suffix == ".log"]
+    assert server.stop()

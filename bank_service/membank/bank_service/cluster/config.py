@@ -32,15 +32,15 @@ def default_runtime_dir() -> Path:
     return Path(tempfile.gettempdir()) / f"membank-{os.getuid()}"
 
 
-def default_journal_root(runtime_dir: Path) -> Path:
-    """Return where the journals of banks behind URLs lie, unless settings say.
+def default_journal_root() -> Path:
+    """Return where journals lie of banks behind URLs, on the machine that asks.
 
-    That is `runtime_dir` where somebody chose it, else ``membank`` in ``$XDG_STATE_HOME`` or in
+    That is ``$MEMBANK_RUNTIME_DIR``, else ``membank`` in ``$XDG_STATE_HOME`` or in
     ``~/.local/state``: what systems offer for the runtime of a user is empty after a restart of the
     machine, which a synced journal is to survive.
     """
-    if os.environ.get("MEMBANK_RUNTIME_DIR") or runtime_dir != default_runtime_dir():
-        return runtime_dir
+    if chosen := os.environ.get("MEMBANK_RUNTIME_DIR"):
+        return Path(chosen)
     if base := os.environ.get("XDG_STATE_HOME"):
         return Path(base) / "membank"
     return Path.home() / ".local" / "state" / "membank"
@@ -59,6 +59,11 @@ def bank_key(url: str) -> str:
     # Which client library reaches the bank does not make it another bank.
     place = canonical_url(url).removeprefix("fsspec+")
     return hashlib.sha256(place.encode()).hexdigest()[:12]
+
+
+def journal_name(url: str) -> str:
+    """Return the name of the folder that holds the journals of the bank at `url`, if no other."""
+    return f"journal-{bank_key(url)}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,14 +98,14 @@ class UpConfig:
     """Whether shards move to nodes that join later; None = unless the bank is a directory, which
     a new node may not see."""
     runtime_dir: Path = field(default_factory=default_runtime_dir)
-    """Where the running service is noted."""
+    """Where the running service is noted; if chosen, also the journals of a bank behind a URL."""
     resident_bytes: int = 1 << 30
     """Bytes of blocks and optimizer state that each shard keeps in memory."""
     durability: Durability | str = Durability.PROCESS
     """What an acknowledged update survives."""
     journal_dir: Path | None = None
     """Local directory of the journals, at this path on every node that runs a shard; None = in a
-    bank's directory, or for a bank behind a URL, see `default_journal_root`."""
+    bank's directory, or for a bank behind a URL where `default_journal_root` says on each node."""
     ship_every_s: float = 0.0
     """Seconds between two copies of the journals to the bank's storage, for a bank behind a URL:
     about what is lost at most with a machine. 0 = none."""
@@ -164,8 +169,9 @@ class UpConfig:
     def shard_config(self) -> ShardConfig:
         """Return the settings of each shard."""
         journal_dir = self.journal_dir
-        if journal_dir is None and not self.is_directory:
-            journal_dir = default_journal_root(self.runtime_dir) / f"journal-{self.key}"
+        is_chosen = self.runtime_dir != default_runtime_dir().absolute()
+        if journal_dir is None and not self.is_directory and is_chosen:
+            journal_dir = self.runtime_dir / journal_name(self.bank_url)
         return ShardConfig(
             durability=Durability.of(self.durability),
             journal_dir=None if journal_dir is None else str(journal_dir),

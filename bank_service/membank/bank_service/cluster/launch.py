@@ -13,6 +13,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from membank.bank_service.cluster import state
+from membank.bank_service.cluster.claim import read_claim
 from membank.bank_service.cluster.config import NAMESPACE, UpConfig, default_runtime_dir
 from membank.bank_service.cluster.controller import (
     ControllerActor,
@@ -30,6 +31,7 @@ from membank.bank_service.cluster.local_ray import (
 from membank.bank_service.cluster.shard_actor import call_actor
 from membank.bank_service.cluster.state import Endpoint
 from membank.bank_service.rpc.server import check_port_free, free_port
+from membank.bank_service.store import open_objects
 from membank.wire.errors import MembankError, Reason, UnavailableError
 
 if TYPE_CHECKING:
@@ -85,6 +87,9 @@ def up(config: UpConfig) -> Endpoint:
     _check_not_running(config)
     # Found out before a Ray is started for nothing.
     check_port_free(config.host, config.port)
+    if config.ray_address is None and not config.is_directory:
+        # Actors of a Ray that is started here have this environment, and reach what it reaches.
+        read_claim(open_objects(config.bank_url))
     deadline = time.monotonic() + config.start_timeout_s
     local: LocalRay | None = None
     if config.ray_address is None:

@@ -8,6 +8,7 @@ import threading
 import uuid
 
 from membank.bank_service.cluster.claim import require_claim
+from membank.bank_service.cluster.config import default_journal_root, journal_name
 from membank.bank_service.cluster.identity import (
     BLOCK_SERVICE,
     ShardIdentity,
@@ -18,6 +19,7 @@ from membank.bank_service.knowledge.trees import TreeStore
 from membank.bank_service.rpc.block_servicer import BlockServicer
 from membank.bank_service.rpc.budget import ByteBudget
 from membank.bank_service.rpc.server import BankServer, Service, join_address
+from membank.bank_service.shard.config import ShardConfig
 from membank.bank_service.shard.lease import boot_clock
 from membank.bank_service.shard.maintenance import ThreadMaintenance
 from membank.bank_service.shard.shard import Shard
@@ -67,7 +69,7 @@ class ShardServer:
             self._bank,
             shard_id=settings.shard_id,
             partitions=settings.partitions,
-            config=settings.shard,
+            config=_with_journal_dir(settings),
             maintenance=maintenance,
         )
         """The engine."""
@@ -112,6 +114,8 @@ class ShardServer:
             tree_revision=record.tree_revision,
             removal_revision=record.removal_revision,
             server_version=server_version(),
+            durability=self._settings.shard.durability,
+            ship_every_s=self._settings.shard.ship_every_s,
         )
 
     def tree(self) -> bytes:
@@ -155,3 +159,11 @@ class ShardServer:
                 reason=Reason.MANIFEST_CORRUPT,
             )
         return record
+
+
+def _with_journal_dir(settings: ShardSettings) -> ShardConfig:
+    """Return the engine's settings with a place for the journals on this machine's own disk."""
+    config, url = settings.shard, settings.bank_url
+    if config.journal_dir is not None or "://" not in url:
+        return config
+    return dataclasses.replace(config, journal_dir=str(default_journal_root() / journal_name(url)))
