@@ -29,8 +29,9 @@ def as_uint8(buffer: Buffer) -> npt.NDArray[np.uint8]:
 
 def crc32c(buffer: Buffer, *, start: int = 0) -> int:
     """Return the CRC-32C of `buffer`, continuing from `start` (0 = afresh)."""
-    view = as_uint8(buffer)
-    return _extender()(view, start) if view.size else start
+    # Both ways take bytes as they are, and for the few of a header a view costs more than the CRC.
+    data = buffer if isinstance(buffer, bytes) else as_uint8(buffer)
+    return _extender()(data, start) if len(data) else start
 
 
 def check_crc32c(buffer: Buffer, expected: int, *, what: str) -> None:
@@ -50,13 +51,13 @@ def check_crc32c(buffer: Buffer, expected: int, *, what: str) -> None:
         )
 
 
-Extender = Callable[[npt.NDArray[np.uint8], int], int]
+Extender = Callable[[bytes | npt.NDArray[np.uint8], int], int]
 """Takes bytes, at least one, and the CRC of what comes before them; returns the CRC of both."""
 
 
-def extend_portably(view: npt.NDArray[np.uint8], start: int) -> int:
+def extend_portably(data: bytes | npt.NDArray[np.uint8], start: int) -> int:
     """Extend a CRC by what every installation has."""
-    return int(google_crc32c.extend(start, view))
+    return int(google_crc32c.extend(start, data))
 
 
 @cache
