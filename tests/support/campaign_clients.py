@@ -136,25 +136,28 @@ class Client(ABC, Generic[R]):
     def _finish(self, connection: Connection) -> None:
         assert self._pending is not None
         request, asked = self._pending
+        try:
+            answer = self._insist(connection, request)
+        except ServiceGone:
+            # Once, however often the service dies before it is answered.
+            self.counts[f"{self._kind(request)} unknown"] += not self._is_unknown
+            self._is_unknown = True
+            raise
+        except MembankError as err:
+            self.history.blame(Wrong.FAILED, f"{request} is refused: {err!r}")
+        else:
+            self._take(request, asked, answer)
+        self._pending, self._is_unknown = None, False
+
+    def _insist(self, connection: Connection, request: R) -> Answer:
+        """Ask until there is an answer other than that it must be asked again."""
         give_up = time.monotonic() + PATIENCE_S
         while True:
             try:
-                answer = ask(connection, request)
-            except ServiceGone:
-                # Once, however often the service dies before it is answered.
-                self.counts[f"{self._kind(request)} unknown"] += not self._is_unknown
-                self._is_unknown = True
-                raise
-            except UnavailableError as err:
-                if time.monotonic() < give_up:
-                    continue
-                self.history.blame(Wrong.FAILED, f"{request} is put off for too long: {err}")
-            except MembankError as err:
-                self.history.blame(Wrong.FAILED, f"{request} is refused: {err!r}")
-            else:
-                self._take(request, asked, answer)
-            self._pending, self._is_unknown = None, False
-            return
+                return ask(connection, request)
+            except UnavailableError:
+                if time.monotonic() >= give_up:
+                    raise
 
     def _kind(self, request: R) -> str:
         return request.phase.name.lower()
@@ -193,7 +196,7 @@ class Pusher(Client[Push]):
         super().settle(connection)
         # As if these answers had been lost too: they must be the same, and change nothing.
         for push, asked, first in list(self._answered):
-            again = ask(connection, push)
+            again = self._insist(connection, push)
             assert isinstance(again, Pushed)
             self.counts["update asked again"] += 1
             self._compare(push, first, again)
@@ -271,7 +274,7 @@ class Operator(Client[AdminOperation]):
         super().settle(connection)
         if self._last is not None:
             operation, first = self._last
-            again = ask(connection, operation)
+            again = self._insist(connection, operation)
             self.counts["transaction asked again"] += 1
             if again != first:
                 self.history.blame(

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+import traceback
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -133,6 +134,7 @@ class Siege:
         self._rng = random.Random(seed)
         # Whether all that was acknowledged lies in the bank's storage.
         self._can_move = False
+        self._journal_dirs = [setting.journal_dir]
         setting.folder.mkdir(parents=True)
         Bank.create(setting.objects(), SPEC, tree=TREE)
         self._objects = setting.objects()
@@ -163,6 +165,9 @@ class Siege:
                 self._round(self._rng.choices(list(Trigger), [11, 5, 2, 2])[0])
             if not self._history.violations:
                 self._stop()
+        except Exception:
+            # Nobody watches a long campaign: it says what happened, and goes on with another bank.
+            self._history.blame(Wrong.FAILED, traceback.format_exc())
         finally:
             self._tally.seconds += time.monotonic() - began
             self._tally.banks += 1
@@ -188,7 +193,7 @@ class Siege:
             if not self._history.violations:
                 self._live(service, None if trigger is Trigger.CALL else self._life_s())
         timer.cancel()
-        self._bury(service, trigger)
+        self._count(service.end(), trigger)
 
     def _come_back(self, service: Service) -> None:
         """Wait for the service, settle what was open, and compare every block."""
@@ -220,9 +225,8 @@ class Siege:
         for life in lives:
             life.result()
 
-    def _bury(self, service: Service, trigger: Trigger) -> None:
+    def _count(self, code: int, trigger: Trigger) -> None:
         """Count a kill, and look at what it left."""
-        code = service.end()
         if code != -signal.SIGKILL:
             self._history.blame(Wrong.FAILED, f"the service ended by itself, with {code}")
             return
@@ -261,6 +265,9 @@ class Siege:
             self._history.blame(Wrong.FAILED, str(err))
         except MembankError as err:
             self._history.blame(Wrong.FAILED, f"the service says {err!r}")
+        except BaseException:
+            service.end()
+            raise
 
     # ---- what is looked at
 
@@ -291,10 +298,11 @@ class Siege:
         for key in self._objects.list(""):
             with suppress(NotFoundError):
                 yield key, self._objects.get(key)
-        for path in sorted(self._setting.journal_dir.rglob("*")):
-            with suppress(FileNotFoundError):
-                if path.is_file():
-                    yield str(path), path.read_bytes()
+        for folder in self._journal_dirs:
+            for path in sorted(folder.rglob("*")):
+                with suppress(FileNotFoundError):
+                    if path.is_file():
+                        yield str(path), path.read_bytes()
 
     def _copy_files(self) -> None:
         """Keep what the last kill left, in case that the next start goes wrong."""
@@ -323,8 +331,9 @@ class Siege:
         is_in_store = self._setting.promise.durability is Durability.STORE
         if self._can_move and is_in_store and self._rng.random() < _MOVE:
             self._tally.machines += 1
-            machine = self._setting.folder / f"machine-{self._tally.machines}"
+            machine = self._setting.folder / f"machine-{len(self._journal_dirs)}"
             self._setting = replace(self._setting, journal_dir=machine)
+            self._journal_dirs.append(machine)
         self._can_move = self._can_move and is_in_store
 
     def _armed(self, max_calls: int) -> ArmKill:
