@@ -98,6 +98,10 @@ def test_revision_round_trip() -> None:
     assert decode_revision(encode_revision(RECORD), key="k") == RECORD
 
 
+def test_equal_trees_have_equal_bytes() -> None:
+    assert len({encode_tree(TREE) for _ in range(20)}) == 1
+
+
 def test_tree_round_trip() -> None:
     tree = decode_tree(encode_tree(TREE), key="k")
     assert (tree.labels, tree.num_documents) == (TREE.labels, TREE.num_documents)

@@ -91,7 +91,7 @@ def encode_tree(tree: TreeDocument) -> bytes:
     text = json.dumps(meta, sort_keys=True)
     # safetensors has no checksum of its own.
     metadata = {_METADATA_KEY: text, _CRC_KEY: f"{_crc(text, arrays):08x}"}
-    return safetensors.numpy.save(arrays, metadata=metadata)
+    return _in_one_order(safetensors.numpy.save(arrays, metadata=metadata))
 
 
 def decode_tree(data: bytes, *, key: str) -> TreeDocument:
@@ -133,6 +133,17 @@ def _crc(text: str, arrays: Mapping[str, Array]) -> int:
     for name in sorted(arrays):
         crc = crc32c(arrays[name], start=crc32c(name.encode(), start=crc))
     return crc
+
+
+def _in_one_order(data: bytes) -> bytes:
+    """Return the file with its metadata sorted, so that equal trees have equal bytes."""
+    # safetensors writes them in the order of a hash table, which is another one each time.
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[start:]
 
 
 def _metadata(data: bytes) -> dict[str, str]:
