@@ -76,6 +76,7 @@ class FakeBank:
         self.endpoints: dict[str, str] = {}
         self.reports: dict[str, TransactionReport] = {}
         self.snapshots: dict[str, Pinned] = {}
+        self.given_up: dict[str, tuple[Snapshot, int]] = {}
         self.ends: dict[int, dict[BlockRef, Held]] = {}
         self.garbage: tuple[Garbage, ...] = ()
         self.keep_revisions: int | None = None
@@ -238,11 +239,13 @@ class FakeBank:
         return self.snapshots[name]
 
     def delete_snapshot(self, name: str, *, request_id: str) -> tuple[Snapshot, int]:
-        self.pinned(name)
-        snapshot = next(s for s in self.list_snapshots() if s.name == name)
-        self.transact("delete-snapshot", (), lambda ref, kept: None, request_id=request_id)
-        del self.snapshots[name]
-        return snapshot, self.revision
+        if request_id not in self.given_up:
+            self.pinned(name)
+            snapshot = next(s for s in self.list_snapshots() if s.name == name)
+            self.transact("delete-snapshot", (), lambda ref, kept: None, request_id=request_id)
+            del self.snapshots[name]
+            self.given_up[request_id] = (snapshot, self.revision)
+        return self.given_up[request_id]
 
     def rollback(
         self,
