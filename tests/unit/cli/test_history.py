@@ -85,7 +85,7 @@ def test_rollback_to_a_name_or_a_number(
         (("--to", "then", "--to-revision", "0"), 2, "--to-revision"),
         (("--to", "then", "--topic", "a", "--block", "1/0"), 2, "not both"),
         (("--to-revision", "0", "--block", "hafnium"), 2, "LEVEL/CLUSTER"),
-        (("--to-revision", "-1"), 2, "range"),
+        (("--to-revision=-1",), 2, "to-revision"),
         (("--to-revision", "7"), 3, "UNKNOWN_REVISION"),
         (("--to", "never"), 3, "UNKNOWN_SNAPSHOT"),
     ],
