@@ -1,4 +1,4 @@
-"""A reader of banks written from docs/format.md alone: no code of membank, no zarr."""
+"""A reader of banks written from docs/format.md alone: no code of membank, no zarr, no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,13 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from foreign_journal import ForeignUpdate, read_updates
+
 Ref = tuple[int, int]
+Manifest = tuple[dict[str, Any], dict[Ref, tuple[Any, ...]]]
+"""Head and entries."""
+NO_MANIFEST: dict[str, Any] = {"epoch": 0, "owner": "", "nonce": "", "lsn": 0}
+"""What stands for one in a partition that nobody has changed."""
 NO_SLOT = 0xFFFFFFFF
 STATE_ROLES = {"adamw": ["exp_avg", "exp_avg_sq"], "adagrad": ["sum_sq"], "sgd": ["momentum"]}
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -38,17 +44,22 @@ class ForeignBlock:
 
 
 def read_bank(root: Path, revision: int | None = None) -> dict[Ref, ForeignBlock]:
-    """Return every block of the bank in `root`; now, or at a revision."""
+    """Return every block of the bank in `root`; now, or at the beginning of a revision."""
     bank = _Bank(root)
     found = {}
-    manifests = [
-        bank.newest_manifest(p) if revision is None else bank.manifest_at(revision, p)
-        for p in range(bank.spec["num_partitions"])
-    ]
-    for level in range(1, len(bank.spec["levels"]) + 1):
-        for cluster in range(bank.num_clusters(level)):
-            partition = bank.partition_of(level, cluster)
-            found[level, cluster] = bank.block(manifests[partition], partition, level, cluster)
+    for partition in range(bank.spec["num_partitions"]):
+        head, entries = (
+            bank.newest_manifest(partition)
+            if revision is None
+            else bank.manifest_at(revision, partition)
+        )
+        for ref in bank.refs():
+            if bank.partition_of(*ref) == partition:
+                found[ref] = bank.block(entries, partition, *ref)
+        if revision is None:
+            folder = root / f"partitions/{partition:04d}"
+            for update in read_updates(folder, head):
+                bank.apply(update, found)
     return found
 
 
@@ -87,7 +98,12 @@ class _Bank:
             level -= 1
         return int(cluster % self.spec["num_partitions"])
 
-    def newest_manifest(self, partition: int) -> dict[Ref, tuple[Any, ...]]:
+    def refs(self) -> Iterator[Ref]:
+        for level in range(1, len(self.spec["levels"]) + 1):
+            for cluster in range(self.num_clusters(level)):
+                yield level, cluster
+
+    def newest_manifest(self, partition: int) -> Manifest:
         folder = self.root / f"partitions/{partition:04d}/manifests"
         counting = []
         for path in folder.iterdir() if folder.exists() else ():
@@ -98,21 +114,21 @@ class _Bank:
                 and record["committed"]
                 and record["manifests"].get(str(partition)) == head["number"]
             ):
-                counting.append((head["revision"], head["number"], entries))
-        return max(counting, key=lambda item: item[:2])[2] if counting else {}
+                counting.append((head["revision"], head["number"], head, entries))
+        return max(counting, key=lambda item: item[:2])[2:] if counting else (NO_MANIFEST, {})
 
-    def manifest_at(self, revision: int, partition: int) -> dict[Ref, tuple[Any, ...]]:
+    def manifest_at(self, revision: int, partition: int) -> Manifest:
         for record in reversed(self.records[: revision + 1]):
             if record["committed"] and str(partition) in record["manifests"]:
                 number = record["manifests"][str(partition)]
                 name = f"partitions/{partition:04d}/manifests/{number:010d}"
-                return self._manifest(self.root / name)[1]
-        return {}
+                return self._manifest(self.root / name)
+        return NO_MANIFEST, {}
 
     def _decided(self, revision: int) -> bool:
         return revision < len(self.records)
 
-    def _manifest(self, path: Path) -> tuple[dict[str, Any], dict[Ref, tuple[Any, ...]]]:
+    def _manifest(self, path: Path) -> Manifest:
         data = path.read_bytes()
         assert data[:8] == b"MBMANIF1"
         assert google_crc32c.value(data[:-4]) == struct.unpack("<I", data[-4:])[0]
@@ -147,6 +163,45 @@ class _Bank:
             arrays = {role: bytes(4 * weight.size) for role in self.roles}
             arrays["weight"] = weight.tobytes()
         return ForeignBlock(version, state, step, arrays)
+
+    def apply(self, update: ForeignUpdate, blocks: dict[Ref, ForeignBlock]) -> None:
+        """Apply one update of a journal to `blocks`."""
+        offset = 0
+        for level, cluster, version, step, _, dtype, crcs in update.head["blocks"]:
+            before = blocks[level, cluster]
+            arrays = {}
+            if update.is_image:
+                for role in self.roles:
+                    num_bytes = len(before.arrays[role])
+                    arrays[role] = update.arrays[offset : offset + num_bytes]
+                    offset += num_bytes
+            else:
+                num_elements = len(before.arrays["weight"]) // self._dtype("weight")().itemsize
+                gradient = np.frombuffer(update.arrays, DTYPES[dtype], num_elements, offset)
+                offset += gradient.nbytes
+                rate = self.spec["levels"][level - 1]["learning_rate"] * update.head["scale"]
+                arrays = self._step(before.arrays, gradient.astype(np.float32), rate)
+            assert before.version + 1 == version
+            assert [google_crc32c.value(arrays[role]) for role in self.roles] == crcs
+            blocks[level, cluster] = ForeignBlock(version, before.state, step, arrays)
+
+    def _step(
+        self, before: Mapping[str, bytes], gradient: npt.NDArray[Any], rate: float
+    ) -> dict[str, bytes]:
+        optimizer = self.spec["optimizer"]
+        # The others round more than once per element, in the order of the kernel that is named.
+        assert (optimizer["kind"], optimizer["weight_decay"]) == ("sgd", 0)
+        after = {}
+        if "momentum" in self.roles:
+            momentum = np.frombuffer(before["momentum"], np.float32)
+            gradient = np.float32(optimizer["beta1"]) * momentum + gradient
+            after["momentum"] = gradient.tobytes()
+        weight = np.frombuffer(before["weight"], self._dtype("weight")).astype(np.float32)
+        updated = weight - np.float32(rate) * gradient
+        return {"weight": updated.astype(self._dtype("weight")).tobytes(), **after}
+
+    def _dtype(self, role: str) -> Any:
+        return DTYPES[self.spec["dtype"]] if role == "weight" else np.float32
 
     def _initial(self, level: int, cluster: int) -> npt.NDArray[Any]:
         layers, width = self.spec["num_layers"], self.spec["width"]
