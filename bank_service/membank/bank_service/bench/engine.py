@@ -2,24 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from membank.bank_service.shard.optimizer import kernel_fingerprint
 from membank.bank_service.shard.update_frame import AppliedBlock, encode_update
 from membank.bank_service.store.journal import FrameKind, LocalJournal, Ownership
+from membank.bank_service.store.journal.frames import encode_batch, num_bytes_of
 from membank.wire.format import NO_SLOT, Entry
 from membank.wire.records import Update, UpdateResult
 
 
+@dataclass(frozen=True, slots=True)
+class StagedUpdate:
+    """An update whose gradients were all accepted, as a partition knows it before it is journalled."""
+
+    update: Update
+    """The push."""
+    results: tuple[UpdateResult, ...]
+    """What became of its gradients."""
+    blocks: tuple[AppliedBlock, ...]
+    """What it made of the blocks."""
+
+    @classmethod
+    def of(cls, update: Update) -> StagedUpdate:
+        """Stage `update`, but for computing anything."""
+        results = tuple(
+            UpdateResult(ref=gradient.ref, accepted=True, version=gradient.base_version + 1)
+            for gradient in update.gradients
+        )
+        blocks = tuple(
+            AppliedBlock(
+                gradient.ref,
+                Entry(slot=NO_SLOT, version=gradient.base_version + 1, crcs=(0,)),
+                gradient.values,
+            )
+            for gradient in update.gradients
+        )
+        return cls(update, results, blocks)
+
+
 class JournalRig:
-    """A journal and what a partition does to append an update to it.
+    """A journal and what a partition does to append updates to it.
 
     Parameters
     ----------
     folder
         Directory of the journal.
     sync
-        True where each append survives a loss of power.
+        True where each batch survives a loss of power.
     """
 
     def __init__(self, folder: Path, *, sync: bool) -> None:
@@ -27,9 +59,15 @@ class JournalRig:
         self._journal.begin(Ownership(1, "bench", ""), 0)
         self._kernel = kernel_fingerprint()
 
-    def append(self, update: Update) -> None:
-        """Append an update whose gradients were all accepted."""
-        self._journal.append(FrameKind.UPDATE, [self._payload(update)])
+    def append(self, batch: Sequence[StagedUpdate]) -> None:
+        """Append a batch of updates."""
+        self._journal.append(FrameKind.UPDATE, [self._payload(staged) for staged in batch])
+
+    def buffer_bytes(self, batch: Sequence[StagedUpdate]) -> list[int]:
+        """Return the lengths of the buffers that appending `batch` writes, in their order."""
+        payloads = [self._payload(staged) for staged in batch]
+        buffers = encode_batch(FrameKind.UPDATE, self._journal.last_lsn, payloads)
+        return [num_bytes_of([buffer]) for buffer in buffers]
 
     def clear(self) -> None:
         """Remove everything that was appended."""
@@ -39,26 +77,7 @@ class JournalRig:
         """Release the files."""
         self._journal.close()
 
-    def frame_bytes(self, update: Update) -> int:
-        """Return the bytes that appending `update` adds to the journal."""
-        before = self._journal.num_bytes
-        self.append(update)
-        added = self._journal.num_bytes - before
-        self.clear()
-        return added
-
-    def _payload(self, update: Update) -> list[bytes | memoryview]:
-        results = [
-            UpdateResult(ref=gradient.ref, accepted=True, version=gradient.base_version + 1)
-            for gradient in update.gradients
-        ]
-        # The CRC of what the update makes of the block is the optimizer's business, not the log's.
-        applied = [
-            AppliedBlock(
-                gradient.ref,
-                Entry(slot=NO_SLOT, version=gradient.base_version + 1, crcs=(0,)),
-                gradient.values,
-            )
-            for gradient in update.gradients
-        ]
-        return encode_update(FrameKind.UPDATE, update, results, applied, self._kernel)
+    def _payload(self, staged: StagedUpdate) -> list[bytes | memoryview]:
+        return encode_update(
+            FrameKind.UPDATE, staged.update, staged.results, staged.blocks, self._kernel
+        )

@@ -9,7 +9,9 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-_PACKAGES = ("membank", "numpy", "torch", "zarr", "obstore", "fsspec", "s3fs", "google-crc32c")
+_PACKAGES = (
+    "membank", "numpy", "torch", "zarr", "obstore", "fsspec", "s3fs", "awscrt", "google-crc32c",
+)  # fmt: skip
 
 
 def environment(folder: Path) -> dict[str, object]:

@@ -43,6 +43,7 @@ def store_benches(folder: Path, scale: Scale = FULL, *, s3_url: str | None = Non
         *(ReadBench(folder, size, cache, scale) for size in sizes for cache in PageCache),
         *(JournalBench(folder, size, level, scale)
           for size in sizes for level in (Durability.PROCESS, Durability.HOST)),
+        JournalBench(folder, BLOCK_128KB, Durability.PROCESS, scale, alone=True),
         *(ConsolidationBench(folder, size, plain, scale) for size in sizes for plain in Plain),
         S3ReadBench(s3_url, scale),
         OpenBench(shelf, scale),

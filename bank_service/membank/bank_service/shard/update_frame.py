@@ -100,7 +100,7 @@ def encode_update(
         "blocks": [_block_to_json(block) for block in blocks],
     }
     text = _to_json(head).encode()
-    return [_U32.pack(len(text)), text, *(as_uint8(array).data for array in arrays)]
+    return [_U32.pack(len(text)) + text, *(as_uint8(array).data for array in arrays)]
 
 
 def decode_update(frame: Frame, spec: BankSpec) -> UpdateFrame:
