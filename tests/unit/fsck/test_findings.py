@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -459,3 +460,13 @@ def test_scratch_files_of_a_killed_writer(root: Path) -> None:
     assert found(root) == set()
     (folder / "abcd").write_bytes(b"half")
     assert found(root) == {(FindingKind.LEFTOVER, ".tmp")}
+
+
+def test_every_kind_is_in_the_document_with_its_severity() -> None:
+    text = (Path(__file__).resolve().parents[3] / "docs/fsck.md").read_text()
+    told = {
+        name: severity
+        for names, severity in re.findall(r"^\| (`.*`) \| (\w+) \|", text, re.MULTILINE)
+        for name in re.findall(r"`([a-z-]+)`", names)
+    }
+    assert told == {kind.value: kind.severity.value for kind in FindingKind}

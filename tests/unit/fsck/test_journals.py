@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from membank.wire.errors import CorruptionError
 from membank.wire.format import decode_spec, encode_manifest, encode_spec
 from membank.wire.format.layout import manifest_key
 from membank.wire.spec import BlockState
-from tiny_bank import create_bank, make_update
-from whole_bank import A, make_whole_bank, whole_config
+from tiny_bank import State, UnsyncedObjects, create_bank, full_state, make_update
+from whole_bank import A, B, make_whole_bank, whole_config
 
 FOLDER = "partitions/0000/journal"
 HEADER_BYTES = 28
@@ -156,6 +157,65 @@ def test_every_manifest_is_missing(root: Path) -> None:
     assert "partitions/0000/manifests" in named
     with pytest.raises(CorruptionError):
         Shard.open(Bank.open(LocalObjects(root)))
+
+
+# ---- the ways out that docs/fsck.md tells
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> tuple[Path, list[State]]:
+    """A bank, and its states after each journalled update."""
+    return tmp_path / "bank", make_whole_bank(tmp_path / "bank").states
+
+
+def _state(root: Path, journal_dir: Path | None = None) -> State:
+    bank = Bank.open(UnsyncedObjects(root))
+    shard = Shard.open(bank, config=whole_config(journal_dir))
+    try:
+        return full_state(shard)
+    finally:
+        shard.close()
+
+
+@pytest.mark.parametrize("index", [1, 2])
+@pytest.mark.parametrize("is_head", [True, False])
+def test_updates_after_a_damaged_frame_are_given_up(
+    whole: tuple[Path, list[State]], index: int, is_head: bool
+) -> None:
+    root, states = whole
+    keys = segments(root)
+    damaged = root / keys[index]
+    size = damaged.stat().st_size
+    flip(damaged, 0 if is_head else size - HEADER_BYTES - 1)
+    (finding,) = check_bank(LocalObjects(root)).findings
+    assert (finding.kind, finding.key) == (FindingKind.JOURNAL_DAMAGED, keys[index])
+    for later in keys[index + 1 :]:
+        (root / later).unlink()
+    if finding.offset == 0:
+        damaged.unlink()
+        before = root / keys[index - 1]
+        os.truncate(before, before.stat().st_size - HEADER_BYTES)
+    else:
+        os.truncate(damaged, finding.offset)
+    assert found(root) == set()
+    # Segments hold one update each; the other partition has all of its own.
+    assert _state(root)[A] == states[index][A]
+    assert _state(root)[B] == states[-1][B]
+
+
+def test_a_partition_goes_on_from_its_newest_manifest(
+    whole: tuple[Path, list[State]], tmp_path: Path
+) -> None:
+    root, states = whole
+    flip(root / segments(root)[0], 0)
+    bank_id = Bank.open(LocalObjects(root)).spec.bank_id
+    good = root / "partitions/0001/journal"
+    shutil.copytree(good, tmp_path / "journals" / bank_id / "0001")
+    state = _state(root, tmp_path / "journals")
+    assert state[A] == states[0][A]
+    assert state[B] == states[-1][B]
+    shutil.rmtree(root / "partitions/0000/journal")
+    assert found(root, tmp_path / "journals") == set()
 
 
 # ---- journals outside of the bank
