@@ -8,7 +8,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,16 +27,14 @@ from membank.bank_service.shard.contract import (
     Subscription,
 )
 from membank.bank_service.shard.draft import check_array
-from membank.bank_service.shard.journals import journal_folder
 from membank.bank_service.shard.lease import boot_clock
-from membank.bank_service.shard.lock_file import LockFile
 from membank.bank_service.shard.maintenance import InlineMaintenance, Maintenance
 from membank.bank_service.shard.optimizer import convert
 from membank.bank_service.shard.participant import Participant, owned
 from membank.bank_service.shard.partition import Partition
 from membank.bank_service.shard.pinned import PinnedReader
 from membank.bank_service.shard.reader import BlockReader, LoadedBlock
-from membank.bank_service.shard.recovery import Takeover, recover, take_over
+from membank.bank_service.shard.recovery import lock_partitions, open_partitions
 from membank.bank_service.shard.residency import Residency
 from membank.bank_service.shard.update_rule import UpdateRule
 from membank.bank_service.shard.watch import WatchHub
@@ -59,7 +56,6 @@ from membank.wire.spec import DTYPES, BankSpec, BlockRef, BlockState, Role, dtyp
 
 _LOG = logging.getLogger(__name__)
 
-_OPENING_THREADS = 8
 _LEASE_RENEWALS = 3
 """Renewals in the length of a lease: two may fail before an owner has to ask in a call."""
 
@@ -169,10 +165,10 @@ class Shard:
         )
         with ExitStack() as undo:
             undo.callback(context.maintenance.close)
-            locks = _lock_partitions(context, numbers, undo)
+            locks = lock_partitions(context, numbers, undo)
             latest = bank.latest_number()
             revision = bank.latest_commit().revision
-            opened = _open_partitions(context, locks, revision, undo)
+            opened = open_partitions(context, locks, revision, undo)
             participant = Participant(context, opened, revision=revision, last_record=latest)
             # A revision that was decided meanwhile may be in force in some partitions only.
             participant.catch_up()
@@ -443,44 +439,6 @@ class Shard:
             self._counters.num_updates_applied += accepted
             self._counters.num_updates_refused += len(results) - accepted
             self._counters.num_bytes_pushed += sum(g.values.nbytes for g in gradients)
-
-
-def _lock_partitions(
-    context: ShardContext, numbers: Sequence[int], undo: ExitStack
-) -> dict[int, tuple[Path, str]]:
-    """Lock partitions; return the journal's folder and the lock's identity of each."""
-    locked = {}
-    for number in numbers:
-        folder = journal_folder(context, number)
-        lock = LockFile(folder, f"partition {number} of bank {context.bank.spec.name}")
-        undo.callback(lock.release)
-        locked[number] = (folder, lock.identity)
-    return locked
-
-
-def _open_partitions(
-    context: ShardContext,
-    locks: Mapping[int, tuple[Path, str]],
-    revision: int,
-    undo: ExitStack,
-) -> dict[int, Partition]:
-    """Take partitions over and recover them; one wait for the leases of all."""
-
-    def begin(item: tuple[int, tuple[Path, str]]) -> Takeover:
-        number, (folder, identity) = item
-        takeover = take_over(context, number, folder, identity)
-        undo.callback(takeover.journals.close)
-        return takeover
-
-    # Side by side: behind a network, an opening is a dozen round trips for each partition.
-    with ThreadPoolExecutor(_OPENING_THREADS, thread_name_prefix="membank-open") as pool:
-        takeovers = list(pool.map(begin, locks.items()))
-        wait_s = max((takeover.wait_s for takeover in takeovers), default=0.0)
-        if wait_s:
-            _LOG.info("waiting %.1f s: an owner on another machine may still be answering", wait_s)
-            context.sleep(wait_s)
-        opened = list(pool.map(lambda takeover: recover(context, takeover, revision), takeovers))
-    return {partition.number: partition for partition in opened}
 
 
 def _checked_partitions(spec: BankSpec, partitions: Sequence[int] | None) -> list[int]:
