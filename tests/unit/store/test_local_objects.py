@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import gc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,37 @@ def test_scratch_is_not_listed(tmp_path: Path) -> None:
     store = LocalObjects(tmp_path)
     store.put("a", b"1")
     assert store.list("") == ["a"]
+
+
+@contextmanager
+def _without_privileges() -> Iterator[None]:
+    """Be nobody, if this process is root."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65_534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path) -> None:
+    # An empty listing of manifests would mean that nothing was ever written.
+    store = LocalObjects(tmp_path)
+    store.put("manifests/1", b"1")
+    (tmp_path / "manifests").chmod(0)
+    try:
+        with _without_privileges():
+            for prefix in ("", "manifests"):
+                with pytest.raises(FailedPreconditionError) as caught:
+                    store.list(prefix)
+                assert caught.value.reason is Reason.STORE_FAILED
+    finally:
+        (tmp_path / "manifests").chmod(0o700)
+    assert store.list("manifests") == ["manifests/1"]
+    assert store.list("nothing") == []
+    assert store.list("manifests/1") == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -136,11 +136,14 @@ class LocalObjects:
         # docstring inherited
         top = self._path(prefix) if prefix else str(self.root)
         keys = []
-        for folder, names, files in os.walk(top):
-            if _SCRATCH in names:
-                names.remove(_SCRATCH)
-            base = Path(folder).relative_to(self.root).as_posix()
-            keys += files if base == "." else [f"{base}/{name}" for name in files]
+        try:
+            for folder, names, files in os.walk(top, onerror=_raise_unless_absent):
+                if _SCRATCH in names:
+                    names.remove(_SCRATCH)
+                base = Path(folder).relative_to(self.root).as_posix()
+                keys += files if base == "." else [f"{base}/{name}" for name in files]
+        except OSError as err:
+            raise self._error(err, prefix) from err
         return sorted(keys)
 
     def delete(self, key: str) -> None:
@@ -206,6 +209,13 @@ class LocalObjects:
                 weakref.finalize(self, _abandon, os.getpid(), handle, folder)
                 self._scratch = folder
             return self._scratch
+
+
+def _raise_unless_absent(err: OSError) -> None:
+    # A folder that cannot be read must not look like one without objects. One that went away, or
+    # that is a file, has none.
+    if not isinstance(err, FileNotFoundError | NotADirectoryError):
+        raise err
 
 
 def write_fully(handle: int, buffers: Sequence[bytes | memoryview]) -> None:
