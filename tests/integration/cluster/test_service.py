@@ -173,6 +173,35 @@ def test_a_topic_leaves_and_comes_back_bit_for_bit(client: BankClient) -> None:
         assert after[ref].version > before[ref].version
 
 
+def test_earlier_states_reach_across_the_processes(client: BankClient) -> None:
+    refs = [BlockRef(1, cluster) for cluster in range(4)]
+    client.snapshot("then")
+    then = client.fetch_blocks(refs)
+    before = client.info().revision
+    client.push(gradients(1.0, refs), base=then.versions)
+    client.swap({TOPIC: np.full(SPEC.block_shape(1), 4.0, np.float32)})
+    pinned = client.fetch_blocks(refs, snapshot="then")
+    assert (pinned.revision, pinned.versions) == (before, then.versions)
+    assert before in {record.revision for record in client.audit(retained_only=True)}
+    client.rollback("then")
+    now = client.fetch_blocks(refs)
+    for ref in refs:
+        np.testing.assert_array_equal(now[ref].weight, then[ref].weight)
+        np.testing.assert_array_equal(pinned[ref].weight, then[ref].weight)
+    client.delete_snapshot("then")
+    with pytest.raises(NotFoundError) as caught:
+        client.fetch_blocks(refs, snapshot="then")
+    assert caught.value.reason is Reason.UNKNOWN_SNAPSHOT
+    dry = client.collect_garbage(keep_revisions=1, dry_run=True)
+    assert dry.num_bytes > 0
+    done = client.collect_garbage(keep_revisions=1)
+    assert done.history_from == client.info().revision
+    assert client.audit(retained_only=True) == ()
+    assert client.collect_garbage().garbage == ()
+    after = client.fetch_blocks(refs)
+    assert after.versions == now.versions
+
+
 def test_down_ends_every_process_and_up_finds_the_bank_again(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     first = up(config)
