@@ -114,6 +114,8 @@ class UpConfig:
     been replaced; a shard that replaces one on a lost machine waits as long."""
     retained_revisions: int = 8
     """Newest revisions that can be rolled back to, besides snapshots; at least 1."""
+    retained_s: float = 0.0
+    """Revisions that ended less than so many seconds ago can be rolled back to as well, >= 0."""
     service_id: str = ""
     """Names the service in the claim that it writes into a bank behind a URL; chosen by `up`."""
     max_in_flight_bytes: int = 1 << 30
@@ -179,6 +181,7 @@ class UpConfig:
             lease_s=self.lease_s,
             resident_bytes=self.resident_bytes,
             retained_revisions=self.retained_revisions,
+            retained_s=self.retained_s,
         )
 
 
