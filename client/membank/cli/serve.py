@@ -72,6 +72,9 @@ def up(
     keep_revisions: Annotated[
         int, typer.Option(min=1, help="Newest revisions that can be rolled back to.")
     ] = 8,
+    keep_hours: Annotated[
+        float, typer.Option(min=0, help="And those that ended less than so many hours ago.")
+    ] = 0.0,
     as_json: JsonOption = False,
 ) -> None:
     """Serve a bank: a controller and shard actors on Ray, each with its own gRPC server.
@@ -99,6 +102,7 @@ def up(
         journal_dir=journal_dir,
         resident_bytes=int(resident * (1 << 30)),
         retained_revisions=keep_revisions,
+        retained_s=3600 * keep_hours,
     )
     with err_console.status(f"starting {shards} shards on {bank}"):
         endpoint = start(config)
