@@ -56,13 +56,14 @@ def test_the_layout_is_that_of_the_document() -> None:
     }
     plain = json.dumps(fields, separators=(",", ":")).encode()
     assert encode_head(_head(5)) == _raw(1, 5, plain)
-    fields |= {"fence": True, "follows": 4, "number": 6}
+    fields |= {"fence": True, "follows": 4, "last": 7, "number": 6}
     full = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
-    assert encode_head(_head(5, follows=4, number=6, is_fence=True)) == _raw(1, 5, full)
+    head = _head(5, follows=4, number=6, last=7, is_fence=True)
+    assert encode_head(head) == _raw(1, 5, full)
 
 
 @pytest.mark.parametrize(
-    "head", [_head(), _head(5), _head(5, follows=2), _head(5, number=6, is_fence=True)]
+    "head", [_head(), _head(5), _head(5, follows=2), _head(5, number=6, last=7, is_fence=True)]
 )
 def test_a_head_is_what_was_written(head: SegmentHead) -> None:
     found = scan("name", _segment(head, 2))

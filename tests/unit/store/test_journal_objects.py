@@ -340,8 +340,9 @@ def test_numbers_may_outgrow_their_padding(bucket: _Bucket) -> None:
     owner = Ownership(1, "a", "")
     first = 9_999_999_999
     for number in (first, first + 1):
-        head = SegmentHead(IDENTITY, owner, number - first, number - first, number=number)
-        data = encode_batch(FrameKind.UPDATE, number - first, [[str(number).encode()]])
+        base = number - first
+        head = SegmentHead(IDENTITY, owner, base, base, number=number, last=base + 1)
+        data = encode_batch(FrameKind.UPDATE, base, [[str(number).encode()]])
         bucket.content[log_key(PARTITION, number)] = b"".join([encode_head(head), *data])
     assert bucket.payloads() == [b"9999999999", b"10000000000"]
     assert append(bucket.start(), b"next") == 3

@@ -64,6 +64,8 @@ class SegmentHead:
     anew with this segment, and everything before is to be dropped."""
     number: int = 0
     """Number of the object that holds it; 0 for a file."""
+    last: int | None = None
+    """LSN of the last frame of an object, which is written at once; None for a file."""
     is_fence: bool = False
     """True for an object that must stay in the way of an older owner."""
 
@@ -140,6 +142,8 @@ def encode_head(head: SegmentHead) -> bytes:
         fields["follows"] = head.follows
     if head.number:
         fields["number"] = head.number
+    if head.last is not None:
+        fields["last"] = head.last
     if head.is_fence:
         fields["fence"] = True
     payload = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
@@ -331,6 +335,7 @@ def _decode_head(name: str, frame: Frame) -> SegmentHead:
                 base=base,
                 follows=int(fields.get("follows", base)),
                 number=int(fields.get("number", 0)),
+                last=int(fields["last"]) if "last" in fields else None,
                 is_fence=bool(fields.get("fence", False)),
             )
     except (ValueError, KeyError, TypeError, AttributeError) as err:

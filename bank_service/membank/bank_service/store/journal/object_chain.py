@@ -60,7 +60,7 @@ def require_object(found: SegmentScan) -> SegmentHead:
         If the object is cut short, or was written under another name.
     """
     # An object is there whole or not at all, so nothing in it was left by a writer that died.
-    if found.head is None or found.torn is not None:
+    if found.head is None or found.torn is not None or found.last != found.head.last:
         raise corrupt(found.name, found.num_bytes, "the object is cut short")
     if found.is_continued or found.head.number != number_of(found.name):
         raise corrupt(found.name, 0, f"it was written as object {found.head.number}")

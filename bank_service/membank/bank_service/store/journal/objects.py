@@ -47,7 +47,6 @@ from membank.wire.format.layout import log_key, log_prefix, number_of
 _OPEN_ATTEMPTS = 4
 _BEGIN_ATTEMPTS = 16
 _FENCES_KEPT = 16
-_READS_AHEAD = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +82,11 @@ class ObjectJournal:
     # objects are removed. The tuples are replaced, never changed in place, so that the properties
     # read them without the lock.
 
-    def __init__(self, objects: ObjectStore, partition: int, identity: str) -> None:
+    def __init__(
+        self, objects: ObjectStore, partition: int, identity: str, *, reads_ahead: int
+    ) -> None:
         self._objects = objects
+        self._reads_ahead = reads_ahead
         self._partition = partition
         self._identity = identity
         self._lock = Lock()
@@ -97,7 +99,9 @@ class ObjectJournal:
         self._failure: UnavailableError | None = None
 
     @classmethod
-    def open(cls, objects: ObjectStore, partition: int, identity: str) -> ObjectJournal:
+    def open(
+        cls, objects: ObjectStore, partition: int, identity: str, *, reads_ahead: int = 8
+    ) -> ObjectJournal:
         """Open the journal of `partition`, checking every byte; changes nothing.
 
         Parameters
@@ -108,6 +112,8 @@ class ObjectJournal:
             The partition.
         identity
             Names bank and partition; a journal of another is refused.
+        reads_ahead
+            How many objects are read at the same time, at least 1.
 
         Raises
         ------
@@ -117,7 +123,7 @@ class ObjectJournal:
         FailedPreconditionError
             If the journal belongs to another bank or partition.
         """
-        journal = cls(objects, partition, identity)
+        journal = cls(objects, partition, identity, reads_ahead=reads_ahead)
         for attempt in range(1, _OPEN_ATTEMPTS + 1):
             try:
                 journal._load()
@@ -265,14 +271,15 @@ class ObjectJournal:
         assert self._mine is not None
         before = (*self._given_up, *self._live)
         follows = (before[-1].last if before else base) if follows is None else follows
+        last = base + num_frames
         head = SegmentHead(
-            self._identity, self._mine, base, follows, number=self._next, is_fence=is_fence
+            self._identity, self._mine, base, follows, self._next, last, is_fence=is_fence
         )
         data = b"".join([encode_head(head), *frames])
         # Whatever goes wrong below, only an answer that says so tells that it is not there.
         self._is_in_doubt = True
         publish(self._objects, self._key(self._next), data)
-        self._take(_Stored(self._next, head, base + num_frames, len(data)))
+        self._take(_Stored(self._next, head, last, len(data)))
 
     def _create_fence(self, after_lsn: int) -> None:
         is_discarded = not self._live
@@ -397,11 +404,14 @@ class ObjectJournal:
 
     def _read_all(self, numbers: Iterable[int]) -> Iterator[bytes]:
         """Yield the objects in order, a few of them being on their way at any time."""
+        if self._reads_ahead == 1:
+            yield from (self._objects.get(self._key(number)) for number in numbers)
+            return
         ahead: deque[Future[bytes]] = deque()
-        with ThreadPoolExecutor(_READS_AHEAD) as pool:
+        with ThreadPoolExecutor(self._reads_ahead) as pool:
             for number in numbers:
                 ahead.append(pool.submit(self._objects.get, self._key(number)))
-                if len(ahead) >= _READS_AHEAD:
+                if len(ahead) >= self._reads_ahead:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
