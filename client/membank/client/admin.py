@@ -22,11 +22,6 @@ class AdminCalls(TopicCalls, PackCalls, HistoryCalls):
     `DeadlineError` where time ran out (a change may or may not have happened; repeat it with the
     same request id), `UnauthenticatedError`, and `AccessDeniedError` where the caller's role is too
     low.
-
-    Parameters
-    ----------
-    session
-        What the calls share.
     """
 
     async def create_bank(

@@ -11,13 +11,7 @@ from membank.wire.spec import BlockRef
 
 
 class HistoryCalls(GatewayCalls):
-    """The part of `AsyncBankClient` that deals with earlier states; see `AdminCalls`.
-
-    Parameters
-    ----------
-    session
-        What the calls share.
-    """
+    """The part of `AsyncBankClient` that deals with earlier states; see `AdminCalls`."""
 
     async def snapshot(
         self, name: str, *, request_id: str | None = None, timeout_s: float | None = None

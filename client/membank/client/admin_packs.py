@@ -14,13 +14,7 @@ from membank.wire.spec import BlockRef
 
 
 class PackCalls(GatewayCalls):
-    """The part of `AsyncBankClient` that exports and imports packs; see `AdminCalls`.
-
-    Parameters
-    ----------
-    session
-        What the calls share.
-    """
+    """The part of `AsyncBankClient` that exports and imports packs; see `AdminCalls`."""
 
     async def export(
         self, topic: BlockRef, *, weights_only: bool = False, timeout_s: float | None = None

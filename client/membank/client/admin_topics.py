@@ -14,13 +14,7 @@ from membank.wire.spec import Array, BlockRef
 
 
 class TopicCalls(GatewayCalls):
-    """The part of `AsyncBankClient` that lists, changes and removes topics; see `AdminCalls`.
-
-    Parameters
-    ----------
-    session
-        What the calls share.
-    """
+    """The part of `AsyncBankClient` that lists, changes and removes topics; see `AdminCalls`."""
 
     async def topics(
         self,
