@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import hashlib
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +14,10 @@ from pathlib import Path
 import pytest
 
 from membank.bank_service.fsck import FindingKind, FsckReport, Severity, check_bank
+from membank.bank_service.shard import Shard
 from membank.bank_service.store import Bank, LocalObjects
+from membank.bank_service.store.objects import storage_error
+from membank.wire.crc import crc32c
 from membank.wire.errors import FailedPreconditionError, NotFoundError, Reason
 from membank.wire.format import (
     Manifest,
@@ -25,6 +31,7 @@ from membank.wire.format import (
 from membank.wire.format.layout import manifest_key, revision_key
 from membank.wire.records import Snapshot
 from membank.wire.spec import BlockRef, BlockState
+from tiny_bank import create_bank, make_update
 from whole_bank import GONE, HIDDEN, SNAPSHOT, A, B
 
 Found = set[tuple[FindingKind, str]]
@@ -136,6 +143,15 @@ def test_a_missing_record(root: Path, revision: int) -> None:
     assert found(root) == {(FindingKind.RECORD_MISSING, revision_key(revision))}
 
 
+def test_a_record_of_a_far_revision(root: Path) -> None:
+    # Looking at every number in between would take days.
+    (root / revision_key(9_999_999_999)).write_bytes((root / revision_key(1)).read_bytes())
+    report = check(root)
+    assert report.counts[FindingKind.RECORD_MISSING] > 50
+    assert report.of(FindingKind.RECORD_MISSING)[0].key == revision_key(4)
+    assert report.of(FindingKind.RECORD_DAMAGED)[0].key == revision_key(9_999_999_999)
+
+
 def test_the_newest_record_is_missed_by_what_belongs_to_it(root: Path) -> None:
     (root / revision_key(3)).unlink()
     missing = {(kind, key) for kind, key in found(root) if kind.severity is Severity.DAMAGE}
@@ -211,6 +227,7 @@ def test_a_missing_manifest_that_a_revision_begins_with(root: Path, revision: in
     assert f"revision {revision}" in finding.affects or "present" in finding.affects
 
 
+@pytest.mark.slow
 def test_every_manifest_damaged(another: Callable[[str], Path]) -> None:
     for position, path in enumerate(sorted(another("list").glob("partitions/*/manifests/*"))):
         root = another(str(position))
@@ -407,6 +424,97 @@ def test_an_array_that_is_too_small(root: Path) -> None:
     document["shape"][0] = 1
     (root / key).write_text(json.dumps(document))
     assert found(root) == {(FindingKind.ARRAY_TOO_SMALL, key)}
+
+
+# ---- what other writers may have written, whole in itself
+
+
+def _with_head(data: bytes, change: Callable[[dict[str, object]], None]) -> bytes:
+    length = int.from_bytes(data[8:12], "little")
+    head = json.loads(data[12 : 12 + length])
+    change(head)
+    text = json.dumps(head).encode()
+    body = data[:8] + len(text).to_bytes(4, "little") + text + data[12 + length : -4]
+    return body + crc32c(body).to_bytes(4, "little")
+
+
+@pytest.mark.parametrize("value", ["x", None, [], {}, 1.5])
+@pytest.mark.parametrize("name", ["number", "revision", "epoch", "history_from", "requests"])
+def test_nonsense_in_the_head_of_a_manifest(root: Path, name: str, value: object) -> None:
+    key = manifest_key(0, newest(root, 0).number)
+
+    def change(head: dict[str, object]) -> None:
+        head[name] = value
+
+    (root / key).write_bytes(_with_head((root / key).read_bytes(), change))
+    if (name, value) != ("requests", []) and (name, value) != ("requests", {}):
+        assert found(root) == {(FindingKind.MANIFEST_DAMAGED, key)}
+
+
+@pytest.mark.parametrize("value", ["x", None, [], {"0": "y"}, 1.5])
+@pytest.mark.parametrize("name", ["revision", "manifests", "tree_revision", "detail"])
+def test_nonsense_in_a_record(root: Path, name: str, value: object) -> None:
+    key = revision_key(3)
+    record = json.loads((root / key).read_bytes())["record"]
+    text = json.dumps({**record, name: value}, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    (root / key).write_text(json.dumps({"record": {**record, name: value}, "sha256": digest}))
+    if (name, value) != ("detail", {"0": "y"}):
+        assert (FindingKind.RECORD_DAMAGED, key) in found(root)
+
+
+# ---- storage that fails
+
+
+class UnreadableObjects(LocalObjects):
+    """A directory with one file on a bad sector."""
+
+    def __init__(self, root: Path, key: str) -> None:
+        super().__init__(root)
+        self._bad = key
+
+    def get(self, key: str) -> bytes:
+        if key == self._bad:
+            raise storage_error(OSError(errno.EIO, os.strerror(errno.EIO)), key)
+        return super().get(key)
+
+
+@pytest.mark.slow
+def test_an_object_that_cannot_be_read(template: Path) -> None:
+    for path in template.rglob("*"):
+        key = path.relative_to(template).as_posix()
+        if not path.is_file() or key.startswith(".tmp/") or path.name == "lock":
+            continue
+        report = check_bank(UnreadableObjects(template, key))
+        assert [(f.kind, f.key) for f in report.findings] == [
+            (FindingKind.OBJECT_UNREADABLE, key)
+        ], key
+        assert "Input/output error" in report.findings[0].problem
+
+
+# ---- retirement that was cut short
+
+
+def test_slots_of_a_manifest_that_nothing_needs(tmp_path: Path) -> None:
+    bank = create_bank(tmp_path)
+    shard = Shard.open(bank)
+    shard.push(make_update(shard, [A], "u0"))
+    shard.close()
+    # The next owner goes on from the same state, so the manifest before is needed no more.
+    older = bank.read_manifest(0, bank.manifest_numbers(0)[-1])
+    stale = dataclasses.replace(
+        older,
+        number=older.number + 1,
+        nonce="stale",
+        entries={
+            **older.entries,
+            BlockRef(1, 2): dataclasses.replace(older.entries[A], slot=40, version=1),
+        },
+    )
+    newest_one = dataclasses.replace(older, number=older.number + 2, nonce="newest")
+    for manifest in (stale, newest_one):
+        (tmp_path / manifest_key(0, manifest.number)).write_bytes(encode_manifest(manifest))
+    assert found(tmp_path) == {(FindingKind.RETIREMENT_UNFINISHED, manifest_key(0, stale.number))}
 
 
 # ---- removal

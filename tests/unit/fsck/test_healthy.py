@@ -43,6 +43,7 @@ def test_a_bank_that_was_never_opened(tmp_path: Path) -> None:
     assert report.revision == 0
 
 
+@pytest.mark.slow
 def test_every_operation_leaves_a_clean_bank(tmp_path: Path) -> None:
     bank = create_bank(tmp_path)
     shard = Shard.open(bank, config=whole_config())

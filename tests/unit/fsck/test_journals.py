@@ -196,6 +196,7 @@ def test_updates_after_a_damaged_frame_are_given_up(
         before = root / keys[index - 1]
         os.truncate(before, before.stat().st_size - HEADER_BYTES)
     else:
+        assert finding.offset is not None
         os.truncate(damaged, finding.offset)
     assert found(root) == set()
     # Segments hold one update each; the other partition has all of its own.
@@ -234,6 +235,14 @@ def test_journals_elsewhere(apart: tuple[Path, Path]) -> None:
     assert found(root) == {
         (FindingKind.JOURNAL_MISSING, f"partitions/{number:04d}/journal") for number in (0, 1)
     }
+
+
+def test_a_wrong_directory_of_journals_is_noted(apart: tuple[Path, Path], tmp_path: Path) -> None:
+    root, _ = apart
+    report = check_bank(LocalObjects(root), journal_dir=tmp_path / "wrong")
+    assert {f.kind for f in report.findings} == {FindingKind.JOURNAL_NOT_CHECKED}
+    assert str(tmp_path / "wrong") in report.findings[0].key
+    assert report.is_clean
 
 
 def test_damage_elsewhere_is_named_by_its_path(apart: tuple[Path, Path]) -> None:
@@ -286,6 +295,7 @@ def test_a_journal_in_the_store(stored: Path) -> None:
     assert (report.checked.num_frames, report.checked.num_replayed) == (6, 6)
 
 
+@pytest.mark.slow
 def test_every_byte_of_a_journal_in_the_store(stored: Path) -> None:
     for key in log_objects(stored):
         size = (stored / key).stat().st_size

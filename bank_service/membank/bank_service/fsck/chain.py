@@ -7,9 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 
-from membank.bank_service.fsck.reading import Fault, examine, finding_of
-from membank.bank_service.fsck.report import Finding, FindingKind
+from membank.bank_service.fsck.reading import Fault, FaultKind, examine, finding_of
+from membank.bank_service.fsck.report import MAX_LISTED, Finding, FindingKind
 from membank.bank_service.store.objects import ObjectStore
 from membank.wire.errors import CorruptionError, Reason
 from membank.wire.format import decode_revision
@@ -59,15 +60,9 @@ class Chain:
         link = self.links.get(revision)
         return link is not None and link.committed
 
-    def newest_commits(self, count: int) -> list[int]:
-        """Return the newest `count` committed revisions, newest first."""
-        found: list[int] = []
-        for number in range(self.latest, -1, -1):
-            if len(found) == count:
-                break
-            if self.is_commit(number):
-                found.append(number)
-        return found
+    def commits_from(self, revision: int) -> list[int]:
+        """Return the committed revisions from `revision` on, ascending."""
+        return sorted(n for n, link in self.links.items() if n >= revision and link.committed)
 
     def named_manifest(self, revision: int, partition: int) -> int | None:
         """Return the manifest that `revision` consists of; 0 = as initialised, None = unknown.
@@ -103,24 +98,18 @@ def survey_chain(objects: ObjectStore, known: Mapping[int, Link] | None = None) 
         again.
     """
     known = known or {}
-    chain = Chain(latest=max(stored_numbers(objects.list(REVISIONS)), default=-1))
+    stored = sorted(stored_numbers(objects.list(REVISIONS)))
+    chain = Chain(latest=max(stored, default=-1))
     # Revision 0 is the creation: no bank is without.
-    for number in range(max(chain.latest, 0) + 1):
-        key = revision_key(number)
+    for before, number in pairwise([-1, *stored] if stored else [-1, 0]):
+        if number > before + 1:
+            _note_missing(chain, before + 1, number - 1)
         found: Link | Fault | None = known.get(number)
         if found is None:
-            found = examine(objects, key, partial(_decode, number))
+            found = examine(objects, revision_key(number), partial(_decode, number))
         if isinstance(found, Fault):
             chain.bad.append(number)
-            chain.findings.append(
-                finding_of(
-                    found,
-                    key,
-                    missing=FindingKind.RECORD_MISSING,
-                    damaged=FindingKind.RECORD_DAMAGED,
-                    affects=f"whether revision {number} is in force; the bank does not open",
-                )
-            )
+            chain.findings.append(_faulty(found, number))
         else:
             chain.links[number] = found
     chain.findings += _broken_links(chain.links)
@@ -141,6 +130,24 @@ def record_number(key: str) -> int | None:
     return number if revision_key(number) == key else None
 
 
+def _note_missing(chain: Chain, first: int, last: int) -> None:
+    # A stray number may leave a gap of billions: its first records stand for all of it.
+    for number in range(first, min(last, first + MAX_LISTED) + 1):
+        chain.bad.append(number)
+        fault = Fault(FaultKind.MISSING, f"it is missing, and record {last + 1} is there")
+        chain.findings.append(_faulty(fault, number))
+
+
+def _faulty(fault: Fault, number: int) -> Finding:
+    return finding_of(
+        fault,
+        revision_key(number),
+        missing=FindingKind.RECORD_MISSING,
+        damaged=FindingKind.RECORD_DAMAGED,
+        affects=f"whether revision {number} is in force; the bank does not open",
+    )
+
+
 def _decode(number: int, data: bytes) -> Link:
     key = revision_key(number)
     record = decode_revision(data, key=key)
@@ -149,9 +156,13 @@ def _decode(number: int, data: bytes) -> Link:
             f"{key} holds the record of revision {record.revision}",
             reason=Reason.MANIFEST_CORRUPT,
         )
+    named = {*record.manifests, *record.manifests.values(), record.tree_revision}
+    # The digest of another writer's nonsense holds too.
+    if not all(isinstance(value, int) for value in named):
+        raise ValueError("it names manifests or a tree by something that is no number")
     snapshot = record.detail.get("snapshot")
     return Link(
-        committed=record.committed,
+        committed=bool(record.committed),
         manifests=dict(record.manifests),
         tree_revision=record.tree_revision,
         snapshot=snapshot if isinstance(snapshot, str) else "",

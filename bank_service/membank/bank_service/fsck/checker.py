@@ -16,10 +16,7 @@ from typing import Protocol
 
 from membank.bank_service.fsck.arrays import check_arrays
 from membank.bank_service.fsck.document import read_spec
-from membank.bank_service.fsck.journals import (
-    check_continuity,
-    check_deleted,
-)
+from membank.bank_service.fsck.journals import check_continuity, check_deleted
 from membank.bank_service.fsck.removal import check_removal
 from membank.bank_service.fsck.replay import check_replay
 from membank.bank_service.fsck.report import (
@@ -32,6 +29,7 @@ from membank.bank_service.fsck.report import (
 from membank.bank_service.fsck.retention import lost_records, missing_manifests
 from membank.bank_service.fsck.slots import check_slots, check_unnamed
 from membank.bank_service.fsck.strays import (
+    JOURNAL_KEY,
     PARTITION_KEY,
     check_names,
     check_partition_names,
@@ -141,6 +139,7 @@ def check_bank(
         spec,
         deep=deep,
         journal_dir=None if journal_dir is None else Path(journal_dir),
+        with_journals={int(m[1]) for key in keys if (m := JOURNAL_KEY.fullmatch(key))},
         looked_at=progress.advance,
     )
     log.extend(check_scratch(objects))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from membank.bank_service.fsck.manifests import ManifestIndex, names
+from membank.bank_service.fsck.removal import REMOVAL_REMEDY
 from membank.bank_service.fsck.report import Finding, FindingKind
 from membank.bank_service.fsck.segments import JournalledUpdate, JournalScan
 from membank.wire.format.layout import log_prefix, manifest_prefix
@@ -49,6 +50,8 @@ def check_continuity(
         yield _elsewhere()
     elif index.owner and not is_elsewhere:
         yield _missing(place, index)
+    elif index.owner and not any(journal.segments for journal in journals):
+        yield _nothing_there(place)
 
 
 def updates_since(
@@ -98,7 +101,7 @@ def check_deleted(index: ManifestIndex, journal: JournalScan) -> Iterator[Findin
                 offset=held[0].offset,
                 problem=f"it holds updates of {names(sorted({u.ref for u in held}))}, deleted since",
                 affects="the deletion: it is in force, but not complete on storage",
-                remedy="start the service: a shard goes on with the removal before it serves",
+                remedy=REMOVAL_REMEDY,
             )
 
 
@@ -144,6 +147,15 @@ def _outdated(journal: JournalScan, index: ManifestIndex) -> Finding:
         key=journal.segments[-1].name,
         problem=f"another owner went on without this journal{lost if last > index.lsn else ''}",
         remedy="nothing; a shard that opens the partition there leaves it out",
+    )
+
+
+def _nothing_there(place: str) -> Finding:
+    return Finding(
+        kind=FindingKind.JOURNAL_NOT_CHECKED,
+        key=place,
+        problem="no journal is there, so updates that are not in slots yet were not checked",
+        remedy="nothing, if the owner before was on another machine; else check --journal-dir",
     )
 
 

@@ -36,11 +36,15 @@ class Summary:
     """What is kept of a manifest while its partition is checked."""
 
     number: int
+    """Its number."""
     revision: int
+    """Revision that it belongs to."""
     epoch: int
-    nonce: str
-    lsn: int
+    """Owner that wrote it."""
+    history_from: int
+    """Oldest revision that it promises to keep."""
     verdict: Verdict
+    """Whether it is part of the bank."""
 
     @property
     def order(self) -> tuple[int, int]:
@@ -75,7 +79,7 @@ class ManifestIndex:
     slots: dict[SlotName, SlotUse] = field(default_factory=dict)
     """Every slot that a manifest names which was not given up."""
     given_up: set[SlotName] = field(default_factory=set)
-    """Slots that only manifests name which were given up, and perhaps others."""
+    """Slots that manifests name which were given up; others may name them too."""
     findings: list[Finding] = field(default_factory=list)
     """What is wrong with the manifests in themselves."""
 
@@ -130,8 +134,7 @@ def survey_manifests(
     index = ManifestIndex(partition)
     for number in _stored_numbers(objects, partition):
         key = manifest_key(partition, number)
-        decode = partial(decode_manifest, num_roles=len(spec.roles), key=key)
-        found = examine(objects, key, decode)
+        found = examine(objects, key, partial(_decode, len(spec.roles), key))
         if isinstance(found, Fault) and found.kind is FaultKind.MISSING:
             continue  # retired since it was listed; whoever needs it misses it by its name
         if isinstance(found, Fault):
@@ -155,6 +158,15 @@ def manifest_number(key: str, partition: int) -> int | None:
     return number if manifest_key(partition, number) == key else None
 
 
+def _decode(num_roles: int, key: str, data: bytes) -> Manifest:
+    manifest = decode_manifest(data, num_roles=num_roles, key=key)
+    names = ("partition", "number", "revision", "epoch", "lsn", "history_from")
+    # The checksum of another writer's nonsense holds too.
+    if not all(isinstance(getattr(manifest, name), int) for name in names):
+        raise ValueError(f"its head does not have numbers for {', '.join(names)}")
+    return manifest
+
+
 def _stored_numbers(objects: ObjectStore, partition: int) -> list[int]:
     keys = objects.list(manifest_prefix(partition))
     numbers = [manifest_number(key, partition) for key in keys]
@@ -167,8 +179,7 @@ def _take(index: ManifestIndex, spec: BankSpec, chain: Chain, manifest: Manifest
         number=manifest.number,
         revision=manifest.revision,
         epoch=manifest.epoch,
-        nonce=manifest.nonce,
-        lsn=manifest.lsn,
+        history_from=manifest.history_from,
         verdict=verdict,
     )
     index.summaries[manifest.number] = summary

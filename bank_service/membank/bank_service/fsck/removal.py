@@ -11,7 +11,8 @@ from membank.bank_service.fsck.view import PartitionView
 from membank.wire.format.layout import manifest_key
 from membank.wire.spec import BlockRef
 
-_REMEDY = "start the service: a shard goes on with the removal before it serves"
+REMOVAL_REMEDY = "let the service go on with it; one that is started does so before it serves"
+"""What makes a deletion complete."""
 
 
 def check_removal(view: PartitionView) -> Iterator[Finding]:
@@ -32,5 +33,5 @@ def check_removal(view: PartitionView) -> Iterator[Finding]:
             key=manifest_key(view.number, number),
             problem=f"it still names slots of {names(sorted(refs))}, which is deleted",
             affects="the deletion: it is in force, but not complete on storage",
-            remedy=_REMEDY,
+            remedy=REMOVAL_REMEDY,
         )

@@ -48,10 +48,11 @@ def needed_manifests(chain: Chain, snapshots: Mapping[str, int], index: Manifest
     oldest = chain.latest_commit
     if index.current is not None:
         needed.current = index.current.number
-        oldest = min(oldest, index.current.history_from)
-    for revision in range(oldest, chain.latest_commit + 1):
-        if chain.is_commit(revision):
-            _keep(needed, chain, index, revision)
+        # What is undecided may be in force soon, and its promise with it.
+        undecided = (s for s in index.summaries.values() if s.verdict is Verdict.UNDECIDED)
+        oldest = min(oldest, index.current.history_from, *(s.history_from for s in undecided))
+    for revision in chain.commits_from(oldest):
+        _keep(needed, chain, index, revision)
     for name, revision in snapshots.items():
         pinned = min(revision, chain.latest)
         _keep(needed, chain, index, pinned)

@@ -124,7 +124,7 @@ def check_local_chain(identity: str, scans: Sequence[SegmentScan]) -> int:
 
 def stored_order(keys: Iterable[str], number: int) -> list[str]:
     """Return the objects of the journal of partition `number` that is kept with the bank."""
-    return sorted(key for key in keys if is_stored_segment(key, number))
+    return sorted((key for key in keys if is_stored_segment(key, number)), key=number_of)
 
 
 def is_stored_segment(key: str, partition: int) -> bool:
@@ -185,13 +185,7 @@ def scan_object(name: str, data: bytes) -> SegmentScan:
 
 def _survey_segment(found: JournalScan, key: str, spec: BankSpec) -> None:
     name = found.name(key)
-    segment = examine(found.objects, key, partial(found.scan, name))
-    if isinstance(segment, SegmentScan):
-        found.segments.append(segment)
-        # Read a second time, so that no more than one segment is in memory at any time.
-        fault = examine(found.objects, key, partial(_note_updates, found, key, spec))
-    else:
-        fault = segment
+    fault = examine(found.objects, key, partial(_take, found, key, spec))
     if not isinstance(fault, Fault) or fault.kind is FaultKind.MISSING:
         return  # trimmed since it was listed, if it is missing
     found.is_sound = False
@@ -203,17 +197,19 @@ def _survey_segment(found: JournalScan, key: str, spec: BankSpec) -> None:
         found.findings.append(_damaged(name, fault))
 
 
-def _note_updates(found: JournalScan, key: str, spec: BankSpec, data: bytes) -> None:
-    offset = 0
-    for frame in read_frames(found.name(key), data):
+def _take(found: JournalScan, key: str, spec: BankSpec, data: bytes) -> None:
+    """Take note of a segment and of what it holds."""
+    name, offset = found.name(key), 0
+    found.segments.append(found.scan(name, data))
+    segment = len(found.segments) - 1
+    for frame in read_frames(name, data):
         num_bytes = HEADER_BYTES + len(frame.payload)
         if frame.kind in CONTENT_KINDS:
             found.num_frames += 1
-            for ref in _refs(found.name(key), offset, frame, spec):
-                update = JournalledUpdate(
-                    ref, key, offset, num_bytes, frame.lsn, len(found.segments) - 1
-                )
-                found.updates.append(update)
+            found.updates += [
+                JournalledUpdate(ref, key, offset, num_bytes, frame.lsn, segment)
+                for ref in _refs(name, offset, frame, spec)
+            ]
         offset += num_bytes
 
 

@@ -64,6 +64,8 @@ def _decode(key: str, data: bytes) -> Snapshot:
     # The checksum does not cover it.
     if json.loads(data).get("format") != FORMAT_VERSION:
         raise CorruptionError(f"{key} does not say its format", reason=Reason.SPEC_CORRUPT)
+    if not isinstance(snapshot.revision, int):
+        raise TypeError("it names a revision by something that is no number")
     if snapshot_key(snapshot.name) != key:
         raise CorruptionError(f"{key} holds snapshot {snapshot.name!r}", reason=Reason.SPEC_CORRUPT)
     return snapshot

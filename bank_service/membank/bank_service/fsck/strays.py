@@ -29,8 +29,10 @@ from membank.wire.format.layout import (
 )
 
 PARTITION_KEY = re.compile(r"partitions/(\d+)/")
+"""Begins every key of a partition."""
+JOURNAL_KEY = re.compile(r"partitions/(\d+)/journal/([^/]+)")
+"""A file of a local journal beside the blocks."""
 _PROBE = ".probe-"
-_JOURNAL = re.compile(r"partitions/\d+/journal/([^/]+)")
 
 
 def check_scratch(objects: ObjectStore) -> Iterator[Finding]:
@@ -88,8 +90,8 @@ def check_partition_names(view: PartitionView) -> Iterator[Finding]:
         elif key.startswith(log):
             if not is_stored_segment(key, view.number):
                 yield _misnamed(key)
-        elif (match := _JOURNAL.fullmatch(key)) is not None:
-            yield from _check_journal_name(key, match[1])
+        elif (match := JOURNAL_KEY.fullmatch(key)) is not None:
+            yield from _check_journal_name(key, match[2])
         else:
             yield _unknown(key)
 

@@ -50,6 +50,8 @@ class BankView:
         True to read the content of slots, and to compute journalled updates again.
     journal_dir
         Directory of the journals, where a service keeps them outside of the bank.
+    with_journals
+        Partitions that have files of a local journal among their objects.
     suspects
         Keys of slots to read; None = all.
     before
@@ -65,6 +67,7 @@ class BankView:
         *,
         deep: bool,
         journal_dir: Path | None = None,
+        with_journals: Collection[int] = (),
         suspects: Collection[str] | None = None,
         before: BankView | None = None,
         looked_at: Callable[[int], None] = lambda count: None,
@@ -73,6 +76,7 @@ class BankView:
         self.spec = spec
         self.deep = deep
         self.journal_dir = journal_dir
+        self.with_journals = with_journals
         self.suspects = suspects
         self.looked_at = looked_at
         self.tally = Tally()
@@ -85,6 +89,7 @@ class BankView:
             self.spec,
             deep=self.deep,
             journal_dir=self.journal_dir,
+            with_journals=self.with_journals,
             suspects=suspects,
             before=self,
         )
@@ -144,9 +149,9 @@ class PartitionView:
         if self.bank.journal_dir is not None:
             folder = self.bank.journal_dir.absolute() / self.spec.bank_id / f"{self.number:04d}"
             return str(folder)
-        beside = f"{partition_prefix(self.number)}/journal"
         is_local = isinstance(self.bank.objects, LocalObjects)
-        return beside if is_local or self.bank.objects.list(beside) else ""
+        is_beside = is_local or self.number in self.bank.with_journals
+        return f"{partition_prefix(self.number)}/journal" if is_beside else ""
 
     def _local_journal(self) -> JournalScan:
         place = self.journal_place
