@@ -16,6 +16,7 @@ import fsspec
 import pytest
 
 from membank.bank_service.store import (
+    Data,
     FsspecObjects,
     LocalObjects,
     ObjectStore,
@@ -139,6 +140,28 @@ def test_sync_keeps_what_was_put(subject: Subject) -> None:
     subject.store.sync([])
     subject.store.sync(["s/1", "t/2"])
     assert (subject.read_raw("s/1"), subject.read_raw("t/2")) == (b"1", b"2")
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [],
+        [b""],
+        [b"one"],
+        [memoryview(b"one"), b"", b"two", memoryview(bytearray(b"three"))[1:3]],
+        [memoryview(bytes(300_000)), b"end"],
+        # More than one call to the system takes.
+        [b"%04d" % number for number in range(2000)],
+    ],
+)
+@pytest.mark.parametrize("durable", [False, True])
+def test_content_in_pieces(
+    subject: Subject, pieces: list[bytes | memoryview], durable: bool
+) -> None:
+    subject.store.put("pieces/put", pieces, durable=durable)
+    subject.store.put_if_absent("pieces/created", tuple(pieces), durable=durable)
+    whole = b"".join(pieces)
+    assert subject.read_raw("pieces/put") == subject.read_raw("pieces/created") == whole
 
 
 def test_empty_object(subject: Subject) -> None:
@@ -368,7 +391,7 @@ class _Forwarding:
 
 
 class _IgnoringCreateOnly(_Forwarding):
-    def put_if_absent(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put_if_absent(self, key: str, data: Data, *, durable: bool = False) -> None:
         self._inner.put(key, data, durable=durable)
 
 
@@ -379,7 +402,7 @@ class _LosingResponses(_Forwarding):
         super().__init__(inner)
         self._num_lost = num_lost
 
-    def put_if_absent(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put_if_absent(self, key: str, data: Data, *, durable: bool = False) -> None:
         self._inner.put_if_absent(key, data, durable=durable)
         if self._num_lost:
             self._num_lost -= 1
@@ -391,7 +414,7 @@ class _Down(_Forwarding):
 
     num_calls = 0
 
-    def put_if_absent(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put_if_absent(self, key: str, data: Data, *, durable: bool = False) -> None:
         self.num_calls += 1
         raise UnavailableError("down", reason=Reason.STORE_FAILED)
 
@@ -426,7 +449,7 @@ class _ConflictWithNothing(_Forwarding):
 
     num_calls = 0
 
-    def put_if_absent(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put_if_absent(self, key: str, data: Data, *, durable: bool = False) -> None:
         self.num_calls += 1
         if self.num_calls == 1:
             raise AlreadyExistsError("taken")
@@ -454,7 +477,7 @@ class _RememberingDeletes(_Forwarding):
         self._inner.delete(key)
         self._deleted.add(key)
 
-    def put_if_absent(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put_if_absent(self, key: str, data: Data, *, durable: bool = False) -> None:
         if key in self._deleted:
             raise AlreadyExistsError("a marker")
         self._inner.put_if_absent(key, data, durable=durable)

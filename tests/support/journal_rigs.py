@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from membank.bank_service.store import ObjectStore
+from membank.bank_service.store import Data, ObjectStore
 from membank.bank_service.store.journal import (
     FrameKind,
     Journal,
@@ -16,7 +16,7 @@ from membank.bank_service.store.journal import (
     Ownership,
     ShippedJournal,
 )
-from membank.bank_service.store.objects import storage_error
+from membank.bank_service.store.objects import storage_error, whole
 from membank.wire.errors import MembankError
 from membank.wire.format.layout import log_prefix
 from storage_faults import FaultPlan, FaultyLogFile, FaultyObjects, faulty_remove
@@ -246,15 +246,15 @@ class MemoryObjects:
     def get_range(self, key: str, start: int, end: int) -> bytes:
         return self.get(key)[start:end]
 
-    def put(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put(self, key: str, data: Data, *, durable: bool = False) -> None:
         del durable
-        self.content[key] = data
+        self.content[key] = whole(data)
 
-    def put_if_absent(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put_if_absent(self, key: str, data: Data, *, durable: bool = False) -> None:
         del durable
         if key in self.content:
             raise storage_error(FileExistsError(key), key)
-        self.content[key] = data
+        self.content[key] = whole(data)
 
     def sync(self, keys: Sequence[str]) -> None:
         del keys

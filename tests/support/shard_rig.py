@@ -30,7 +30,7 @@ from membank.bank_service.shard.contract import (
     Prepared,
     PushResult,
 )
-from membank.bank_service.store import Bank, LocalObjects, ObjectStore
+from membank.bank_service.store import Bank, Data, LocalObjects, ObjectStore
 from membank.wire.errors import UnavailableError
 from membank.wire.format import RevisionRecord, TreeDocument
 from membank.wire.records import Gradient, ShardStats, Update
@@ -114,11 +114,11 @@ class FaultyObjects:
         # docstring inherited
         return self._objects.get_range(key, start, end)
 
-    def put(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put(self, key: str, data: Data, *, durable: bool = False) -> None:
         # docstring inherited
         self._faults.run(f"put {key}", lambda: self._objects.put(key, data, durable=durable))
 
-    def put_if_absent(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put_if_absent(self, key: str, data: Data, *, durable: bool = False) -> None:
         # docstring inherited
         self._faults.run(
             f"put_if_absent {key}", lambda: self._objects.put_if_absent(key, data, durable=durable)

@@ -10,7 +10,7 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import TypeVar
 
-from membank.bank_service.store import ObjectStore
+from membank.bank_service.store import Data, ObjectStore
 from membank.bank_service.store.journal import LogFile, PosixLogFile
 from membank.wire.errors import MembankError, Reason, ResourceExhaustedError, UnavailableError
 
@@ -102,10 +102,10 @@ class FaultyObjects:
     def get_range(self, key: str, start: int, end: int) -> bytes:
         return self._inner.get_range(key, start, end)
 
-    def put(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put(self, key: str, data: Data, *, durable: bool = False) -> None:
         self._plan.run(lambda: self._inner.put(key, data, durable=durable), what=f"put {key}")
 
-    def put_if_absent(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put_if_absent(self, key: str, data: Data, *, durable: bool = False) -> None:
         self._plan.run(
             lambda: self._inner.put_if_absent(key, data, durable=durable), what=f"create {key}"
         )
@@ -145,10 +145,10 @@ class Outage:
     def get_range(self, key: str, start: int, end: int) -> bytes:
         return self._reach(lambda: self._inner.get_range(key, start, end))
 
-    def put(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put(self, key: str, data: Data, *, durable: bool = False) -> None:
         self._reach(lambda: self._inner.put(key, data, durable=durable))
 
-    def put_if_absent(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put_if_absent(self, key: str, data: Data, *, durable: bool = False) -> None:
         self._reach(lambda: self._inner.put_if_absent(key, data, durable=durable))
 
     def sync(self, keys: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from membank.bank_service.shard import Shard
 from membank.bank_service.shard.contract import BlockOperation, Prepared
-from membank.bank_service.store import Bank, LocalObjects
+from membank.bank_service.store import Bank, Data, LocalObjects
 from membank.wire.format import RevisionRecord
 from membank.wire.records import Gradient, Update
 from membank.wire.spec import (
@@ -53,11 +53,11 @@ def tiny_spec(
 class UnsyncedObjects(LocalObjects):
     """A directory that is not told to survive a loss of power; tests lose none, and are quicker."""
 
-    def put(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put(self, key: str, data: Data, *, durable: bool = False) -> None:
         del durable
         super().put(key, data)
 
-    def put_if_absent(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put_if_absent(self, key: str, data: Data, *, durable: bool = False) -> None:
         del durable
         super().put_if_absent(key, data)
 

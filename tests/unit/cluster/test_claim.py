@@ -18,7 +18,7 @@ from membank.bank_service.cluster.claim import (
     require_claim,
 )
 from membank.bank_service.fsck import check_bank
-from membank.bank_service.store import LocalObjects
+from membank.bank_service.store import Data, LocalObjects
 from membank.wire.errors import FailedPreconditionError, Reason, UnavailableError
 from membank.wire.format.layout import CLAIM_KEY
 from storage_faults import Outage
@@ -98,7 +98,7 @@ def test_the_thread_of_a_claim_beats_by_itself(objects: LocalObjects) -> None:
     changed = threading.Event()
 
     class Watched(LocalObjects):
-        def put(self, key: str, data: bytes, *, durable: bool = False) -> None:
+        def put(self, key: str, data: Data, *, durable: bool = False) -> None:
             super().put(key, data, durable=durable)
             changed.set()
 
@@ -202,7 +202,7 @@ def test_an_answer_that_was_lost_is_no_other_service(tmp_path: Path) -> None:
     class LosesTheFirst(LocalObjects):
         """Repeats a create whose answer was lost, as stores behind a network do."""
 
-        def put_if_absent(self, key: str, data: bytes, *, durable: bool = False) -> None:
+        def put_if_absent(self, key: str, data: Data, *, durable: bool = False) -> None:
             super().put(key, data)
             super().put_if_absent(key, data, durable=durable)
 

@@ -19,7 +19,7 @@ from membank.bank_service.shard.contract import (
     SetContent,
 )
 from membank.bank_service.shard.garbage import MAX_KEYS, Item, merged, summed
-from membank.bank_service.store import Bank
+from membank.bank_service.store import Bank, Data
 from membank.wire.errors import MembankError, Reason, UnavailableError
 from membank.wire.format.layout import manifest_key, slot_key
 from membank.wire.records import Garbage, GarbageKind, Snapshot
@@ -260,7 +260,7 @@ class _PublishFails(Outage):
         self.delivers = delivers
         self.armed = False
 
-    def put_if_absent(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put_if_absent(self, key: str, data: Data, *, durable: bool = False) -> None:
         self.is_down = self.armed and "/manifests/" in key
         try:
             super().put_if_absent(key, data, durable=durable)
@@ -305,7 +305,7 @@ class _Gate(UnsyncedObjects):
     def arm(self) -> None:
         self._armed = True
 
-    def put_if_absent(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put_if_absent(self, key: str, data: Data, *, durable: bool = False) -> None:
         if self._armed and "/manifests/" in key:
             self._armed = False
             self.reached.set()

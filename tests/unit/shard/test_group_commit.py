@@ -13,7 +13,7 @@ import pytest
 from membank.bank_service.shard import Shard, ShardConfig
 from membank.bank_service.shard.config import Durability
 from membank.bank_service.shard.maintenance import ThreadMaintenance
-from membank.bank_service.store import Bank
+from membank.bank_service.store import Bank, Data
 from membank.bank_service.store.journal import LogFile, PosixLogFile
 from membank.wire.errors import (
     InvalidArgumentError,
@@ -186,7 +186,7 @@ class _WaitingObjects(UnsyncedObjects):
         self.may_write.set()
         self.waits = threading.Semaphore(0)
 
-    def put_if_absent(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put_if_absent(self, key: str, data: Data, *, durable: bool = False) -> None:
         if "/c." in key and not self.may_write.is_set():
             self.waits.release()
             assert self.may_write.wait(WAIT_S)
@@ -231,7 +231,7 @@ class _FullObjects(FaultyObjects):
 
     is_full = False
 
-    def put_if_absent(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put_if_absent(self, key: str, data: Data, *, durable: bool = False) -> None:
         if self.is_full and "/c." in key:
             raise ResourceExhaustedError(f"{key}: no space", reason=Reason.NO_SPACE)
         super().put_if_absent(key, data, durable=durable)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from journal_rigs import IDENTITY, PARTITION, MemoryObjects, ObjectRig, append, payloads_of
+from membank.bank_service.store import Data
 from membank.bank_service.store.journal import (
     FrameKind,
     ObjectJournal,
@@ -283,7 +284,7 @@ class _Interfering(MemoryObjects):
         self.before_put: Callable[[], object] = lambda: None
         self.before_get: Callable[[], object] = lambda: None
 
-    def put_if_absent(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put_if_absent(self, key: str, data: Data, *, durable: bool = False) -> None:
         self.before_put()
         super().put_if_absent(key, data, durable=durable)
 

@@ -169,7 +169,7 @@ def test_newer_format_is_refused_by_name() -> None:
 def test_slot_round_trip_and_damage(dtype: str) -> None:
     array = initial_weight(SPEC, BlockRef(1, 1)).astype(np.dtype(dtype))
     crc = crc32c(array)
-    chunk = encode_slot(array, crc)
+    chunk = b"".join(encode_slot(array, crc))
     kwargs = {"dtype": array.dtype, "shape": array.shape, "crc": crc, "key": "k"}
     np.testing.assert_array_equal(decode_slot(chunk, **kwargs), array)  # type: ignore[arg-type]
     for damaged in (chunk[:-1], chunk + b"\0", b"", bytes(len(chunk))):

@@ -9,13 +9,14 @@ from membank.bank_service.store.bank import Bank
 from membank.bank_service.store.fsspec_objects import FsspecObjects
 from membank.bank_service.store.journal import Journal, LocalJournal, Ownership
 from membank.bank_service.store.local_objects import LocalObjects
-from membank.bank_service.store.objects import ObjectStore, probe_create_only, publish
+from membank.bank_service.store.objects import Data, ObjectStore, probe_create_only, publish
 from membank.bank_service.store.open_objects import open_objects
 from membank.bank_service.store.s3_account import S3Config
 from membank.bank_service.store.s3_objects import S3Objects
 
 __all__ = [
     "Bank",
+    "Data",
     "FsspecObjects",
     "Journal",
     "LocalJournal",

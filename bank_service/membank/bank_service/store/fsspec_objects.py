@@ -12,7 +12,7 @@ import fsspec
 from fsspec.utils import stringify_path
 
 from membank.bank_service.store.attempts import Attempts
-from membank.bank_service.store.objects import check_key, forked_error
+from membank.bank_service.store.objects import Data, check_key, forked_error, whole
 from membank.bank_service.store.s3_account import LARGE_UPLOAD_BYTES, S3Account, S3Config, S3Place
 from membank.bank_service.store.s3_errors import INVALID_RANGE, s3_code
 from membank.wire.errors import InvalidArgumentError, NotFoundError
@@ -97,13 +97,15 @@ class FsspecObjects:
 
         return self._run(key, read)
 
-    def put(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put(self, key: str, data: Data, *, durable: bool = False) -> None:
         # docstring inherited
-        self._run(key, lambda path: self._pipe(path, data))
+        content = whole(data)
+        self._run(key, lambda path: self._pipe(path, content))
 
-    def put_if_absent(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put_if_absent(self, key: str, data: Data, *, durable: bool = False) -> None:
         # docstring inherited
-        self._run(key, lambda path: self._pipe(path, data, mode="create"))
+        content = whole(data)
+        self._run(key, lambda path: self._pipe(path, content, mode="create"))
 
     def sync(self, keys: Sequence[str]) -> None:
         # docstring inherited

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 
-from membank.bank_service.store.objects import check_key, storage_error
+from membank.bank_service.store.objects import Data, check_key, storage_error
 from membank.wire.errors import MembankError
 
 _SCRATCH = ".tmp"
@@ -95,7 +95,7 @@ class LocalObjects:
         except OSError as err:
             raise self._error(err, key, reading=True) from err
 
-    def put(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put(self, key: str, data: Data, *, durable: bool = False) -> None:
         # docstring inherited
         target = self._path(key)
         try:
@@ -103,7 +103,7 @@ class LocalObjects:
         except OSError as err:
             raise self._error(err, key) from err
 
-    def put_if_absent(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put_if_absent(self, key: str, data: Data, *, durable: bool = False) -> None:
         # docstring inherited
         target = self._path(key)
         try:
@@ -172,7 +172,7 @@ class LocalObjects:
         return self._is_unnamed
 
     def _write_scratch(
-        self, target: str, data: bytes, name: Callable[[str, str], None], *, durable: bool
+        self, target: str, data: Data, name: Callable[[str, str], None], *, durable: bool
     ) -> None:
         """Write a scratch file and let `name` give it the name `target`."""
         scratch = f"{self._scratch_folder()}/{uuid.uuid4().hex}"
@@ -180,9 +180,7 @@ class LocalObjects:
         try:
             handle = os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, _MODE)
             try:
-                write_fully(handle, [data])
-                if durable:
-                    os.fdatasync(handle)
+                _fill(handle, data, durable=durable)
             finally:
                 os.close(handle)
             _make_folder(Path(folder))
@@ -291,7 +289,19 @@ def _read_range(path: str, start: int, end: int) -> bytes:
     return b"".join(parts)
 
 
-def _create(target: str, data: bytes, *, durable: bool) -> None:
+def _fill(handle: int, data: Data, *, durable: bool) -> None:
+    """Write the content of a new file."""
+    write_fully(handle, [data] if isinstance(data, bytes) else data)
+    if durable:
+        os.fdatasync(handle)
+    else:
+        # Makes Linux begin to write it to the disk, so that a `sync` that follows finds most of
+        # the work done: a consolidation took half the time. What is being written stays in the
+        # page cache.
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _create(target: str, data: Data, *, durable: bool) -> None:
     """Create a file by way of one without a name."""
     folder = _parent(target)
     try:
@@ -300,9 +310,7 @@ def _create(target: str, data: bytes, *, durable: bool) -> None:
         _make_folder(Path(folder))
         handle = os.open(folder, _O_TMPFILE | os.O_WRONLY, _MODE)
     try:
-        write_fully(handle, [data])
-        if durable:
-            os.fdatasync(handle)
+        _fill(handle, data, durable=durable)
         # With a directory's descriptor, which an absolute path ignores, Python follows the link
         # from /proc to the file; without one, it would try to give the link itself a second name.
         os.link(f"/proc/self/fd/{handle}", target, src_dir_fd=handle, follow_symlinks=True)

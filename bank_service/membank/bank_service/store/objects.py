@@ -33,6 +33,11 @@ _PUBLISH_ATTEMPTS = 2
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
+Data = bytes | Sequence[bytes | memoryview]
+"""Content of an object: whole, or in pieces one after the other, which saves a copy where the
+store can write them so. Pieces are bytes or flat views of bytes; none is retained."""
+
+
 class ObjectStore(Protocol):
     """Objects of one bank. Keys are relative, with ``/`` between parts. Safe to use from threads.
 
@@ -57,14 +62,14 @@ class ObjectStore(Protocol):
     def get_range(self, key: str, start: int, end: int) -> bytes:
         """Return bytes `start` (inclusive) to `end` (exclusive), fewer where the object ends."""
 
-    def put(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put(self, key: str, data: Data, *, durable: bool = False) -> None:
         """Write an object, replacing what was there.
 
         With `durable`, return only once it survives the loss of power of this machine; stores
         behind a network always do.
         """
 
-    def put_if_absent(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put_if_absent(self, key: str, data: Data, *, durable: bool = False) -> None:
         """Create an object; raise `AlreadyExistsError` if there is one."""
 
     def sync(self, keys: Sequence[str]) -> None:
@@ -83,6 +88,11 @@ class VersionKeeping(Protocol):
 
     def keeps_versions(self, key: str) -> bool:
         """Say whether what is put at `key`, where there is an object, stays after its removal."""
+
+
+def whole(data: Data) -> bytes:
+    """Return `data` in one piece."""
+    return data if isinstance(data, bytes) else b"".join(data)
 
 
 def publish(objects: ObjectStore, key: str, data: bytes) -> None:

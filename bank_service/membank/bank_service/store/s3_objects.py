@@ -14,7 +14,7 @@ import obstore
 from obstore.store import S3Store
 
 from membank.bank_service.store.attempts import Attempts
-from membank.bank_service.store.objects import check_key, forked_error
+from membank.bank_service.store.objects import Data, check_key, forked_error, whole
 from membank.bank_service.store.s3_account import (
     LARGE_UPLOAD_BYTES,
     CredentialProvider,
@@ -108,17 +108,22 @@ class S3Objects:
 
         return self._run(key, read)
 
-    def put(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put(self, key: str, data: Data, *, durable: bool = False) -> None:
         # docstring inherited
+        content = whole(data)
         # In one request: an upload in parts could leave parts behind, which cost and can be read.
-        self._run(key, lambda path: obstore.put(self._for(data), path, data, use_multipart=False))
+        self._run(
+            key,
+            lambda path: obstore.put(self._for(content), path, content, use_multipart=False),
+        )
 
-    def put_if_absent(self, key: str, data: bytes, *, durable: bool = False) -> None:
+    def put_if_absent(self, key: str, data: Data, *, durable: bool = False) -> None:
         # docstring inherited
+        content = whole(data)
         self._run(
             key,
             lambda path: obstore.put(
-                self._for(data), path, data, mode="create", use_multipart=False
+                self._for(content), path, content, mode="create", use_multipart=False
             ),
         )
 

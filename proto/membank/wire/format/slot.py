@@ -22,8 +22,8 @@ TRAILER_BYTES = _TRAILER.size
 """Bytes of a chunk beyond the block's own."""
 
 
-def encode_slot(array: Array, crc: int) -> bytes:
-    """Encode one block.
+def encode_slot(array: Array, crc: int) -> list[bytes | memoryview]:
+    """Encode one block; it is not copied.
 
     Parameters
     ----------
@@ -34,10 +34,10 @@ def encode_slot(array: Array, crc: int) -> bytes:
 
     Returns
     -------
-    bytes
-        The chunk.
+    list[bytes | memoryview]
+        The chunk, in pieces that follow one another.
     """
-    return b"".join((as_uint8(array).data, _TRAILER.pack(crc)))
+    return [as_uint8(array).data, _TRAILER.pack(crc)]
 
 
 def decode_slot(
