@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import tempfile
 from contextlib import suppress
@@ -446,12 +447,15 @@ def test_shipping_beside_trimming_and_appending(rig: _Rig) -> None:
 def _cut_last_frames(rig: LocalRig, *, keep: int) -> None:
     """Leave the first `keep` frames, as a loss of power may where nothing is synced."""
     (path,) = rig.folder.glob("*.log")
-    starts = []
-    data, at = path.read_bytes(), 0
-    while (at := data.find(b"MBJF", at)) >= 0:
-        starts.append(at)
-        at += 4
-    os.truncate(path, starts[1 + keep])
+    os.truncate(path, _frame_starts(path)[1 + keep])
+
+
+def _frame_starts(path: Path) -> list[int]:
+    return [found.start() for found in re.finditer(b"MBJF", path.read_bytes())]
+
+
+def _epoch_first(path: Path) -> list[str]:
+    return path.stem.split("-")[::-1]
 
 
 # ---- every story of two machines
@@ -510,6 +514,23 @@ class _World:
             else:
                 self.num_shipped = len(self.history)
 
+    def fail_to_ship(self, delivers: bool) -> None:
+        """Ship while the storage does not answer."""
+        outage = self.machines[self.home].outage
+        outage.is_down, outage.delivers = True, delivers
+        if self.journal is not None:
+            with suppress(UnavailableError):  # where there is something to ship
+                self.journal.ship()
+        outage.is_down = False
+
+    def lose_power(self, part: float) -> None:
+        """Cut the newest segment at the owner's machine, as nothing is synced there."""
+        *_, path = sorted(self.machines[self.home].local.folder.glob("*.log"), key=_epoch_first)
+        ends = [frame for frame in _frame_starts(path) if frame] or [path.stat().st_size]
+        first = ends[0]
+        os.truncate(path, first + int((path.stat().st_size - first) * part))
+        self.start(self.home, intact=False)
+
     def trim(self, keep: int) -> None:
         if self.journal is not None:
             self.trimmed = max(self.trimmed, len(self.history) - keep)
@@ -545,10 +566,11 @@ class _World:
 
 _STEPS = st.one_of(
     st.just(("append",)),
-    st.just(("append",)),
     st.just(("ship",)),
     st.just(("wake",)),
     st.tuples(st.just("trim"), st.integers(0, 4)),
+    st.tuples(st.just("fail_to_ship"), st.booleans()),
+    st.tuples(st.just("lose_power"), st.floats(0, 1)),
     st.tuples(st.just("start"), st.integers(0, 1)),
     st.tuples(st.just("lose"), st.integers(0, 1)),
     st.tuples(
