@@ -16,6 +16,7 @@ from membank.bank_service.cluster import UpConfig, down, status, up
 from membank.client import BankClient
 from membank.wire.errors import FailedPreconditionError, Reason
 from membank.wire.spec import BankSpec, BlockRef, LevelSpec
+from nodes import HEAD, WORKER, nodes_of, push_until_on
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -25,40 +26,17 @@ SPEC = BankSpec(
     width=8,
     levels=(LevelSpec(fan_out=4, block_width=4), LevelSpec(fan_out=2, block_width=4)),
 )
-HEAD = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False}
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     cluster = Cluster(initialize_head=True, head_node_args=HEAD)
     try:
-        cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+        cluster.add_node(**WORKER)
         yield cluster
     finally:
         ray.shutdown()
         cluster.shutdown()
-
-
-def nodes_of(runtime_dir: Path) -> int:
-    """Return on how many nodes there are shards that answer."""
-    shards = status(runtime_dir=runtime_dir).shards
-    return len({shard.node_id for shard in shards}) if all(s.alive for s in shards) else 0
-
-
-def push_until_on(client: BankClient, runtime_dir: Path, *, num_nodes: int) -> int:
-    """Push to every block until shards are on `num_nodes`; return how often.
-
-    The test's timeout bounds it.
-    """
-    refs = list(SPEC.blocks())
-    ones = {ref: np.ones(SPEC.block_shape(ref.level), np.float32) for ref in refs}
-    versions, pushed = dict.fromkeys(refs, 0), 0
-    while nodes_of(runtime_dir) != num_nodes:
-        answer = client.push(ones, base=versions)
-        assert not answer.refused
-        versions, pushed = dict(answer.versions), pushed + 1
-        assert set(versions.values()) == {pushed}
-    return pushed
 
 
 def test_a_shard_moves_to_a_node_that_joins_while_it_is_pushed_to(tmp_path: Path) -> None:
@@ -76,8 +54,8 @@ def test_a_shard_moves_to_a_node_that_joins_while_it_is_pushed_to(tmp_path: Path
         with BankClient.connect(endpoint.address) as client:
             client.create_bank(SPEC)
             assert nodes_of(config.runtime_dir) == 1
-            cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
-            pushed = push_until_on(client, config.runtime_dir, num_nodes=2)
+            cluster.add_node(**WORKER)
+            pushed = push_until_on(client, num_nodes=2, runtime_dir=config.runtime_dir)
             assert set(client.fetch_blocks(list(SPEC.blocks())).versions.values()) == {pushed}
     finally:
         down(runtime_dir=config.runtime_dir)
@@ -86,7 +64,7 @@ def test_a_shard_moves_to_a_node_that_joins_while_it_is_pushed_to(tmp_path: Path
 
 def test_a_shard_goes_on_elsewhere_when_its_node_is_lost(tmp_path: Path) -> None:
     cluster = Cluster(initialize_head=True, head_node_args=HEAD)
-    lost = cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+    lost = cluster.add_node(**WORKER)
     config = UpConfig(
         bank_url=str(tmp_path / "bank"),
         port=0,
@@ -100,7 +78,7 @@ def test_a_shard_goes_on_elsewhere_when_its_node_is_lost(tmp_path: Path) -> None
         with BankClient.connect(endpoint.address) as client:
             client.create_bank(SPEC)
             cluster.remove_node(lost, allow_graceful=False)
-            pushed = push_until_on(client, config.runtime_dir, num_nodes=1)
+            pushed = push_until_on(client, num_nodes=1, runtime_dir=config.runtime_dir)
             assert set(client.fetch_blocks(list(SPEC.blocks())).versions.values()) == {pushed}
     finally:
         down(runtime_dir=config.runtime_dir)
