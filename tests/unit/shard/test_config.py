@@ -20,6 +20,7 @@ def test_durability_may_be_given_by_name() -> None:
         ("segment_bytes", 0),
         ("resident_bytes", -1),
         ("retained_revisions", 0),
+        ("retained_s", -1.0),
         ("retained_requests", 0),
         ("hold_wait_s", -0.5),
         ("settle_after_s", float("nan")),
