@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 
-from membank.bank_service.fsck.reading import Fault, FaultKind, examine, finding_of
+from membank.bank_service.fsck.reading import Fault, FaultKind, examine_each, finding_of
 from membank.bank_service.fsck.report import MAX_LISTED, Finding, FindingKind
 from membank.bank_service.store.objects import ObjectStore
 from membank.wire.errors import CorruptionError, Reason
@@ -101,17 +101,19 @@ def survey_chain(objects: ObjectStore, known: Mapping[int, Link] | None = None) 
     stored = sorted(stored_numbers(objects.list(REVISIONS)))
     chain = Chain(latest=max(stored, default=-1))
     # Revision 0 is the creation: no bank is without.
-    for before, number in pairwise([-1, *stored] if stored else [-1, 0]):
+    for before, number in pairwise([-1, *(stored or [0])]):
         if number > before + 1:
             _note_missing(chain, before + 1, number - 1)
-        found: Link | Fault | None = known.get(number)
-        if found is None:
-            found = examine(objects, revision_key(number), partial(_decode, number))
+    chain.links |= {number: known[number] for number in stored if number in known}
+    unread = [number for number in stored or [0] if number not in known]
+    jobs = ((number, revision_key(number), partial(_decode, number)) for number in unread)
+    for number, _, found in examine_each(objects, jobs):
         if isinstance(found, Fault):
             chain.bad.append(number)
             chain.findings.append(_faulty(found, number))
         else:
             chain.links[number] = found
+    chain.bad.sort()
     chain.findings += _broken_links(chain.links)
     return chain
 

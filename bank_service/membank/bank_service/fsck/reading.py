@@ -1,17 +1,22 @@
-"""Reading one object of a bank that may be damaged in any way."""
+"""Reading objects of a bank that may be damaged in any way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TypeVar
 
 from membank.bank_service.fsck.report import Finding, FindingKind
+from membank.bank_service.store.local_objects import LocalObjects
 from membank.bank_service.store.objects import ObjectStore
 from membank.wire.errors import MembankError, NotFoundError
 
+K = TypeVar("K")
 T = TypeVar("T")
+_READS_AHEAD = 8
 
 RESTORE = "restore the file from a copy"
 """What helps where no other object holds the same."""
@@ -66,6 +71,33 @@ def examine(objects: ObjectStore, key: str, decode: Callable[[bytes], T]) -> T |
         return Fault(FaultKind.DAMAGED, first_clause(err), err)
     except Exception as err:  # a check must outlive any bytes
         return Fault(FaultKind.DAMAGED, f"it does not decode ({type(err).__name__}: {err})", err)
+
+
+Job = tuple[K, str, Callable[[bytes], T]]
+"""Whose object it is, its key, and what reads it."""
+
+
+def examine_each(
+    objects: ObjectStore, jobs: Iterable[Job[K, T]]
+) -> Iterator[tuple[K, str, T | Fault]]:
+    """Do `examine` for each job, and yield who asked, the key and the answer, in their order.
+
+    Where every object takes a round trip, the next few are on their way meanwhile; on a local disk
+    there is one in memory at a time.
+    """
+    if isinstance(objects, LocalObjects):
+        for who, key, decode in jobs:
+            yield who, key, examine(objects, key, decode)
+        return
+    ahead: deque[tuple[K, str, Future[T | Fault]]] = deque()
+    with ThreadPoolExecutor(_READS_AHEAD, thread_name_prefix="membank-fsck") as pool:
+        for who, key, decode in jobs:
+            ahead.append((who, key, pool.submit(examine, objects, key, decode)))
+            if len(ahead) == _READS_AHEAD:
+                first = ahead.popleft()
+                yield first[0], first[1], first[2].result()
+        for who, key, answer in ahead:
+            yield who, key, answer.result()
 
 
 def finding_of(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 
 from membank.bank_service.fsck.manifests import SlotName, SlotUse
-from membank.bank_service.fsck.reading import Fault, FaultKind, examine, finding_of
+from membank.bank_service.fsck.reading import Fault, FaultKind, examine_each, finding_of
 from membank.bank_service.fsck.report import Finding, FindingKind
 from membank.bank_service.fsck.view import PartitionView
 from membank.wire.format import decode_slot
@@ -14,25 +16,52 @@ from membank.wire.format.layout import manifest_key, partition_prefix, slot_key
 from membank.wire.spec import BankSpec, Role
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """One role of a slot that a manifest names."""
+
+    key: str
+    level: int
+    role: Role
+    crc: int
+    use: SlotUse
+
+
 def check_slots(view: PartitionView) -> Iterator[Finding]:
-    """Check the slots that manifests name, one at a time."""
+    """Check the slots that manifests name."""
     index = view.manifests
+    num_stored = 0
     retiring: Counter[int] = Counter()
-    for name, use in sorted(index.slots.items()):
-        if index.is_doomed(use):
-            continue
-        for role, crc in zip(view.spec.roles, use.crcs, strict=True):
-            key = slot_key(view.number, name[0], role, name[1])
-            fault = _look(view, key, role, name[0], crc)
-            if fault is None:
-                continue
-            if fault.kind is FaultKind.MISSING and not view.needed.describe(use.named_by):
-                # What nothing needs goes slots first, so that a crash leaves the manifest.
-                retiring.update(use.named_by)
-            else:
-                yield _finding(view, fault, key, use)
+    for place in _places(view):
+        view.bank.tally.num_slots += 1
+        if place.key in view.keys:
+            num_stored += 1
+        elif view.needed.describe(place.use.named_by):
+            yield _finding(view, Fault(FaultKind.MISSING, "it is missing"), place)
+        else:
+            # What nothing needs goes slots first, so that a crash leaves the manifest.
+            retiring.update(place.use.named_by)
     for number in sorted(retiring):
-        yield _retiring(view.number, number, retiring[number])
+        yield _retiring(index.partition, number, retiring[number])
+    if view.bank.deep:
+        yield from _check_contents(view)
+    else:
+        view.bank.looked_at(num_stored)
+
+
+def _check_contents(view: PartitionView) -> Iterator[Finding]:
+    bank = view.bank
+    jobs = (
+        (place, place.key, partial(_decode, view.spec, place))
+        for place in _places(view)
+        if place.key in view.keys and (bank.suspects is None or place.key in bank.suspects)
+    )
+    for place, _, found in examine_each(bank.objects, jobs):
+        bank.looked_at(1)
+        if isinstance(found, Fault):
+            yield _finding(view, found, place)
+        else:
+            bank.tally.num_bytes += found
 
 
 def check_unnamed(view: PartitionView) -> Iterator[Finding]:
@@ -72,33 +101,30 @@ def slot_of(spec: BankSpec, partition: int, key: str) -> SlotName | None:
     return (level, slot) if known and 1 <= level <= spec.num_levels else None
 
 
-def _look(view: PartitionView, key: str, role: Role, level: int, crc: int) -> Fault | None:
-    bank = view.bank
-    bank.looked_at(1)
-    bank.tally.num_slots += 1
-    if key not in view.keys:
-        return Fault(FaultKind.MISSING, "it is missing")
-    if not bank.deep or (bank.suspects is not None and key not in bank.suspects):
-        return None
-    dtype, shape = view.spec.role_dtype(role), view.spec.block_shape(level)
-
-    def decode(chunk: bytes) -> None:
-        bank.tally.num_bytes += len(chunk)
-        decode_slot(chunk, dtype=dtype, shape=shape, crc=crc, key=key)
-
-    found = examine(bank.objects, key, decode)
-    return found if isinstance(found, Fault) else None
+def _places(view: PartitionView) -> Iterator[_Place]:
+    index = view.manifests
+    for (level, slot), use in sorted(index.slots.items()):
+        if not index.is_doomed(use):
+            for role, crc in zip(view.spec.roles, use.crcs, strict=True):
+                yield _Place(slot_key(view.number, level, role, slot), level, role, crc, use)
 
 
-def _finding(view: PartitionView, fault: Fault, key: str, use: SlotUse) -> Finding:
-    uses = view.needed.describe(use.named_by) or "nothing that is retained"
+def _decode(spec: BankSpec, place: _Place, chunk: bytes) -> int:
+    """Check a chunk and return its length."""
+    dtype, shape = spec.role_dtype(place.role), spec.block_shape(place.level)
+    decode_slot(chunk, dtype=dtype, shape=shape, crc=place.crc, key=place.key)
+    return len(chunk)
+
+
+def _finding(view: PartitionView, fault: Fault, place: _Place) -> Finding:
+    uses = view.needed.describe(place.use.named_by) or "nothing that is retained"
     return finding_of(
         fault,
-        key,
+        place.key,
         missing=FindingKind.SLOT_MISSING,
         damaged=FindingKind.SLOT_DAMAGED,
-        affects=f"block {use.ref}: {uses}",
-        remedy=_remedy(view, use),
+        affects=f"block {place.use.ref}: {uses}",
+        remedy=_remedy(view, place.use),
     )
 
 
@@ -117,13 +143,9 @@ def _has_other(view: PartitionView, use: SlotUse, number: int) -> bool:
     return any(
         other.ref == use.ref
         and number in other.named_by
-        and all(slot_key(view.number, *place) in view.keys for place in _places(view.spec, name))
-        for name, other in view.manifests.slots.items()
+        and all(slot_key(view.number, level, role, slot) in view.keys for role in view.spec.roles)
+        for (level, slot), other in view.manifests.slots.items()
     )
-
-
-def _places(spec: BankSpec, name: SlotName) -> Iterator[tuple[int, Role, int]]:
-    return ((name[0], role, name[1]) for role in spec.roles)
 
 
 def _retiring(partition: int, number: int, count: int) -> Finding:
