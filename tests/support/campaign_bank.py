@@ -103,10 +103,11 @@ class Push:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fetch:
-    """Read blocks as a client does: all of one revision."""
+    """Read blocks as a client does, all of one revision, several times in a row."""
 
     phase: ClassVar = Phase.FETCH
     refs: tuple[BlockRef, ...]
+    times: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -294,7 +295,7 @@ class Surveyed:
     """Weights as a fetch returns them; of active blocks alone."""
 
 
-Answer = Pushed | TransactionReport | GarbageReport | Fetched | Surveyed | None
+Answer = Pushed | TransactionReport | GarbageReport | tuple[Fetched, ...] | Surveyed | None
 """Whatever can be answered; an error travels as itself."""
 
 

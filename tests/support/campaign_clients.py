@@ -22,7 +22,6 @@ from campaign_bank import (
     Delete,
     DropSnapshot,
     Fetch,
-    Fetched,
     Push,
     Pushed,
     Recreate,
@@ -36,7 +35,7 @@ from campaign_bank import (
 )
 from campaign_model import History, Wrong
 from campaign_past import Asked
-from membank.wire.errors import MembankError, UnavailableError
+from membank.wire.errors import MembankError, ResourceExhaustedError, UnavailableError
 from membank.wire.records import GarbageReport, TransactionReport
 from membank.wire.spec import BlockRef, BlockState
 
@@ -44,6 +43,7 @@ PATIENCE_S = 60.0
 """Longest wait for an answer; a service that is alive and takes longer hangs."""
 
 _REASKED = 3
+_LOOKS = 20
 _MAX_SNAPSHOTS = 4
 _KEPT_REVISIONS = 3
 
@@ -155,7 +155,7 @@ class Client(ABC, Generic[R]):
         while True:
             try:
                 return ask(connection, request)
-            except UnavailableError:
+            except (UnavailableError, ResourceExhaustedError):
                 if time.monotonic() >= give_up:
                     raise
 
@@ -240,12 +240,15 @@ class Reader(Client[Fetch]):
     """Reads blocks, as of one revision."""
 
     def _next(self) -> Fetch:
-        return Fetch(refs=self.rng.choice((MARKED, MARKED, TRAINED, DOOMED)))
+        if self.rng.random() < 0.3:
+            return Fetch(refs=self.rng.choice((TRAINED, DOOMED)))
+        return Fetch(refs=MARKED, times=_LOOKS)
 
     def _take(self, request: Fetch, asked: Asked, answer: Answer) -> None:
-        assert isinstance(answer, Fetched)
-        self.history.fetched(asked, answer)
-        self.counts["fetch answered"] += 1
+        assert isinstance(answer, tuple)
+        for fetched in answer:
+            self.history.fetched(asked, fetched)
+        self.counts["fetch answered"] += len(answer)
 
 
 class Operator(Client[AdminOperation]):
@@ -286,7 +289,7 @@ class Operator(Client[AdminOperation]):
     def _next(self) -> AdminOperation:
         names = self.history.snapshots()
         weights = {
-            self._swap: 3,
+            self._swap: 5,
             self._replace: 2,
             self._hide: 4,
             self._snapshot: 4 if len(names) < _MAX_SNAPSHOTS else 0,

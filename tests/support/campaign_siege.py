@@ -68,7 +68,11 @@ class Pace:
     mean_s: float = 0.07
     """Mean of the exponential distribution of lives."""
     longest_s: float = 0.15
-    """Longest life."""
+    """Longest of them."""
+    long_share: float = 0.2
+    """Share of lives that are much longer, so that there is more to be lost."""
+    long_s: float = 1.0
+    """Longest of those."""
     start_s: float = 0.15
     """Longest life of a service that is to die while it starts."""
     max_calls: int = 150
@@ -84,7 +88,7 @@ LOCAL_PROMISES = (
     Promise(Durability.STORE),
 )
 """What such a bank can promise."""
-S3_PACE = Pace(shortest_s=0.02, mean_s=0.4, longest_s=1.5, start_s=0.5)
+S3_PACE = Pace(shortest_s=0.02, mean_s=0.4, longest_s=1.5, long_s=4.0, start_s=0.5)
 """For a bank in a bucket, where a transaction takes a tenth of a second and more."""
 S3_PROMISES = (
     Promise(Durability.PROCESS),
@@ -340,8 +344,11 @@ class Siege:
         return ArmKill(calls=self._rng.randrange(max_calls), after=self._rng.random() < 0.5)
 
     def _life_s(self) -> float:
-        drawn = self._rng.expovariate(1 / self._pace.mean_s)
-        return min(max(drawn, self._pace.shortest_s), self._pace.longest_s)
+        pace = self._pace
+        if self._rng.random() < pace.long_share:
+            return self._rng.uniform(pace.longest_s, pace.long_s)
+        drawn = self._rng.expovariate(1 / pace.mean_s)
+        return min(max(drawn, pace.shortest_s), pace.longest_s)
 
     def _child_rng(self) -> random.Random:
         return random.Random(self._rng.random())

@@ -6,6 +6,7 @@ import faulthandler
 import logging
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
@@ -34,10 +35,12 @@ from membank.bank_service.store import Bank, ObjectStore
 from membank.bank_service.store.journal import LogFile
 from membank.bank_service.store.open_objects import open_objects
 from membank.wire.errors import InternalError, MembankError
-from membank.wire.records import GarbageReport, TransactionReport, UpdateResult
+from membank.wire.records import Block, GarbageReport, TransactionReport, UpdateResult
 from membank.wire.spec import BlockRef, Role
 from storage_faults import FaultPlan, FaultyLogFile, FaultyObjects
 from tiny_bank import UnsyncedObjects
+
+_SWITCH_S = 1e-5
 
 PRINCIPAL = "operator"
 """Who changes the bank."""
@@ -168,16 +171,10 @@ class BankService:
             split.setdefault(SPEC.partition_of(ref) % NUM_SHARDS, []).append(ref)
         return [(self._shards[index], found) for index, found in sorted(split.items())]
 
-    def _fetch(self, fetch: asked.Fetch) -> asked.Fetched:
-        blocks = [block for found in self._fetched(fetch.refs) for block in found.blocks]
-        return asked.Fetched(
-            versions={block.ref: block.version for block in blocks},
-            values={
-                block.ref: tuple(np.unique(block.weight).tolist())
-                for block in blocks
-                if block.weight is not None
-            },
-        )
+    def _fetch(self, fetch: asked.Fetch) -> tuple[asked.Fetched, ...]:
+        # One right after the other: what a swap shows of itself in between is over at once.
+        looks = [self._fetched(fetch.refs) for _ in range(fetch.times)]
+        return tuple(_told([block for part in found for block in part.blocks]) for found in looks)
 
     def _fetched(self, refs: Sequence[BlockRef]) -> list[FetchResult]:
         """Return blocks of one revision, as a client puts them together."""
@@ -247,6 +244,17 @@ class BankService:
                 return operations.collect_garbage(request, keep_revisions=keep_revisions)
 
 
+def _told(blocks: Sequence[Block]) -> asked.Fetched:
+    return asked.Fetched(
+        versions={block.ref: block.version for block in blocks},
+        values={
+            block.ref: tuple(np.unique(block.weight).tolist())
+            for block in blocks
+            if block.weight is not None
+        },
+    )
+
+
 def _numbered(refs: Sequence[BlockRef], number: int) -> list[SetContent]:
     return [SetContent(ref=ref, weight=asked.numbered_content(ref, number)) for ref in refs]
 
@@ -271,6 +279,8 @@ def serve(
         When the process is to kill itself, counted from its very start; None = never.
     """
     os.environ.update(setting.environment)
+    # Threads that change places this often meet in ways in which they seldom do otherwise.
+    sys.setswitchinterval(_SWITCH_S)
     log = (setting.folder / "service.log").open("a")
     faulthandler.register(signal.SIGUSR1, file=log)
     logging.basicConfig(stream=log, format="%(asctime)s %(message)s", force=True)
