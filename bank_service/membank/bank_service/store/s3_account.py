@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from botocore.credentials import Credentials
     from obstore.store import S3Credential
 
-LARGE_UPLOAD_BYTES = 1024 * 1024
+LARGE_UPLOAD_BYTES = 256 * 1024
 """Above this size the upload itself may take longer than a silence of the server means anything."""
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
@@ -29,15 +29,15 @@ class S3Config:
     """Bounds on the time of every request.
 
     A call ends at the latest after `retry_s`, the wait before a last attempt (`max_backoff_s`) and
-    that attempt itself: after 32 s where a server does nothing but fail, 47 s where it is silent, and
+    that attempt itself: after 32 s where a server does nothing but fail, 37 s where it is silent, and
     152 s where it is silent while a large object is sent to it.
     """
 
-    connect_timeout_s: float = 5.0
+    connect_timeout_s: float = 3.0
     """Longest wait for a connection, in seconds."""
-    stall_timeout_s: float = 15.0
-    """Longest silence of the server within a request, in seconds; not for the upload of a large
-    object, during which a server has nothing to say."""
+    stall_timeout_s: float = 5.0
+    """Longest silence of the server within a request, in seconds: less than a shard's lease, which one
+    lost packet must not cost. Not for uploads above 256 KiB, during which a server has nothing to say."""
     transfer_timeout_s: float = 120.0
     """Longest whole attempt, the body included, in seconds; 64 MB then need 0.5 MB/s."""
     retry_s: float = 30.0
