@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from membank.bank_service.store.journal import (
 from membank.bank_service.store.objects import storage_error, whole
 from membank.wire.errors import MembankError
 from membank.wire.format.layout import log_prefix
-from storage_faults import FaultPlan, FaultyLogFile, FaultyObjects, faulty_remove
+from storage_faults import FaultPlan, FaultyLogFile, FaultyObjects, Outage, faulty_remove
 
 PARTITION = 3
 IDENTITY = "bank/3"
@@ -146,6 +147,11 @@ class ShippedRig(JournalRig):
         journal.ship()
 
 
+def frame_starts(path: Path) -> list[int]:
+    """Return where frames of a segment begin, if no payload looks like one."""
+    return [found.start() for found in re.finditer(b"MBJF", path.read_bytes())]
+
+
 def append(journal: Journal, *payloads: bytes) -> int:
     """Append one batch of updates."""
     return journal.append(FrameKind.UPDATE, [[p[:3], memoryview(p)[3:]] for p in payloads])
@@ -264,3 +270,31 @@ class MemoryObjects:
 
     def delete(self, key: str) -> None:
         self.content.pop(key, None)
+
+
+class MachineRig(ShippedRig):
+    """A machine with a disk, and the bank's storage, which can be cut off; time stands still."""
+
+    def __init__(self, folder: Path, content: dict[str, bytes], *, batch_bytes: int = 100) -> None:
+        self.outage = Outage(MemoryObjects(content))
+        super().__init__(folder, lambda: self.outage)
+        self.batch_bytes = batch_bytes
+        self.now = 0.0
+
+    def open(self, plan: FaultPlan | None = None, *, identity: str = IDENTITY) -> ShippedJournal:
+        return ShippedJournal(
+            self.local.open(plan, identity=identity),
+            self.remote.open(plan, identity=identity),
+            self.is_current,
+            batch_bytes=self.batch_bytes,
+            clock=lambda: self.now,
+        )
+
+    def start(self, after_lsn: int = 0, plan: FaultPlan | None = None) -> ShippedJournal:
+        journal = super().start(after_lsn, plan)
+        assert isinstance(journal, ShippedJournal)
+        return journal
+
+    def shipped(self) -> list[bytes]:
+        """Return what is in the remote journal."""
+        return payloads_of(self.remote.open())
