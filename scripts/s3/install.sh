@@ -16,7 +16,8 @@ absent() {
 command -v apt-get >/dev/null || absent "no apt-get here; install the Ceph object gateway (radosgw) by hand"
 
 export DEBIAN_FRONTEND=noninteractive
-packages=(radosgw ceph-mon ceph-osd ceph-mgr ceph-common)
+# faketime lets a test run with a wrong clock.
+packages=(radosgw ceph-mon ceph-osd ceph-mgr ceph-common faketime)
 # The lists may be missing (a container image) or stale, so they are fetched; a failure shows at the next step.
 apt-get update -qq >&2 || true
 # The packages start nothing by themselves: there is no cluster in /etc/ceph.

@@ -78,6 +78,12 @@ class S3Server:
         self.client.create_bucket(Bucket=bucket)
         return f"s3://{bucket}"
 
+    def make_bucket(self, user: S3User) -> str:
+        """Return the name of a new bucket of `user`'s."""
+        bucket = f"test-{uuid.uuid4().hex}"
+        make_client(user).create_bucket(Bucket=bucket)
+        return bucket
+
     def clear(self, url: str) -> None:
         """Delete what is below `url`, so that a server in memory stays small."""
         bucket, prefix = split(url)
@@ -87,11 +93,10 @@ class S3Server:
             if names:
                 self.client.delete_objects(Bucket=bucket, Delete={"Objects": names, "Quiet": True})
 
-    def make_user(self, *, read_only: bool = False) -> S3User:
+    def make_user(self) -> S3User:
         """Return a new user, who may use no bucket but its own."""
         name = f"user-{uuid.uuid4().hex[:12]}"
-        options = ["--op-mask=read"] if read_only else []
-        said = self._admin("user", "create", f"--uid={name}", f"--display-name={name}", *options)
+        said = self._admin("user", "create", f"--uid={name}", f"--display-name={name}")
         keys = said["keys"][0]
         environment = {
             **self.owner.environment,
@@ -111,6 +116,10 @@ class S3Server:
     def make_read_only(self, user: S3User) -> None:
         """Refuse the user every write and delete from now on."""
         self._admin("user", "modify", f"--uid={user.name}", "--op-mask=read")
+
+    def make_writer(self, user: S3User) -> None:
+        """Allow the user everything again."""
+        self._admin("user", "modify", f"--uid={user.name}", "--op-mask=read,write,delete")
 
     def _admin(self, *arguments: str) -> Any:
         if self.ceph_conf is None:
