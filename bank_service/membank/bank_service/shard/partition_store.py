@@ -54,6 +54,11 @@ class LoadedManifests:
     """The newest manifest that counts; None = nothing was ever changed."""
     undecided: Manifest | None
     """A prepared manifest whose revision nobody has decided."""
+    last_published: Manifest | None
+    """Of those that count, the one with the greatest number: by the last owner. It is another than
+    `current` where that owner came between the preparation of `current` and its commit."""
+    bases: frozenset[str]
+    """Nonces of what an owner may have started from that published nothing."""
 
 
 class PartitionStore:
@@ -97,6 +102,8 @@ class PartitionStore:
         """
         current: Manifest | None = None
         undecided: Manifest | None = None
+        before: Manifest | None = None
+        last_published: Manifest | None = None
         given_up = []
         for number in self._bank.manifest_numbers(self._partition):
             manifest = self._bank.read_manifest(self._partition, number)
@@ -109,13 +116,14 @@ class PartitionStore:
                 case True:
                     if current is None or _order(current) < _order(manifest):
                         current = manifest
+                    before, last_published = last_published, manifest
         self._require_named(current)
         for level, slot in self._next_slot.items():
             # Checks the arrays' metadata, and makes it anew where it was lost.
             self._arrays.reserve(level, slot - 1)
         for number in given_up:
             self.drop(number)
-        return LoadedManifests(current, undecided)
+        return LoadedManifests(current, undecided, last_published, _bases(before, last_published))
 
     def load_content(self, ref: BlockRef, record: BlockRecord, roles: Sequence[Role]) -> Content:
         """Return the content of `record` with at least `roles`, from memory, slot or seed.
@@ -306,9 +314,15 @@ class PartitionStore:
 
     def release(self, slots: Iterable[SlotName]) -> None:
         """Remove slots that no manifest names."""
-        for level, slot in slots:
-            self._arrays.delete(level, slot)
-            self._unpublished.discard((level, slot))
+        doomed = list(slots)
+        if not doomed:
+            return
+        # Side by side: each is a request in a bucket, and on a disk the freeing of its pages.
+        with ThreadPoolExecutor(min(_MAX_WRITERS, len(doomed))) as pool:
+            removals = [pool.submit(self._arrays.delete, level, slot) for level, slot in doomed]
+        for name, removal in zip(doomed, removals, strict=True):
+            removal.result()
+            self._unpublished.discard(name)
 
     def garbage(self, history_from: int, owner: str) -> list[Item]:
         """Return what nothing needs if history begins at `history_from`; manifests come last.
@@ -467,6 +481,17 @@ class PartitionStore:
             self._next_slot[level] = max(self._next_slot.get(level, 0), slot + 1)
         self._unpublished -= members(slots, self._unpublished)
         self._next_number = max(self._next_number, manifest.number + 1)
+
+
+def _bases(before: Manifest | None, last: Manifest | None) -> frozenset[str]:
+    """Return what an owner may have started from that died before it published.
+
+    While `last` was undecided that was the manifest before it, which its owner wrote as well.
+    """
+    found = {"" if last is None else last.nonce}
+    if last is not None and last.prepared and before is not None and before.owner == last.owner:
+        found.add(before.nonce)
+    return frozenset(found)
 
 
 def _order(manifest: Manifest) -> tuple[int, int]:
