@@ -12,7 +12,8 @@ from membank.cli.connection import DEFAULT_ENDPOINT, CaOption, TokenOption, conn
 from membank.cli.extras import needs_extra
 from membank.cli.output import JsonOption, console, emit, err_console, format_bytes, table
 from membank.wire.errors import MembankError
-from membank.wire.records import BankStats
+from membank.wire.records import BankInfo, BankStats
+from membank.wire.spec import Durability
 
 if TYPE_CHECKING:
     # Only for the annotation: a client-only install lacks the service.
@@ -151,13 +152,20 @@ def status(
         if not as_json:
             _show_what_is_known(bank)
         raise
-    payload = {"endpoint": bank, "bank": info.spec.name, **asdict(stats)}
+    payload = {
+        "endpoint": bank,
+        "bank": info.spec.name,
+        "durability": info.durability,
+        "ship_every_s": info.ship_every_s,
+        **asdict(stats),
+    }
 
     def render() -> None:
         console.print(
             f"bank [bold]{info.spec.name}[/] at {bank}: revision {stats.revision}, "
             f"{stats.num_blocks_written} of {stats.num_blocks} blocks written"
         )
+        console.print(_promise(info))
         console.print(_shard_table(stats))
 
     emit(payload, as_json=as_json, render=render)
@@ -228,10 +236,22 @@ def _show_what_is_known(address: str) -> None:
     err_console.print(table(("shard", "endpoint", "pid>", "does not answer because"), rows))
 
 
+def _promise(info: BankInfo) -> str:
+    survives = {
+        Durability.PROCESS: "the death of its shard",
+        Durability.HOST: "the loss of power of its machine",
+        Durability.STORE: "the loss of its machine",
+    }[info.durability]
+    text = f"an acknowledged update survives {survives}"
+    if info.ship_every_s:
+        text += f"; journals are copied to the bank's storage every {info.ship_every_s:g} s"
+    return text
+
+
 def _shard_table(stats: BankStats) -> object:
     columns = (
         "shard", "endpoint", "pid>", "partitions>", "fetched>", "sent>", "updates>", "refused>",
-        "received>", "resident>", "journal>", "restarts>",
+        "received>", "resident>", "journal>", "unshipped s>", "restarts>",
     )  # fmt: skip
     rows = [
         (
@@ -246,6 +266,7 @@ def _shard_table(stats: BankStats) -> object:
             format_bytes(shard.num_bytes_pushed),
             format_bytes(shard.resident_bytes),
             format_bytes(shard.journal_bytes),
+            f"{shard.unshipped_s:.1f}",
             shard.num_restarts,
         )
         for shard in stats.shards
