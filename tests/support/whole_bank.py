@@ -13,6 +13,7 @@ import numpy as np
 from membank.bank_service.shard import Durability, Shard, ShardConfig
 from membank.bank_service.shard.contract import BlockOperation, Erase, SetContent, SetState
 from membank.bank_service.store import Bank, ObjectStore
+from membank.bank_service.store.bank import SNAPSHOT_OPERATION
 from membank.bank_service.store.journal import LogFile, PosixLogFile
 from membank.wire.format import TreeDocument
 from membank.wire.records import Snapshot
@@ -84,7 +85,14 @@ def take_snapshot(
     """Commit a revision under a name that pins it."""
     revision = bank.latest_number() + 1
     bank.create_snapshot(Snapshot(name=name, revision=revision, create_time_s=0.0))
-    commit(shard, bank, operations, all_partitions=True, detail={"snapshot": name})
+    commit(
+        shard,
+        bank,
+        operations,
+        operation=SNAPSHOT_OPERATION,
+        all_partitions=True,
+        detail={"snapshot": name},
+    )
 
 
 def commit(
@@ -92,6 +100,7 @@ def commit(
     bank: Bank,
     operations: Sequence[BlockOperation],
     *,
+    operation: str = "test",
     all_partitions: bool = False,
     detail: Mapping[str, object] | None = None,
     tree: TreeDocument | None = None,
@@ -104,6 +113,7 @@ def commit(
         bank.write_tree(revision, tree)
     record = dataclasses.replace(
         commit_record(bank, revision, prepared),
+        operation=operation,
         manifests=prepared.manifests,
         tree_revision=before.tree_revision if tree is None else revision,
         detail=detail or {},

@@ -13,7 +13,9 @@ import pytest
 
 from damaging import check, flip, found, slot_of
 from membank.bank_service.fsck import FindingKind, Severity, check_bank
+from membank.bank_service.shard import Shard
 from membank.bank_service.store import Bank, LocalObjects
+from membank.bank_service.store.bank import UNPIN_OPERATION
 from membank.bank_service.store.objects import storage_error
 from membank.wire.errors import FailedPreconditionError, NotFoundError, Reason
 from membank.wire.format import (
@@ -24,7 +26,8 @@ from membank.wire.format import (
 )
 from membank.wire.format.layout import revision_key
 from membank.wire.records import Snapshot
-from whole_bank import SNAPSHOT, A
+from tiny_bank import create_bank
+from whole_bank import SNAPSHOT, A, commit, take_snapshot
 
 
 def test_a_whole_bank_is_clean(template: Path) -> None:
@@ -160,6 +163,22 @@ def test_a_snapshot_under_another_name(root: Path) -> None:
     data = (root / f"snapshots/{SNAPSHOT}.json").read_bytes()
     (root / "snapshots/other.json").write_bytes(data)
     assert found(root) == {(FindingKind.SNAPSHOT_DAMAGED, "snapshots/other.json")}
+
+
+def test_a_snapshot_that_was_given_up(tmp_path: Path) -> None:
+    bank = create_bank(tmp_path)
+    shard = Shard.open(bank)
+    take_snapshot(shard, bank, [], "old")
+    take_snapshot(shard, bank, [], "kept")
+    commit(shard, bank, [], operation=UNPIN_OPERATION, detail={"snapshot": "old"})
+    # The service removes the name next; here it died before.
+    assert found(tmp_path) == {(FindingKind.SNAPSHOT_GIVEN_UP, "snapshots/old.json")}
+    bank.objects.delete("snapshots/old.json")
+    assert found(tmp_path) == set()
+    # The name may be given again.
+    take_snapshot(shard, bank, [], "old")
+    assert found(tmp_path) == set()
+    shard.close()
 
 
 @pytest.mark.parametrize("revision", [2, 4])

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 from membank.bank_service.fsck.reading import Fault, FaultKind, examine_each, finding_of
 from membank.bank_service.fsck.report import MAX_LISTED, Finding, FindingKind
+from membank.bank_service.store.bank import SNAPSHOT_OPERATION, UNPIN_OPERATION
 from membank.bank_service.store.objects import ObjectStore
 from membank.wire.errors import CorruptionError, Reason
 from membank.wire.format import decode_revision
@@ -28,12 +29,18 @@ class Link:
     """Manifest of each partition that it changed."""
     tree_revision: int
     """Revision whose tree document is in force."""
+    operation: str
+    """What was done."""
     snapshot: str
     """Snapshot that its detail names; empty = none."""
     sha256: str
     """Of the object's bytes."""
     previous_sha256: str
     """Of those of the record before, as this record has it."""
+
+    def makes(self, operation: str, snapshot: str) -> bool:
+        """Say whether it committed `operation` for a snapshot."""
+        return self.committed and (self.operation, self.snapshot) == (operation, snapshot)
 
 
 @dataclass(slots=True)
@@ -63,6 +70,16 @@ class Chain:
     def commits_from(self, revision: int) -> list[int]:
         """Return the committed revisions from `revision` on, ascending."""
         return sorted(n for n, link in self.links.items() if n >= revision and link.committed)
+
+    def makes_snapshot(self, name: str, revision: int) -> bool:
+        """Say whether `revision` is a commit that made the snapshot `name`."""
+        link = self.links.get(revision)
+        return link is not None and link.makes(SNAPSHOT_OPERATION, name)
+
+    def gives_up_snapshot(self, name: str, revision: int) -> bool:
+        """Say whether a commit after `revision` gave the snapshot `name` up."""
+        later = (link for number, link in self.links.items() if number > revision)
+        return any(link.makes(UNPIN_OPERATION, name) for link in later)
 
     def named_manifest(self, revision: int, partition: int) -> int | None:
         """Return the manifest that `revision` consists of; 0 = as initialised, None = unknown.
@@ -167,6 +184,7 @@ def _decode(number: int, data: bytes) -> Link:
         committed=bool(record.committed),
         manifests=dict(record.manifests),
         tree_revision=record.tree_revision,
+        operation=str(record.operation),
         snapshot=snapshot if isinstance(snapshot, str) else "",
         sha256=record_sha256(data),
         previous_sha256=record.previous_sha256,

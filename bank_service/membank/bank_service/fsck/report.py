@@ -35,6 +35,7 @@ class FindingKind(StrEnum):
     TREE_SUPERSEDED = "tree-superseded"
     SNAPSHOT_DAMAGED = "snapshot-damaged"
     SNAPSHOT_UNCOMMITTED = "snapshot-uncommitted"
+    SNAPSHOT_GIVEN_UP = "snapshot-given-up"
     MANIFEST_MISSING = "manifest-missing"
     MANIFEST_DAMAGED = "manifest-damaged"
     MANIFEST_MISPLACED = "manifest-misplaced"
@@ -77,6 +78,7 @@ _NOTES = frozenset(
     {
         FindingKind.TREE_SUPERSEDED,
         FindingKind.SNAPSHOT_UNCOMMITTED,
+        FindingKind.SNAPSHOT_GIVEN_UP,
         FindingKind.MANIFEST_UNDECIDED,
         FindingKind.MANIFEST_GIVEN_UP,
         FindingKind.RETIREMENT_UNFINISHED,

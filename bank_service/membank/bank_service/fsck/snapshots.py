@@ -48,8 +48,13 @@ def survey_snapshots(objects: ObjectStore, chain: Chain) -> Snapshots:
             )
             continue
         found.revisions[name] = snapshot.revision
-        if _is_uncommitted(snapshot, chain):
+        # A damaged record may be the commit; it is reported itself.
+        if snapshot.revision in chain.bad:
+            continue
+        if not chain.makes_snapshot(name, snapshot.revision):
             found.findings.append(_uncommitted(key, snapshot))
+        elif chain.gives_up_snapshot(name, snapshot.revision):
+            found.findings.append(_given_up(key))
     return found
 
 
@@ -71,18 +76,19 @@ def _decode(key: str, data: bytes) -> Snapshot:
     return snapshot
 
 
-def _is_uncommitted(snapshot: Snapshot, chain: Chain) -> bool:
-    # A damaged record may be the commit; it is reported itself.
-    if snapshot.revision in chain.bad:
-        return False
-    link = chain.links.get(snapshot.revision)
-    return link is None or not link.committed or link.snapshot != snapshot.name
-
-
 def _uncommitted(key: str, snapshot: Snapshot) -> Finding:
     return Finding(
         kind=FindingKind.SNAPSHOT_UNCOMMITTED,
         key=key,
         problem=f"revision {snapshot.revision} is no commit that made it, so it is no snapshot",
         remedy="nothing; `membank gc` removes it",
+    )
+
+
+def _given_up(key: str) -> Finding:
+    return Finding(
+        kind=FindingKind.SNAPSHOT_GIVEN_UP,
+        key=key,
+        problem="a commit gave the snapshot up, and its name is still there",
+        remedy="nothing; the next start of the service removes it",
     )
