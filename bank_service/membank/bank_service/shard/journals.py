@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,7 +87,11 @@ class PartitionJournals:
 
 
 def open_journals(
-    context: ShardContext, number: int, folder: Path, manifest: Manifest
+    context: ShardContext,
+    number: int,
+    folder: Path,
+    manifest: Manifest,
+    bases: Collection[str],
 ) -> PartitionJournals:
     """Open the journals of partition `number` and find the one that continues `manifest`.
 
@@ -99,7 +104,9 @@ def open_journals(
     folder
         Directory of the journal, locked by the caller.
     manifest
-        The newest manifest that counts.
+        The manifest in force, with what the last owner says of itself.
+    bases
+        Nonces of the manifests that an owner may have started from that published none.
 
     Raises
     ------
@@ -118,7 +125,7 @@ def open_journals(
     stored = ObjectJournal.open(bank.objects, number, identity)
 
     def is_current(ownership: Ownership) -> bool:
-        return ownership.is_current(manifest.epoch, manifest.owner, manifest.nonce)
+        return any(ownership.is_current(manifest.epoch, manifest.owner, nonce) for nonce in bases)
 
     journal: Journal
     others: list[Journal]

@@ -219,13 +219,23 @@ class Partition:
     def resume_hold(self, manifest: Manifest) -> None:
         """Hold updates back for a transaction that was prepared before a restart."""
         state = self._state
+        mine = state.manifest
+        # Another owner prepared it; from here on it is this one's to publish after.
+        adopted = replace(
+            manifest,
+            epoch=mine.epoch,
+            owner=mine.owner,
+            lock=mine.lock,
+            lease_s=mine.lease_s,
+            durability=mine.durability,
+        )
         with state.folding, state.writer:
             records = {
                 ref: BlockRecord(entry)
                 for ref, entry in manifest.entries.items()
                 if state.record(ref).entry != entry
             }
-            state.held = Hold(manifest.revision, state.context.clock(), manifest, records)
+            state.held = Hold(manifest.revision, state.context.clock(), adopted, records)
 
     def install(self) -> list[BlockEvent]:
         """Put what was prepared in force; the caller holds the state lock of the shard."""

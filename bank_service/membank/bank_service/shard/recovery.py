@@ -147,8 +147,8 @@ def take_over(context: ShardContext, number: int, folder: Path, lock: str) -> Ta
     )
     store = PartitionStore(context.bank, number, retention=retention)
     loaded = store.load_manifests()
-    before = loaded.current or _empty_manifest(number)
-    journals = open_journals(context, number, folder, before)
+    before = _as_of_owner(loaded.current or _empty_manifest(number), loaded.last_published)
+    journals = open_journals(context, number, folder, before, loaded.bases)
     ownership = Ownership(
         epoch=max(journals.epoch, before.epoch) + 1, owner=uuid.uuid4().hex, onto=before.nonce
     )
@@ -216,6 +216,24 @@ def recover(context: ShardContext, takeover: Takeover, revision: int) -> Partiti
     partition.finish_removal()
     partition.tidy()
     return partition
+
+
+def _as_of_owner(current: Manifest, last: Manifest | None) -> Manifest:
+    """Return the manifest in force, with what `last` says of the last owner.
+
+    A transaction may put in force what was prepared by the owner before the last one.
+    """
+    if last is None:
+        return current
+    return replace(
+        current,
+        epoch=last.epoch,
+        owner=last.owner,
+        lock=last.lock,
+        lease_s=last.lease_s,
+        durability=last.durability,
+        nonce=last.nonce,
+    )
 
 
 def _lease_s(context: ShardContext) -> float:

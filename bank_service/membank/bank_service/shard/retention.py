@@ -108,7 +108,9 @@ class Chain:
             Revisions of the snapshots.
         """
         later = {m.revision for m in self._all if m.revision > history_from}
-        needed = set()
+        # The newest by number says who owns the partition. It is another than the one in force
+        # where an owner came between the preparation of that and its commit.
+        needed = {max(m.number for m in self._all)} if self._all else set()
         for revision in {history_from, *later, *pinned}:
             for manifest in (self.beginning_of(revision), self.end_of(revision)):
                 if manifest is not None:
