@@ -176,7 +176,7 @@ class Client(ABC, Generic[R]):
 
 
 class Pusher(Client[Push]):
-    """Pushes gradients, on the versions that were acknowledged last.
+    """Pushes gradients, on the newest versions that anybody was told of.
 
     Parameters
     ----------
@@ -208,11 +208,10 @@ class Pusher(Client[Push]):
         refs = self.rng.sample(TRAINED, self.rng.randint(1, 4))
         if self.rng.random() < 0.3:
             refs.append(self.rng.choice(DOOMED))
-        versions = self.history.ask().versions
         return Push(
             request_id=self._next_id(),
             number=self._numbers.take(),
-            bases={ref: versions[ref] for ref in refs},
+            bases=self.history.newest(refs),
         )
 
     def _take(self, request: Push, asked: Asked, answer: Answer) -> None:

@@ -82,6 +82,7 @@ class History:
         self._lock = threading.Lock()
         self._moment = 0
         self._acknowledged = dict.fromkeys(SPEC.blocks(), 0)
+        self._told = dict.fromkeys(SPEC.blocks(), 0)
         self._states = dict.fromkeys(SPEC.blocks(), BlockState.ACTIVE)
         self._past = {ref: Past(initial_image(ref)) for ref in SPEC.blocks()}
         self._deeds: list[Deed] = []
@@ -100,6 +101,11 @@ class History:
         """Take note that a request is about to be sent for the first time."""
         with self._lock:
             return Asked(self._next_moment(), dict(self._acknowledged))
+
+    def newest(self, refs: Iterable[BlockRef]) -> dict[BlockRef, int]:
+        """Return the newest versions that anybody was told of, be it with a refusal."""
+        with self._lock:
+            return {ref: self._told[ref] for ref in refs}
 
     def state(self, ref: BlockRef) -> BlockState:
         """Return the last state of a block that an operator was told."""
@@ -127,8 +133,10 @@ class History:
                     self._blame(
                         Wrong.LOST,
                         f"{push.request_id}: block {result.ref} is at version {result.version}, "
-                        f"but {push.bases[result.ref]} had been acknowledged",
+                        f"but somebody was told of {push.bases[result.ref]}",
                     )
+                else:
+                    self._told[result.ref] = max(self._told[result.ref], result.version)
 
     def changed(self, operation: Transaction, asked: Asked, report: TransactionReport) -> None:
         """Take note of the first answer to a transaction."""
@@ -322,6 +330,7 @@ class History:
                 Wrong.LOST, f"version {version} of block {ref} is both {other}'s and {mine}'s"
             )
         self._acknowledged[ref] = max(self._acknowledged[ref], version)
+        self._told[ref] = max(self._told[ref], version)
 
     def _check_scope(self, operation: Transaction, changes: Sequence[BlockChange]) -> None:
         changed = {change.ref for change in changes}
