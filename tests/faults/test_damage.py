@@ -11,13 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from membank.bank_service.fsck import Finding, Severity, check_bank
+from command_line import membank
+from membank.bank_service.fsck import Finding, FindingKind, Severity, check_bank
 from membank.bank_service.shard import Shard
 from membank.bank_service.shard.contract import RestoreEntry, SetContent
-from membank.bank_service.store import Bank, FsspecObjects
+from membank.bank_service.store import Bank, FsspecObjects, open_objects
 from membank.bank_service.store.journal import scan
 from membank.wire.errors import CorruptionError, MembankError, NotFoundError, Reason
 from membank.wire.format.layout import manifest_key
+from s3_server import S3Place
 from tiny_bank import (
     State,
     UnsyncedObjects,
@@ -268,6 +270,28 @@ def test_each_object_of_a_bank_behind_a_url(
             assert any(_names(finding, key) for finding in worse), (key, worse)
         objects.put(key, before)
     assert check_bank(objects).findings == ()
+
+
+@pytest.mark.slow
+@pytest.mark.s3
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("client", ["", "fsspec+"], ids=["obstore", "s3fs"])
+def test_a_bank_in_s3(s3_place: S3Place, tmp_path: Path, client: str) -> None:
+    url = f"{client}{s3_place.url}/bank"
+    objects = open_objects(url)
+    make_whole_bank(objects, config=whole_config(tmp_path, durability="store"))
+    report = check_bank(objects)
+    assert report.findings == ()
+    assert report.checked.num_replayed == 6
+    keys = [key for key in objects.list("") if "/weight/c." in key]
+    flipped, gone, *_ = keys
+    objects.put(flipped, _flip_bytes(objects.get(flipped)) or b"")
+    objects.delete(gone)
+    found = {(finding.kind, finding.key) for finding in check_bank(objects).findings}
+    assert found == {(FindingKind.SLOT_DAMAGED, flipped), (FindingKind.SLOT_MISSING, gone)}
+    ended = membank("fsck", url, "--json")
+    assert ended.code == 1
+    assert {finding["key"] for finding in json.loads(ended.out)["findings"]} == {flipped, gone}
 
 
 def test_a_damaged_slot_is_named_and_others_are_served(tmp_path: Path) -> None:
