@@ -13,12 +13,12 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from membank.bank_service.cluster import state
-from membank.bank_service.cluster.claim import read_claim
 from membank.bank_service.cluster.config import NAMESPACE, UpConfig, default_runtime_dir
 from membank.bank_service.cluster.controller import (
     ControllerActor,
     ControllerStatus,
     bank_in_use,
+    check_spec,
 )
 from membank.bank_service.cluster.fleet import ShardStatus, shard_actor_name
 from membank.bank_service.cluster.local_ray import (
@@ -31,8 +31,8 @@ from membank.bank_service.cluster.local_ray import (
 from membank.bank_service.cluster.shard_actor import call_actor
 from membank.bank_service.cluster.state import Endpoint
 from membank.bank_service.rpc.server import check_port_free, free_port
-from membank.bank_service.store import open_objects
-from membank.wire.errors import MembankError, Reason, UnavailableError
+from membank.bank_service.store import Bank
+from membank.wire.errors import MembankError, NotFoundError, Reason, UnavailableError
 
 if TYPE_CHECKING:
     Actor = ray.actor.ActorHandle[ControllerActor]
@@ -87,9 +87,9 @@ def up(config: UpConfig) -> Endpoint:
     _check_not_running(config)
     # Found out before a Ray is started for nothing.
     check_port_free(config.host, config.port)
-    if config.ray_address is None and not config.is_directory:
-        # Actors of a Ray that is started here have this environment, and reach what it reaches.
-        read_claim(open_objects(config.bank_url))
+    if config.ray_address is None:
+        # Actors of a Ray that is started here have this environment, and find what it finds.
+        _check_bank(config)
     deadline = time.monotonic() + config.start_timeout_s
     local: LocalRay | None = None
     if config.ray_address is None:
@@ -193,6 +193,16 @@ def _check_not_running(config: UpConfig) -> None:
         elif endpoint.ray_mark is not None:
             raise bank_in_use(config.bank_url)
         # A service in a Ray of others is found there, by its name.
+
+
+def _check_bank(config: UpConfig) -> None:
+    try:
+        bank = Bank.open(config.bank_url)
+    except NotFoundError as err:
+        if err.reason is not Reason.NOT_A_BANK:
+            raise
+    else:
+        check_spec(config, bank.spec)
 
 
 def _start_controller(config: UpConfig, local: LocalRay | None, deadline: float) -> Endpoint:
