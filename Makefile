@@ -1,5 +1,6 @@
 # One verb for each thing; every verb makes what it needs. `make help` lists them.
-# Variables: PYTHON (the interpreter of new environments), PYTEST_ARGS, FAST=1 (a smaller demo), JOBS (test processes),
+# Variables: PYTHON (the interpreter of new environments), PYTEST_ARGS, FAST=1 (a smaller demo), BANK (where the
+# demo keeps its bank, such as s3://bucket/demo), JOBS (test processes),
 # COUNT and SEED (of `make faults`).
 
 PYTHON ?= python3
@@ -77,8 +78,8 @@ wheel: setup ## build the wheel into dist/
 	rm -rf dist
 	$(BIN)/python -m hatchling build --target wheel
 
-demo: setup ## the whole story on this machine, report in runs/demo (FAST=1: smaller, no claims)
-	$(BIN)/membank demo --out runs/demo $(if $(FAST),--fast)
+demo: setup ## the whole story on this machine, report in runs/demo (FAST=1: smaller; BANK=URL)
+	$(BIN)/membank demo --out runs/demo $(if $(FAST),--fast) $(if $(BANK),--bank $(BANK))
 
 study: setup ## the demo's questions at length, with the longer-trained controls; report in runs/study
 	$(BIN)/membank demo --study --out runs/study

@@ -27,7 +27,11 @@ def demo(
         bool, typer.Option("--study", help="Also train the anchor on for both stages' tokens.")
     ] = False,
     bank: Annotated[
-        str, typer.Option("--bank", help="Where the bank is kept; default: in the run's directory.")
+        str,
+        typer.Option(
+            "--bank",
+            help="Where the bank is kept, a directory or URL; default: in the run's directory.",
+        ),
     ] = "",
     shards: Annotated[int, typer.Option(min=1, help="Shard actors.")] = 2,
     workers: Annotated[int, typer.Option(min=1, help="Ray workers of stage 2.")] = 2,
@@ -37,7 +41,8 @@ def demo(
 
     Interrupt it whenever you like; the same command goes on where it stopped.
 
-    Examples: ``membank demo``, ``membank demo --fast --out runs/fast``.
+    Examples: ``membank demo``, ``membank demo --fast --out runs/fast``,
+    ``membank demo --fast --bank s3://team/demo``.
     """
     with needs_extra("trainer"):
         from membank.trainer.run import named_run

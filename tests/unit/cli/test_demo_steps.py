@@ -13,10 +13,18 @@ from fake_bank import SPEC, FakeBank
 from fake_service import FakeService
 from membank.cli.demo.operations import Operator
 from membank.cli.demo.state import DemoState
+from membank.cli.demo.story import Demo, DemoConfig
 from membank.client import BankClient
+from membank.trainer.run import named_run
 from membank.trainer.run.answer import Answerer
-from membank.wire.errors import FailedPreconditionError
+from membank.wire.errors import (
+    AlreadyExistsError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    Reason,
+)
 from membank.wire.spec import BlockRef
+from tiny_bank import create_bank, file_bytes
 
 TOPIC = BlockRef(1, 0)
 
@@ -62,3 +70,21 @@ def test_operations_begin_again_from_the_same_bank(client: BankClient) -> None:
     assert operator.fingerprints() != before
     operator.pin_or_return("start")
     assert operator.fingerprints() == before
+
+
+def test_a_bank_of_another_run_is_refused_before_any_work(tmp_path: Path) -> None:
+    # Behind a URL there may be anything.
+    bank = create_bank(tmp_path / "bank")
+    before = file_bytes(tmp_path / "bank")
+    config = DemoConfig(out=tmp_path / "run", run=named_run("fast"), bank_url=bank.url)
+    with pytest.raises(AlreadyExistsError, match="did not make") as caught:
+        Demo(config).tell()
+    assert caught.value.reason is Reason.BANK_EXISTS
+    assert file_bytes(tmp_path / "bank") == before
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["state.json"]
+
+
+def test_storage_that_cannot_be_used_is_found_before_any_work(tmp_path: Path) -> None:
+    config = DemoConfig(out=tmp_path / "run", run=named_run("fast"), bank_url="nowhere://bank")
+    with pytest.raises(InvalidArgumentError, match="nowhere"):
+        Demo(config).tell()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -27,7 +28,7 @@ from membank.trainer.run.stages import (
     run_stage1,
     run_stage2,
 )
-from membank.wire.errors import AlreadyExistsError, UnavailableError
+from membank.wire.errors import AlreadyExistsError, NotFoundError, Reason, UnavailableError
 from membank.wire.format.pack import Pack, decode_pack
 from membank.wire.spec import BlockRef
 
@@ -55,7 +56,7 @@ class DemoConfig:
     run: RunConfig
     """What is trained."""
     bank_url: str = ""
-    """Where the bank is kept; empty = in `out`."""
+    """Directory or URL where the bank is kept; empty = in `out`. All else is in `out`."""
     num_shards: int = 2
     """Shard actors."""
     num_workers: int = 2
@@ -94,6 +95,7 @@ class Demo:
             Content of ``report.json``.
         """
         with self._state.timed("total"):
+            self._check_bank()
             self._step("prepare", self._prepare)
             self._step("stage1", self._stage1)
             if not self._state.has(_LAST_SERVED):
@@ -221,19 +223,55 @@ class Demo:
             result = do()
         self._state.finish(name, result)
 
+    def _check_bank(self) -> None:
+        """Refuse a bank that another run made, and a place that cannot be used, before any work."""
+        if not self._config.bank_url or self._state.has(_LAST_SERVED):
+            return
+        try:
+            bank = Bank.open(self._bank_url)
+        except NotFoundError:
+            return
+        if bank.require_record(0).request_id != self._request_id():
+            raise AlreadyExistsError(
+                f"{self._bank_url} holds a bank that the run in {self._config.out} did not make; "
+                "give another --bank, or remove it",
+                reason=Reason.BANK_EXISTS,
+                metadata={"bank": self._bank_url},
+            )
+
+    def _request_id(self) -> str:
+        """Return the id under which this run creates its bank, the same after a stop."""
+        if not self._state.has("bank"):
+            self._state.finish("bank", uuid.uuid4().hex)
+        return str(self._state.result("bank"))
+
     @contextmanager
     def _served(self) -> Iterator[Endpoint]:
         """Serve the bank, which is created here the first time, until the block ends."""
         config = self._run_config()
         spec = config.bank_spec(fingerprint=self._run.fingerprint())
+        # Before the bank: a run that is stopped in between must know it for its own.
+        request_id = self._request_id()
         with suppress(AlreadyExistsError):
-            Bank.create(self._bank_url, spec, tree=self._run.tree(), principal="demo")
+            Bank.create(
+                self._bank_url,
+                spec,
+                tree=self._run.tree(),
+                principal="demo",
+                request_id=request_id,
+            )
+        is_url = "://" in self._bank_url
         # A run that was killed could not stop its service.
         with suppress(UnavailableError):
             down(bank_url=self._bank_url)
         with err_console.status("starting the service"), self._state.timed("up"):
             endpoint = up(
-                UpConfig(bank_url=self._bank_url, num_shards=self._config.num_shards, port=0)
+                UpConfig(
+                    bank_url=self._bank_url,
+                    num_shards=self._config.num_shards,
+                    port=0,
+                    journal_dir=self._config.out / "journals" if is_url else None,
+                )
             )
         try:
             yield endpoint
@@ -271,7 +309,8 @@ class Demo:
             document,
             title="A memory bank, from text to deletion",
             lead=f"{config.corpus} corpus, {document['prepared']['num_documents']} documents; "
-            f"membank demo, run {config.name}",
+            f"membank demo, run {config.name}"
+            + (f"; the bank in {self._config.bank_url}" if self._config.bank_url else ""),
             tree=self._run.tree(),
             losses={
                 "stage 1: anchor": [self._run.stage1_dir / "losses.jsonl"],
