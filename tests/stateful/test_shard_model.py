@@ -210,7 +210,9 @@ class ShardMachine(RuleBasedStateMachine):
         """Say whether nothing but the version separates the block from a manifest's."""
         self.shard.consolidate()
         partition = SPEC.partition_of(ref)
-        newest = self.bank.read_manifest(partition, self.bank.manifest_numbers(partition)[-1])
+        (history,) = (h for h in self.shard.history() if h.partition == partition)
+        # Not the greatest number: an owner may have come between preparation and commit.
+        newest = self.bank.read_manifest(partition, history.end_of(self.shard.revision))
         then = self.bank.read_manifest(partition, number).entries.get(ref)
         now = newest.entries.get(ref)
         if then is None or now is None:
