@@ -512,7 +512,9 @@ def _in_a_fork(action: Callable[[], object]) -> str:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        # A child that hangs ends by itself, and answers nothing.
+        # A child that hangs ends by itself, and answers nothing: by the kernel, for a call of
+        # a library may never come back to a handler.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(10)
         try:
             answer = repr(action())

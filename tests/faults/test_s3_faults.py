@@ -14,6 +14,7 @@ from typing import TypeVar
 import pytest
 
 from fault_proxy import Dice, Fault, FaultProxy, Plan, Rule, Script
+from membank.bank_service.fsck import check_bank
 from membank.bank_service.shard import Shard, ShardConfig
 from membank.bank_service.shard.config import Durability
 from membank.bank_service.store import (
@@ -327,6 +328,29 @@ def _push_all(shard: Shard) -> None:
         update = _numbered_update(shard.spec, number)
         result = _insist(partial(shard.push, update))
         assert all(found.accepted for found in result.results), result
+
+
+@pytest.mark.slow
+def test_a_slot_whose_answer_was_lost_is_left_for_another(
+    world: World, kind: str, tmp_path: Path
+) -> None:
+    # The writer cannot tell its own object from a stranger's, and takes the next slot.
+    store = _stores(f"{world.place.url}/slots-{kind}", PATIENT)[kind]
+    Bank.create(store, tiny_spec())
+    config = ShardConfig(journal_dir=str(tmp_path), lease_s=0)
+    shard = Shard.open(store, config=config)
+    shard.push(_numbered_update(shard.spec, 0))
+    state = full_state(shard)
+    rule = Rule(fault=Fault.RESET_AFTER, method="PUT", path=r"/level-\d/weight/c\.", times=3)
+    before = world.proxy.num_faults
+    with world.proxy.following(Script(rule)):
+        shard.consolidate()
+    assert world.proxy.num_faults == before + 3
+    shard.close()
+    again = Shard.open(store, config=config)
+    assert full_state(again) == state
+    again.close()
+    assert check_bank(store, journal_dir=tmp_path).is_clean
 
 
 @pytest.mark.slow
