@@ -92,17 +92,20 @@ def _is_newer(journal: JournalScan, index: ManifestIndex) -> bool:
 
 def check_deleted(index: ManifestIndex, journal: JournalScan) -> Iterator[Finding]:
     """Report segments that hold gradients of blocks that are deleted."""
-    for key in dict.fromkeys(update.key for update in journal.updates):
-        held = [u for u in journal.updates if u.key == key and u.ref in index.deleted]
-        if held:
-            yield Finding(
-                kind=FindingKind.REMOVAL_UNFINISHED,
-                key=journal.name(key),
-                offset=held[0].offset,
-                problem=f"it holds updates of {names(sorted({u.ref for u in held}))}, deleted since",
-                affects="the deletion: it is in force, but not complete on storage",
-                remedy=REMOVAL_REMEDY,
-            )
+    held: dict[str, list[JournalledUpdate]] = {}
+    for update in journal.updates:
+        if update.ref in index.deleted:
+            held.setdefault(update.frame.key, []).append(update)
+    for key, updates in held.items():
+        refs = sorted({update.ref for update in updates})
+        yield Finding(
+            kind=FindingKind.REMOVAL_UNFINISHED,
+            key=journal.name(key),
+            offset=updates[0].frame.offset,
+            problem=f"it holds updates of {names(refs)}, deleted since",
+            affects="the deletion: it is in force, but not complete on storage",
+            remedy=REMOVAL_REMEDY,
+        )
 
 
 def _onto_nothing(journal: JournalScan, index: ManifestIndex) -> Finding:

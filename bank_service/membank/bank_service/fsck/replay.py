@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from membank.bank_service.fsck.journals import updates_since
 from membank.bank_service.fsck.report import Finding, FindingKind
@@ -24,12 +25,10 @@ from membank.bank_service.shard.content import (
     initial_content,
     zero_state,
 )
-from membank.bank_service.shard.update_frame import AppliedBlock, UpdateFrame, decode_update
 from membank.bank_service.store.arrays import SlotArrays
-from membank.bank_service.store.journal.frames import read_frames
 from membank.wire.errors import MembankError
 from membank.wire.format import NO_SLOT, Entry
-from membank.wire.spec import Array, BlockRef, Role
+from membank.wire.spec import Array, BlockRef, Role, dtype_of
 
 if TYPE_CHECKING:
     # torch takes seconds to import, and most banks at rest have nothing to compute again.
@@ -45,44 +44,34 @@ def check_replay(view: PartitionView) -> Iterator[Finding]:
     by_block: dict[BlockRef, list[Source]] = defaultdict(list)
     for source in updates_since(view.manifests, view.journals)[0]:
         by_block[source[1].ref].append(source)
-    if not by_block:
-        return
-    try:
-        from membank.bank_service.shard.update_rule import UpdateRule
-    except ImportError as err:
-        journal = next(iter(by_block.values()))[0][0]
-        yield _not_checked(journal, f"updates are not computed again: {err.name} is missing")
-        return
-    rule = UpdateRule(view.spec)
+    rule: UpdateRule | None = None
+    if any(update.dtype for sources in by_block.values() for _, update in sources):
+        try:
+            from membank.bank_service.shard.update_rule import UpdateRule
+        except ImportError as err:
+            journal = next(iter(by_block.values()))[0][0]
+            yield _not_checked(journal, f"updates are not computed again: {err.name} is missing")
+            return
+        rule = UpdateRule(view.spec)
     for ref, sources in sorted(by_block.items()):
         yield from _check_block(view, rule, ref, sources)
 
 
 def _check_block(
-    view: PartitionView, rule: UpdateRule, ref: BlockRef, sources: Sequence[Source]
+    view: PartitionView, rule: UpdateRule | None, ref: BlockRef, sources: Sequence[Source]
 ) -> Iterator[Finding]:
-    from membank.bank_service.shard.optimizer import kernel_fingerprint
-
     manifest = view.manifests.current
     entry = INITIAL_ENTRY if manifest is None else manifest.entries.get(ref, INITIAL_ENTRY)
     content = _load(view, ref, entry)
     for journal, update in sources:
         if content is None:
             return  # its slot is damaged, which is reported, or it is deleted
-        found = _read(view, journal, update)
-        if found is None:
+        data = _read(journal, update)
+        if data is None:
             return  # trimmed meanwhile: its effect is in a slot by now
-        frame, block = found
-        after = _apply(view, rule, entry, content, frame, block)
-        if after is None or _traits(after[0]) != _traits(block.after):
-            if block.arrays is not None or frame.kernel == kernel_fingerprint():
-                yield _mismatch(journal, update, frame)
-            else:
-                yield _not_checked(
-                    journal,
-                    f"update {update.lsn} of block {ref} was computed with {frame.kernel}, and "
-                    f"gives another result with {kernel_fingerprint()}",
-                )
+        after = _apply(view, rule, entry, content, update, data)
+        if after is None or _traits(after[0]) != _traits(update.after):
+            yield _differs(journal, update)
             return
         entry, content = after
         view.bank.tally.num_replayed += 1
@@ -90,26 +79,31 @@ def _check_block(
 
 def _apply(
     view: PartitionView,
-    rule: UpdateRule,
+    rule: UpdateRule | None,
     before: Entry,
     content: Content,
-    frame: UpdateFrame,
-    block: AppliedBlock,
+    update: JournalledUpdate,
+    data: bytes,
 ) -> tuple[Entry, Content] | None:
-    if block.gradient is not None:
-        scale = frame.learning_rate_scale
-        return rule.apply(block.ref, before, content, block.gradient, scale)
-    assert block.arrays is not None
-    crcs = content_crcs(view.spec, block.arrays)
-    after = replace(
-        before,
+    shape = view.spec.block_shape(update.ref.level)
+    if rule is not None and update.dtype:
+        gradient = np.frombuffer(data, dtype_of(update.dtype)).reshape(shape)
+        return rule.apply(update.ref, before, content, gradient, update.frame.scale)
+    arrays: dict[Role, Array] = {}
+    offset = 0
+    for role in view.spec.roles:
+        dtype, count = view.spec.role_dtype(role), view.spec.block_params(update.ref.level)
+        arrays[role] = np.frombuffer(data, dtype, count, offset).reshape(shape)
+        offset += arrays[role].nbytes
+    crcs = content_crcs(view.spec, arrays)
+    after = Entry(
         slot=NO_SLOT,
         version=before.version + 1,
         step=before.step + 1,
         updates=before.updates + 1,
         crcs=crcs,
     )
-    return after, Content(dict(block.arrays), crcs[0])
+    return after, Content(arrays, crcs[0])
 
 
 def _traits(entry: Entry) -> tuple[object, ...]:
@@ -133,27 +127,32 @@ def _load(view: PartitionView, ref: BlockRef, entry: Entry) -> Content | None:
     return Content(arrays, entry.crcs[0])
 
 
-def _read(
-    view: PartitionView, journal: JournalScan, update: JournalledUpdate
-) -> tuple[UpdateFrame, AppliedBlock] | None:
-    end = update.offset + update.num_bytes
+def _read(journal: JournalScan, update: JournalledUpdate) -> bytes | None:
+    end = update.start + update.num_bytes
     try:
-        data = journal.objects.get_range(update.key, update.offset, end)
-        for frame in read_frames(journal.name(update.key), data, offset=update.offset):
-            decoded = decode_update(frame, view.spec)
-            return decoded, next(block for block in decoded.blocks if block.ref == update.ref)
+        data = journal.objects.get_range(update.frame.key, update.start, end)
     except MembankError:
-        pass
-    return None
+        return None
+    return data if len(data) == update.num_bytes else None
 
 
-def _mismatch(journal: JournalScan, update: JournalledUpdate, frame: UpdateFrame) -> Finding:
+def _differs(journal: JournalScan, update: JournalledUpdate) -> Finding:
+    frame = update.frame
+    what = f"update {frame.lsn} (request {frame.request_id}) of block {update.ref}"
+    if update.dtype:
+        from membank.bank_service.shard.optimizer import kernel_fingerprint
+
+        # Other kernels may round otherwise, and be right.
+        if frame.kernel != (here := kernel_fingerprint()):
+            problem = (
+                f"{what} was computed with {frame.kernel}, and gives another result with {here}"
+            )
+            return _not_checked(journal, problem)
     return Finding(
         kind=FindingKind.REPLAY_MISMATCH,
-        key=journal.name(update.key),
-        offset=update.offset,
-        problem=f"update {update.lsn} (request {frame.request_id}) of block {update.ref} does not "
-        "give what was acknowledged",
+        key=journal.name(frame.key),
+        offset=frame.offset,
+        problem=f"{what} does not give what was acknowledged",
         affects=f"block {update.ref}, and the shard of its partition: it does not start",
         remedy="restore manifest, slot and journal of one moment from a copy",
     )

@@ -9,7 +9,7 @@ from functools import partial
 
 from membank.bank_service.fsck.reading import Fault, FaultKind, examine, first_clause, unreadable
 from membank.bank_service.fsck.report import Finding, FindingKind
-from membank.bank_service.shard.update_frame import decode_update
+from membank.bank_service.shard.update_frame import AppliedBlock, UpdateFrame, decode_update
 from membank.bank_service.store.journal.contract import CONTENT_KINDS, Frame, Ownership
 from membank.bank_service.store.journal.frames import (
     HEADER_BYTES,
@@ -22,8 +22,9 @@ from membank.bank_service.store.journal.frames import (
 from membank.bank_service.store.journal.object_chain import check_object_chain, require_object
 from membank.bank_service.store.objects import ObjectStore
 from membank.wire.errors import CorruptionError, FailedPreconditionError, MembankError, Reason
+from membank.wire.format import Entry
 from membank.wire.format.layout import log_key, number_of
-from membank.wire.spec import BankSpec, BlockRef
+from membank.wire.spec import Array, BankSpec, BlockRef
 
 _LOCAL_NAME = re.compile(r"(\d{20,})-(\d{10,})\.log")
 _LATER = "updates from there on: the shard of the partition does not start"
@@ -31,21 +32,41 @@ _RESTORE = "restore the file from a copy, or give the updates in it up (docs/fsc
 
 
 @dataclass(frozen=True, slots=True)
-class JournalledUpdate:
-    """Where a journal says what became of one block."""
+class JournalledFrame:
+    """One push to the partition, without its arrays."""
 
-    ref: BlockRef
-    """The block."""
+    lsn: int
+    """Its number."""
     key: str
     """The segment that holds it."""
-    offset: int
-    """Where its frame begins."""
-    num_bytes: int
-    """Length of the frame."""
-    lsn: int
-    """Number of the frame."""
     segment: int
     """Place of the segment among those of its journal."""
+    offset: int
+    """Where the frame begins in it."""
+    request_id: str
+    """Id of the push."""
+    scale: float
+    """Multiplier of the learning rates."""
+    kernel: str
+    """Fingerprint of the kernels that were used."""
+
+
+@dataclass(frozen=True, slots=True)
+class JournalledUpdate:
+    """What a push did to one block, and where its arrays are."""
+
+    frame: JournalledFrame
+    """The push."""
+    ref: BlockRef
+    """The block."""
+    after: Entry
+    """Its entry after it."""
+    dtype: str
+    """Element type of the gradient; empty where the arrays are those of an image."""
+    start: int
+    """Where the arrays begin in the segment."""
+    num_bytes: int
+    """Their length."""
 
 
 @dataclass(slots=True)
@@ -87,7 +108,7 @@ class JournalScan:
         heads = [segment.head for segment in self.segments]
         anew = [i for i, head in enumerate(heads) if head and head.follows != head.base]
         first = anew[-1] if anew else 0
-        return [u for u in self.updates if u.lsn > lsn and u.segment >= first]
+        return [u for u in self.updates if u.frame.lsn > lsn and u.frame.segment >= first]
 
     def name(self, key: str) -> str:
         """Return what findings call a segment."""
@@ -203,21 +224,41 @@ def _take(found: JournalScan, key: str, spec: BankSpec, data: bytes) -> None:
     found.segments.append(found.scan(name, data))
     segment = len(found.segments) - 1
     for frame in read_frames(name, data):
-        num_bytes = HEADER_BYTES + len(frame.payload)
+        end = offset + HEADER_BYTES + len(frame.payload)
         if frame.kind in CONTENT_KINDS:
             found.num_frames += 1
-            found.updates += [
-                JournalledUpdate(ref, key, offset, num_bytes, frame.lsn, segment)
-                for ref in _refs(name, offset, frame, spec)
-            ]
-        offset += num_bytes
+            try:
+                found.updates += _updates(frame, decode_update(frame, spec), key, segment, offset)
+            except Exception as err:
+                raise corrupt(name, offset, f"an update does not decode ({err!r})") from err
+        offset = end
 
 
-def _refs(name: str, offset: int, frame: Frame, spec: BankSpec) -> list[BlockRef]:
-    try:
-        return [block.ref for block in decode_update(frame, spec).blocks]
-    except Exception as err:
-        raise corrupt(name, offset, f"an update does not decode ({err!r})") from err
+def _updates(
+    frame: Frame, decoded: UpdateFrame, key: str, segment: int, offset: int
+) -> list[JournalledUpdate]:
+    push = JournalledFrame(
+        lsn=frame.lsn,
+        key=key,
+        segment=segment,
+        offset=offset,
+        request_id=decoded.request_id,
+        scale=float(decoded.learning_rate_scale),
+        kernel=decoded.kernel,
+    )
+    sizes = [sum(array.nbytes for array in _arrays(block)) for block in decoded.blocks]
+    # The arrays follow each other, in the order of the blocks, up to the end of the frame.
+    start = offset + HEADER_BYTES + len(frame.payload) - sum(sizes)
+    found = []
+    for block, size in zip(decoded.blocks, sizes, strict=True):
+        dtype = "" if block.gradient is None else block.gradient.dtype.name
+        found.append(JournalledUpdate(push, block.ref, block.after, dtype, start, size))
+        start += size
+    return found
+
+
+def _arrays(block: AppliedBlock) -> list[Array]:
+    return [block.gradient] if block.gradient is not None else list((block.arrays or {}).values())
 
 
 def _damaged(name: str, fault: Fault) -> Finding:
