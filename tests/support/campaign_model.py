@@ -223,7 +223,9 @@ class History:
     ) -> set[Image]:
         match request:
             case Push(number=number):
-                return {self._twin.trained(ref, image, number) for image in before}
+                # It was accepted, so of what the block may have been, this is what it was.
+                active = [image for image in before if image.state is BlockState.ACTIVE]
+                return {self._twin.trained(ref, image, number) for image in active}
             case Swap(value=value):
                 return {fresh_image(marked_content(ref, value))}
             case Replace(number=number) | Recreate(number=number):
@@ -235,7 +237,9 @@ class History:
             case Delete():
                 return {Image(state=BlockState.DELETED, step=0, arrays=())}
             case RollBack():
-                return self._at_target(ref, request)
+                # A rollback that changes a block never makes it a deleted one.
+                found = self._at_target(ref, request)
+                return {image for image in found if image.state is not BlockState.DELETED}
             case _:
                 return set()  # changes no block, so that no version can be its doing
 
