@@ -9,6 +9,7 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from damaging import check, flip, found, slot_of
@@ -215,6 +216,26 @@ def test_an_object_that_cannot_be_read(template: Path) -> None:
             (FindingKind.OBJECT_UNREADABLE, key)
         ], key
         assert "Input/output error" in report.findings[0].problem
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_anything_in_any_place(root: Path) -> None:
+    rng = np.random.default_rng(0)
+    paths = [path for path in sorted(root.rglob("*")) if path.is_file() and path.name != "lock"]
+    paths = [path for path in paths if ".tmp" not in path.parts]
+    contents = [path.read_bytes() for path in paths]
+    for path, whole in zip(paths, contents, strict=True):
+        others = [contents[index] for index in rng.integers(0, len(contents), 2)]
+        for content in (bytes(100), b"[]", rng.bytes(300), *others):
+            path.write_bytes(content)
+            report = check(root)
+            if content != whole:
+                key = path.relative_to(root).as_posix()
+                # Another segment of the same journal may be what seems wrong.
+                assert any(f.key == key or "/journal/" in key for f in report.findings), key
+        path.write_bytes(whole)
+    assert found(root) == set()
 
 
 # ---- what belongs to nothing
