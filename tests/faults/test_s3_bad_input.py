@@ -115,7 +115,7 @@ def _require_untouched(bucket: Bucket, open_store: OpenStore, machine: Path) -> 
 
 
 def test_a_missing_bucket(s3_place: S3Place, open_store: OpenStore, tmp_path: Path) -> None:
-    store = open_store(f"{s3_place.url}-none/bank")
+    store = open_store(f"s3://{s3_place.bucket}-none/bank")
     for action in (
         lambda: Bank.create(store, tiny_spec()),
         lambda: Bank.open(store),
