@@ -199,10 +199,11 @@ class ShardMachine(RuleBasedStateMachine):
         )
 
     def _restorable(self) -> int | None:
+        promised = max(history.history_from for history in self.shard.history())
         kept = [
             revision
             for revision in sorted(self.pinned)
-            if revision > self.bank.latest_commit().revision - 2
+            if revision > self.bank.latest_commit().revision - 2 and revision >= promised
         ]
         return kept[0] if kept else None
 
@@ -235,6 +236,15 @@ class ShardMachine(RuleBasedStateMachine):
     def consolidate(self) -> None:
         """Fold the journals."""
         self.shard.consolidate()
+
+    @rule(partition=st.integers(0, SPEC.num_partitions - 1), give_up=st.booleans())
+    def collect(self, partition: int, give_up: bool) -> None:
+        """Remove what nothing needs; a second look finds nothing more."""
+        history_from = self.bank.latest_commit().revision if give_up else 0
+        found = self.shard.collect(partition, history_from=history_from)
+        assert found.is_complete
+        assert found.history_from >= history_from
+        assert self.shard.collect(partition).garbage == ()
 
     @rule(consolidate=st.booleans())
     def restart(self, consolidate: bool) -> None:
