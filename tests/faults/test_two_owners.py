@@ -231,3 +231,21 @@ def test_a_journal_in_the_store_that_is_gone_is_noticed(
     with pytest.raises(CorruptionError) as caught:
         _open(bank, tmp_path / "two", clock, durability=Durability.STORE)
     assert caught.value.metadata["key"] == "partitions/0001/log"
+
+
+def test_who_goes_on_without_the_last_owner_s_journal_says_so(
+    bank: Bank, tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = _open(bank, tmp_path / "one", clock)
+    one.push(make_update(one, [A], "u0"))
+    one.close(consolidate=False)  # as if killed
+    _open(bank, tmp_path / "two", clock).close()
+    assert (
+        f"without the journal of its last owner, which is not in {tmp_path / 'two'}" in caplog.text
+    )
+    caplog.clear()
+    # The second one left in order, and the journal of the third is where it was.
+    three = _open(bank, tmp_path / "three", clock)
+    three.close(consolidate=False)
+    _open(bank, tmp_path / "three", clock).close()
+    assert "without the journal" not in caplog.text

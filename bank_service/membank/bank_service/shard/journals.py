@@ -139,6 +139,7 @@ def open_journals(
     current = [j for j in found if j.ownership is not None and is_current(j.ownership)]
     if not current:
         _require_replaceable(found, manifest, folder, is_elsewhere=config.journal_dir is not None)
+        _tell_missing(manifest, folder)
     joined = [j for j in current if j.base <= manifest.lsn]
     if current and not joined:
         raise _gap(current[0], manifest, folder)
@@ -185,6 +186,18 @@ def _require_replaceable(
             "or set journal_dir if it is kept elsewhere",
             reason=Reason.JOURNAL_CORRUPT,
             metadata={"file": str(folder)},
+        )
+
+
+def _tell_missing(manifest: Manifest, folder: Path) -> None:
+    # An owner that let go has left nothing in its journal.
+    if manifest.owner and manifest.lock:
+        _LOG.warning(
+            "partition %d goes on without the journal of its last owner, which is not in %s: what "
+            "that one acknowledged after update %d, if anything, is lost",
+            manifest.partition,
+            folder,
+            manifest.lsn,
         )
 
 
