@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from threading import Lock
 
 from membank.bank_service.shard.content import (
@@ -15,7 +15,9 @@ from membank.bank_service.shard.content import (
     initial_content,
     zero_state,
 )
+from membank.bank_service.shard.erasing import names_content, slots_named, without_content
 from membank.bank_service.shard.garbage import Item, Sorting
+from membank.bank_service.shard.loading import LoadedManifests, bases_of
 from membank.bank_service.shard.retention import Chain, Retention, StoredManifest
 from membank.bank_service.shard.slot_sets import (
     SlotName,
@@ -36,7 +38,7 @@ from membank.wire.errors import (
     Reason,
     UnavailableError,
 )
-from membank.wire.format import NO_SLOT, Entry, Manifest, encode_manifest
+from membank.wire.format import Manifest, encode_manifest
 from membank.wire.format.layout import manifest_key, number_of, revision_key
 from membank.wire.records import GarbageKind
 from membank.wire.spec import Array, BlockRef, BlockState, Role
@@ -44,21 +46,6 @@ from membank.wire.spec import Array, BlockRef, BlockState, Role
 _MAX_WRITERS = 8
 _IN_FLIGHT_BYTES = 64 << 20
 """Bytes of blocks that are written side by side, at most; one block may have more."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedManifests:
-    """What a partition's storage says when its owner starts."""
-
-    current: Manifest | None
-    """The newest manifest that counts; None = nothing was ever changed."""
-    undecided: Manifest | None
-    """A prepared manifest whose revision nobody has decided."""
-    last_published: Manifest | None
-    """Of those that count, the one with the greatest number: by the last owner. It is another than
-    `current` where that owner came between the preparation of `current` and its commit."""
-    bases: frozenset[str]
-    """Nonces of what an owner may have started from that published nothing."""
 
 
 class PartitionStore:
@@ -123,7 +110,7 @@ class PartitionStore:
             self._arrays.reserve(level, slot - 1)
         for number in given_up:
             self.drop(number)
-        return LoadedManifests(current, undecided, last_published, _bases(before, last_published))
+        return LoadedManifests(current, undecided, last_published, bases_of(before, last_published))
 
     def load_content(self, ref: BlockRef, record: BlockRecord, roles: Sequence[Role]) -> Content:
         """Return the content of `record` with at least `roles`, from memory, slot or seed.
@@ -296,7 +283,7 @@ class PartitionStore:
     def num_slots(self, refs: Collection[BlockRef]) -> int:
         """Return how many slots hold stored versions of `refs`."""
         return len(
-            {slot for number in self._stored for slot in _slots(self.manifest(number), refs)}
+            {slot for number in self._stored for slot in slots_named(self.manifest(number), refs)}
         )
 
     def retire(self) -> None:
@@ -420,10 +407,10 @@ class PartitionStore:
         stored = [self.manifest(number) for number in self._stored]
         # A prepared manifest is later than `current` and may create a deleted block anew.
         older = [manifest for manifest in stored if _order(manifest) < _order(current)]
-        affected = [manifest for manifest in older if _names_content(manifest, deleted)]
+        affected = [manifest for manifest in older if names_content(manifest, deleted)]
         if not affected:
             return 0
-        doomed = {slot for manifest in affected for slot in _slots(manifest, deleted)}
+        doomed = {slot for manifest in affected for slot in slots_named(manifest, deleted)}
         for level, slot in doomed:
             self._arrays.delete(level, slot)
         # What a crashed writer left in slots that no manifest names may be of these blocks too.
@@ -433,7 +420,7 @@ class PartitionStore:
                 if (level, slot) not in used:
                     self.release([(level, slot)])
         for manifest in affected:
-            scrubbed = replace(manifest, entries=_scrubbed(manifest.entries, deleted))
+            scrubbed = replace(manifest, entries=without_content(manifest.entries, deleted))
             key = manifest_key(self._partition, manifest.number)
             self._bank.objects.put(key, encode_manifest(scrubbed), durable=True)
             self._note(scrubbed)
@@ -483,39 +470,5 @@ class PartitionStore:
         self._next_number = max(self._next_number, manifest.number + 1)
 
 
-def _bases(before: Manifest | None, last: Manifest | None) -> frozenset[str]:
-    """Return what an owner may have started from that died before it published.
-
-    While `last` was undecided that was the manifest before it, which its owner wrote as well.
-    """
-    found = {"" if last is None else last.nonce}
-    if last is not None and last.prepared and before is not None and before.owner == last.owner:
-        found.add(before.nonce)
-    return frozenset(found)
-
-
 def _order(manifest: Manifest) -> tuple[int, int]:
     return (manifest.revision, manifest.number)
-
-
-def _slots(manifest: Manifest, refs: Iterable[BlockRef]) -> Iterator[SlotName]:
-    for ref in refs:
-        entry = manifest.entries.get(ref)
-        if entry is not None and entry.slot != NO_SLOT:
-            yield ref.level, entry.slot
-
-
-def _names_content(manifest: Manifest, refs: set[BlockRef]) -> bool:
-    return any(
-        ref in refs and entry.state is not BlockState.DELETED
-        for ref, entry in manifest.entries.items()
-    )
-
-
-def _scrubbed(entries: Mapping[BlockRef, Entry], refs: set[BlockRef]) -> dict[BlockRef, Entry]:
-    return {
-        ref: Entry(slot=NO_SLOT, version=entry.version, state=BlockState.DELETED)
-        if ref in refs
-        else entry
-        for ref, entry in entries.items()
-    }
