@@ -168,3 +168,13 @@ def test_a_service_whose_processes_are_gone_is_not_running(tmp_path: Path) -> No
         status(runtime_dir=tmp_path)
     assert caught.value.reason is Reason.NOT_RUNNING
     assert list_running(tmp_path) == ()
+
+
+@pytest.mark.parametrize("scheme", ["s3", "fsspec+s3", "ftp"])
+def test_credentials_in_a_url_are_refused_and_not_repeated(scheme: str) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        UpConfig(bank_url=f"{scheme}://KEY:SECRET@bucket/bank")
+    assert "SECRET" not in str(caught.value)
+    # A directory, or a prefix, may be called so.
+    UpConfig(bank_url="./me@home/bank")
+    UpConfig(bank_url="s3://bucket/me@home")

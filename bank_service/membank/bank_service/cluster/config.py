@@ -129,6 +129,7 @@ class UpConfig:
             if path is not None:
                 # Actors have another working directory.
                 object.__setattr__(self, name, Path(path).expanduser().absolute())
+        _refuse_credentials(self.bank_url)
         object.__setattr__(self, "bank_url", canonical_url(self.bank_url))
         _require(1 <= self.num_shards <= 256, "num_shards", self.num_shards, "1..256")
         _require(1 <= self.min_nodes <= 4096, "min_nodes", self.min_nodes, "1..4096")
@@ -182,6 +183,17 @@ class UpConfig:
             resident_bytes=self.resident_bytes,
             retained_revisions=self.retained_revisions,
             retained_s=self.retained_s,
+        )
+
+
+def _refuse_credentials(url: str) -> None:
+    # Settings travel through Ray, are noted on disk and shown by `status`.
+    _, mark, place = url.partition("://")
+    if mark and "@" in place.partition("/")[0]:
+        # The URL is not repeated, for what is in it.
+        raise InvalidArgumentError(
+            "a bank's URL holds no credentials; they come from the environment, a profile or a role",
+            reason=Reason.BAD_CONFIG,
         )
 
 
