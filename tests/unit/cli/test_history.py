@@ -11,6 +11,7 @@ import pytest
 from command_line import membank
 from fake_bank import SPEC, FakeBank
 from fake_service import FakeService
+from membank.cli.connection import connect
 from membank.wire.records import Garbage, GarbageKind
 from membank.wire.spec import BlockRef
 
@@ -106,6 +107,18 @@ def test_the_ways_back_are_listed(bank: FakeBank, service: FakeService) -> None:
     assert [record["revision"] for record in everything] == [3, 2, 1]
     retained = membank("audit", "--retained", "--bank", service.endpoint, "--json")
     assert [record["revision"] for record in json.loads(retained.out)] == [2, 1]
+
+
+def test_what_a_command_fetches_is_of_the_snapshot_that_was_named(
+    bank: FakeBank, service: FakeService
+) -> None:
+    bank.create_snapshot("then")
+    swap(bank, "a", 5.0)
+    with connect(service.endpoint, snapshot="then") as client:
+        assert client.fetch([TOPIC]).versions == {TOPIC: 0}
+    with connect(service.endpoint) as client:
+        assert client.fetch([TOPIC]).versions == {TOPIC: 1}
+    assert "--snapshot" in membank("ask", "--help").out
 
 
 def test_garbage_is_told_to_people_and_programs(bank: FakeBank, service: FakeService) -> None:
