@@ -24,10 +24,12 @@ import tarfile
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 from unittest import mock
 
 import numpy as np
@@ -42,7 +44,6 @@ from membank.bank_service.knowledge import (
     TreeStore,
 )
 from membank.bank_service.shard import Durability, Shard, ShardConfig
-from membank.bank_service.shard import shard as shard_module
 from membank.bank_service.shard.contract import SetContent
 from membank.bank_service.store import Bank
 from membank.wire.format import FORMAT_VERSION, TreeDocument
@@ -57,6 +58,8 @@ from membank.wire.spec import (
     OptimizerKind,
     OptimizerSpec,
 )
+
+T = TypeVar("T")
 
 SWAPPED, HIDDEN, DELETED = BlockRef(1, 1), BlockRef(1, 2), BlockRef(1, 3)
 TRAINED = (BlockRef(1, 0), BlockRef(1, 1), BlockRef(2, 0), BlockRef(2, 3))
@@ -195,10 +198,22 @@ def _repeatable() -> Iterator[None]:
     with (
         mock.patch.object(uuid, "uuid4", draw),
         mock.patch.object(time, "time", _clock),
-        # Partitions that are opened side by side would draw in another order each time.
-        mock.patch.object(shard_module, "_OPENING_THREADS", 1),
+        # What runs side by side would draw names and take slots in another order each time.
+        mock.patch.object(ThreadPoolExecutor, "submit", _run_at_once),
     ):
         yield
+
+
+def _run_at_once(
+    pool: ThreadPoolExecutor, function: Callable[..., T], /, *args: object, **kwargs: object
+) -> Future[T]:
+    del pool
+    future: Future[T] = Future()
+    try:
+        future.set_result(function(*args, **kwargs))
+    except BaseException as err:
+        future.set_exception(err)
+    return future
 
 
 def _clock() -> float:
