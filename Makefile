@@ -6,6 +6,7 @@
 PYTHON ?= python3
 JOBS ?= 2
 PYTEST_ARGS ?=
+PROGRAMS ?= 1000
 COUNT ?= 200
 SEED ?=
 
@@ -67,6 +68,9 @@ test-all: test test-slow ## both suites
 
 faults: setup s3-server ## kill -9 a served bank COUNT times on disk and COUNT times on S3; report in runs/faults.json
 	PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py --count $(COUNT) $(if $(SEED),--seed $(SEED))
+
+stateful: setup ## random programs on whole banks against a model (PROGRAMS=1000); report in runs/stateful.json
+	PYTHONPATH=tests/support $(BIN)/python scripts/stateful.py --programs $(PROGRAMS) --jobs $(JOBS)
 
 proto: $(PROTO_VENV)/.stamp ## regenerate the code of proto/membank/v1
 	scripts/generate_proto.sh $(PROTO_VENV)
