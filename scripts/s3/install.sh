@@ -23,4 +23,5 @@ apt-get update -qq >&2 || true
 # The packages start nothing by themselves: there is no cluster in /etc/ceph.
 apt-get install -y -qq --no-install-recommends "${packages[@]}" >&2 ||
   absent "apt-get could not install ${packages[*]}"
+command -v radosgw >/dev/null || absent "the packages brought no radosgw"
 echo "s3-server: installed"
