@@ -41,15 +41,7 @@ def _holding_marker(root: Path) -> list[str]:
     return [name for name, data in file_bytes(root).items() if MARKER.tobytes() * 4 in data]
 
 
-not_yet = pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="where no manifest names content of the deleted block, slots that no manifest names are "
-    "not looked for",
-)
-
-
-@pytest.mark.parametrize("was_written", [True, pytest.param(False, marks=not_yet)])
+@pytest.mark.parametrize("was_written", [True, False])
 def test_what_a_dead_writer_left_goes_with_the_block(tmp_path: Path, was_written: bool) -> None:
     create_bank(tmp_path)
     plan = DeathBeforeManifest()

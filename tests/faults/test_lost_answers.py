@@ -10,19 +10,12 @@ import pytest
 from membank.bank_service.shard import Shard, ShardConfig
 from membank.bank_service.shard.contract import Erase
 from membank.bank_service.store import Bank
-from membank.wire.errors import NotFoundError, Reason, UnavailableError
+from membank.wire.errors import Reason, UnavailableError
 from membank.wire.spec import BlockRef, BlockState
 from storage_faults import FaultPlan, FaultyObjects
 from tiny_bank import UnsyncedObjects, create_bank, make_update, transact
 
 A = BlockRef(1, 0)
-
-not_yet = pytest.mark.xfail(
-    strict=True,
-    raises=NotFoundError,
-    reason="a partition reads each manifest that it believes to be stored, also one whose removal "
-    "was reported as failed; it has to forget one that is gone",
-)
 
 
 class LostRemoval(FaultPlan):
@@ -63,14 +56,12 @@ def shard(bank: Bank, tmp_path: Path, plan: LostRemoval) -> Shard:
     return shard
 
 
-@not_yet
 def test_garbage_is_collected_all_the_same(shard: Shard) -> None:
     partition = shard.spec.partition_of(A)
     shard.collect(partition)
     assert shard.collect(partition, dry_run=True).garbage == ()
 
 
-@not_yet
 def test_a_block_is_deleted_all_the_same(bank: Bank, shard: Shard) -> None:
     transact(shard, bank, [Erase(ref=A)])
     assert shard.describe([A])[0].state is BlockState.DELETED

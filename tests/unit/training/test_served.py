@@ -62,9 +62,10 @@ class Loopback:
         held_versions: Sequence[int | None] | None = None,
         dtype: str | None = None,
         min_revision: int = 0,
+        snapshot: str = "",
         timeout_s: float,
     ) -> FetchAnswer:
-        del held_versions, min_revision, timeout_s
+        del held_versions, min_revision, snapshot, timeout_s
         assert dtype == "float32"
         fetched = self.memory.fetch(refs)
         return FetchAnswer(

@@ -282,6 +282,7 @@ class PartitionStore:
 
     def num_slots(self, refs: Collection[BlockRef]) -> int:
         """Return how many slots hold stored versions of `refs`."""
+        self._forget_removed()
         return len(
             {slot for number in self._stored for slot in slots_named(self.manifest(number), refs)}
         )
@@ -332,6 +333,7 @@ class PartitionStore:
         levels = range(1, self._bank.spec.num_levels + 1)
         chunks = [chunk for level in levels for chunk in self._arrays.stored_chunks(level)]
         self._note_own(owner)
+        self._forget_removed()
         needed = self._needed(history_from)
         doomed = {
             number: GarbageKind.RETIRED_MANIFEST
@@ -376,6 +378,12 @@ class PartitionStore:
                 raise self._fenced(number)
             self._note(manifest)
 
+    def _forget_removed(self) -> None:
+        """Forget manifests that are gone although their removal was reported as failed."""
+        gone = self._stored.keys() - set(self._bank.manifest_numbers(self._partition))
+        for number in gone - self._needed(self.history_from):
+            del self._stored[number]
+
     def _chain(self) -> Chain:
         return Chain(m for m in self._stored.values() if self._counts(m))
 
@@ -404,12 +412,12 @@ class PartitionStore:
         }
         if not deleted:
             return 0
+        self._note_own(current.owner)
+        self._forget_removed()
         stored = [self.manifest(number) for number in self._stored]
         # A prepared manifest is later than `current` and may create a deleted block anew.
         older = [manifest for manifest in stored if _order(manifest) < _order(current)]
         affected = [manifest for manifest in older if names_content(manifest, deleted)]
-        if not affected:
-            return 0
         doomed = {slot for manifest in affected for slot in slots_named(manifest, deleted)}
         for level, slot in doomed:
             self._arrays.delete(level, slot)
