@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from membank.bank_service.shard.content import (
     INITIAL_ENTRY,
     BlockRecord,
     Content,
     initial_content,
+    kept,
+    new_array,
+    read_only,
 )
 from membank.bank_service.shard.partition_store import PartitionStore
 from membank.bank_service.shard.residency import Residency
 from membank.bank_service.shard.table import BlockTable
-from membank.wire.format import NO_SLOT, Entry, initial_weight
-from membank.wire.spec import Array, BlockRef, Role
+from membank.wire.format import NO_SLOT, Entry, encode_slot, initial_weight
+from membank.wire.spec import Array, BlockRef, Role, dtype_of
 from tiny_bank import create_bank, tiny_spec
 
 A, B, C = BlockRef(1, 0), BlockRef(1, 1), BlockRef(1, 2)
@@ -39,11 +44,53 @@ def test_wipe_spares_what_somebody_reads() -> None:
     assert arrays == {}
 
 
-def test_wipe_spares_what_it_cannot_count() -> None:
-    # A view of this array would refer to the array below, so that no reader would be seen.
+def test_wipe_spares_what_somebody_reads_of_memory_that_is_shared() -> None:
+    # A view of this array refers to the array below.
     below = np.ones(4, np.int32)
     Content({Role.WEIGHT: below.view(np.float32)}, 0).wipe()
     assert below.tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+def test_wipe_zeroes_what_lies_in_larger_memory(is_read: bool) -> None:
+    # As `new_array` makes them: views of an array that nobody else knows.
+    memory = bytearray(b"\xff" * 20)
+    content = Content(
+        {Role.WEIGHT: np.frombuffer(memory, np.uint8)[:16].view(np.float32).reshape(2, 2)}, 0
+    )
+    assert isinstance(content.weight.base, np.ndarray)
+    reader = read_only(content.weight)[1:] if is_read else None
+    content.wipe()
+    assert memory == (b"\xff" * 20 if is_read else bytes(16) + b"\xff" * 4)
+    del reader
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_what_is_kept_is_a_copy(dtype: str) -> None:
+    values = np.arange(24).reshape(2, 3, 4).astype(dtype_of(dtype))
+    copy = kept(values.transpose(2, 0, 1))
+    assert (copy.shape, copy.dtype) == ((4, 2, 3), values.dtype)
+    assert copy.flags.c_contiguous
+    assert copy.flags.writeable
+    expected = values.astype(np.float32).transpose(2, 0, 1).copy()
+    values[...] = 0
+    np.testing.assert_array_equal(copy.astype(np.float32), expected)
+    assert isinstance(copy.base, np.ndarray)
+    assert copy.base.base is None
+
+
+def test_an_array_takes_as_much_memory_as_a_slot_that_was_read() -> None:
+    usable_size = getattr(ctypes.CDLL(None), "malloc_usable_size", None)
+    if usable_size is None:
+        pytest.skip("this C library does not tell")
+    usable_size.argtypes = [ctypes.c_void_p]
+    # Smaller ones come from pools of numpy and of Python.
+    for shape in ((3, 3, 11, 7), (1, 3, 2, 680), (8, 3, 2, 680), (8, 3, 64, 680)):
+        array = new_array(shape, np.dtype(np.float32))
+        slot = b"".join(encode_slot(array, 0))
+        # The one begins with its numbers, the other with the head of its object.
+        sizes = usable_size(array.ctypes.data), usable_size(id(slot))
+        assert sizes[0] == sizes[1] >= array.nbytes
 
 
 def test_a_block_is_loaded_though_a_removal_wiped_what_was_resident(tmp_path: Path) -> None:

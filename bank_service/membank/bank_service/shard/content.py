@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import numpy as np
 
 from membank.wire.crc import crc32c
 from membank.wire.format import NO_SLOT, Entry, initial_weight
+from membank.wire.format.slot import TRAILER_BYTES
 from membank.wire.spec import Array, BankSpec, BlockRef, BlockState, Role
 
 INITIAL_ENTRY = Entry(slot=NO_SLOT, version=0)
@@ -48,12 +50,37 @@ class Content:
             array = self.arrays.pop(role)
             # Two references: the variable and the argument. A view would be a third, unless the
             # array is a view itself: numpy lets views of views refer to what is under both.
-            is_counted = not isinstance(array.base, np.ndarray)
-            if is_counted and array.flags.writeable and sys.getrefcount(array) == _OWN_REFERENCES:
+            is_alone = sys.getrefcount(array) == _OWN_REFERENCES
+            below = array.base
+            if isinstance(below, np.ndarray):
+                is_alone &= sys.getrefcount(below) == _OWN_REFERENCES + 1  # and that of the array
+            if is_alone and array.flags.writeable:
                 array.fill(0)
 
 
 _OWN_REFERENCES = 2
+_SPARE_BYTES = sys.getsizeof(b"") + TRAILER_BYTES
+
+
+def new_array(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Array:
+    """Return an array of any content, to be filled and kept.
+
+    Notes
+    -----
+    It takes as much memory as a slot that was read, so that each fits exactly where the other was.
+    With sizes that differ by a few bytes, or with an alignment that leaves scraps, the holes that
+    evicted blocks leave are not filled again: a shard took a third more than its budget.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(num_bytes + _SPARE_BYTES, np.uint8)
+    return memory[:num_bytes].view(dtype).reshape(shape)
+
+
+def kept(array: Array) -> Array:
+    """Return a copy to keep, in a `new_array`."""
+    copy = new_array(array.shape, array.dtype)
+    copy[...] = array
+    return copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +106,7 @@ class BlockRecord:
 
 def initial_content(spec: BankSpec, ref: BlockRef) -> Content:
     """Return the content that `ref` has before it is ever written, without optimizer state."""
-    weight = initial_weight(spec, ref)
+    weight = kept(initial_weight(spec, ref))
     return Content({Role.WEIGHT: weight}, crc32c(weight))
 
 

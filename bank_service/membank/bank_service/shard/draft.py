@@ -12,6 +12,7 @@ from membank.bank_service.shard.content import (
     BlockRecord,
     Content,
     content_crcs,
+    kept,
     zero_state,
 )
 from membank.bank_service.shard.contract import (
@@ -150,8 +151,8 @@ def _set_content(spec: BankSpec, operation: SetContent, entry: Entry) -> BlockRe
             "fetch it and decide again",
             metadata={"block": str(operation.ref), "version": str(entry.version)},
         )
-    arrays: dict[Role, Array] = {Role.WEIGHT: _owned(operation.weight)}
-    arrays |= {role: _owned(array) for role, array in operation.optimizer_state.items()}
+    arrays: dict[Role, Array] = {Role.WEIGHT: kept(operation.weight)}
+    arrays |= {role: kept(array) for role, array in operation.optimizer_state.items()}
     if len(arrays) == 1:
         arrays |= zero_state(spec, operation.ref)
     crcs = content_crcs(spec, arrays)
@@ -188,10 +189,6 @@ def _changed(entry: Entry, *, state: BlockState) -> Entry:
         step=entry.step,
         crcs=entry.crcs,
     )
-
-
-def _owned(array: Array) -> Array:
-    return np.array(array, order="C", copy=True)
 
 
 def _check_content(spec: BankSpec, operation: SetContent) -> None:

@@ -16,7 +16,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 from torch.utils.dlpack import from_dlpack
 
-from membank.bank_service.shard.content import Content
+from membank.bank_service.shard.content import Content, new_array
 from membank.wire.crc import crc32c
 from membank.wire.spec import Array, BankSpec, OptimizerKind, Role
 
@@ -26,6 +26,8 @@ TORCH_DTYPES = {
     "float16": torch.float16,
 }
 """torch's element types by membank's names."""
+
+_FLOAT32 = np.dtype(np.float32)
 
 
 def kernel_fingerprint() -> str:
@@ -70,18 +72,17 @@ class BlockOptimizer:
         """
         spec = self._spec
         rate = spec.levels[level - 1].learning_rate * learning_rate_scale
-        weight = as_tensor(content.weight).to(torch.float32, copy=True)
-        state = [as_tensor(content.arrays[role]).clone() for role in spec.optimizer.state_roles]
+        # Not clones made by torch: its allocator's memory fits nothing else (see `new_array`).
+        arrays = {role: _copied(content.arrays[role], _FLOAT32) for role in spec.roles}
+        weight, *state = map(as_tensor, arrays.values())
         self._step(weight, as_tensor(gradient).to(torch.float32), state, step, rate)
-        new_weight = _rounded(weight, spec.numpy_dtype)
+        if spec.numpy_dtype != _FLOAT32:
+            arrays[Role.WEIGHT] = _copied(arrays[Role.WEIGHT], spec.numpy_dtype)
         # A gradient that is not finite leaves its mark in the weight or the state, so that
         # looking at the results is enough, and finds overflow too.
-        if not all(_is_finite(tensor) for tensor in (as_tensor(new_weight), *state)):
+        if not all(_is_finite(as_tensor(array)) for array in arrays.values()):
             return None
-        arrays: dict[Role, Array] = {Role.WEIGHT: new_weight}
-        for role, tensor in zip(spec.optimizer.state_roles, state, strict=True):
-            arrays[role] = tensor.numpy()
-        return Content(arrays, crc32c(new_weight))
+        return Content(arrays, crc32c(arrays[Role.WEIGHT]))
 
     def _step(
         self,
@@ -125,13 +126,11 @@ def as_tensor(array: Array) -> torch.Tensor:
     return from_dlpack(array)
 
 
-def _rounded(weight: torch.Tensor, dtype: np.dtype[np.generic]) -> Array:
-    """Return a float32 tensor in `dtype`, as an array that is no view of another array."""
-    if dtype == np.float32:
-        return weight.numpy()
-    rounded = np.empty(tuple(weight.shape), dtype)
-    as_tensor(rounded).copy_(weight)
-    return rounded
+def _copied(array: Array, dtype: np.dtype[np.generic]) -> Array:
+    """Return `array` in `dtype`, rounded if need be, in memory of its own."""
+    copy = new_array(array.shape, dtype)
+    as_tensor(copy).copy_(as_tensor(array))
+    return copy
 
 
 def as_array(tensor: torch.Tensor, dtype: np.dtype[np.generic]) -> Array:

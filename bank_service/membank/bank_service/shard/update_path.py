@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from membank.bank_service.shard.content import BlockRecord, Content, content_crcs
+from membank.bank_service.shard.content import BlockRecord, Content, content_crcs, kept
 from membank.bank_service.shard.folding import Folding
 from membank.bank_service.shard.optimizer import kernel_fingerprint
 from membank.bank_service.shard.state import PartitionState
@@ -149,7 +149,7 @@ class UpdatePath:
             return self._apply(block.ref, record, block.gradient, frame.learning_rate_scale)
         crcs = content_crcs(self._state.context.bank.spec, block.arrays)
         # The frame's own buffer goes when the journal is trimmed; the content must not hold it.
-        arrays = {role: array.copy() for role, array in block.arrays.items()}
+        arrays = {role: kept(array) for role, array in block.arrays.items()}
         return replace(block.after, crcs=crcs), Content(arrays, crcs[0])
 
     # ---- waiting
