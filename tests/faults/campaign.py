@@ -15,15 +15,16 @@ import shutil
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Protocol
 
 from campaign_service import preloaded_context
+from campaign_setting import Promise, Setting
 from campaign_siege import LOCAL_PACE, LOCAL_PROMISES, S3_PACE, S3_PROMISES, Pace, Siege
 from campaign_tally import Tally
-from campaign_worker import Promise, Setting
 from membank.bank_service.bench.machine import environment
 from s3_server import S3Server, open_server, why_no_s3
 
@@ -60,6 +61,7 @@ class LocalPlaces:
     def make(self, folder: Path) -> Setting:
         # docstring inherited
         return Setting(
+            name=uuid.uuid4().hex,
             url=str(folder / "bank"),
             journal_dir=folder / "journals",
             folder=folder,
@@ -89,6 +91,7 @@ class S3Places:
     def make(self, folder: Path) -> Setting:
         # docstring inherited
         return Setting(
+            name=uuid.uuid4().hex,
             url=self._server.make_place(),
             journal_dir=folder / "journals",
             folder=folder,
@@ -136,9 +139,11 @@ def run_campaign(places: Places, num_kills: int, seed: int, folder: Path) -> Tal
             shutil.rmtree(setting.folder)
         print(
             f"{places.name}: {tally.kills} of {num_kills} kills, {tally.seconds:.0f} s, "
-            f"bank {index} {'is whole' if is_whole else 'WENT WRONG'}",
+            f"bank {index} {'is whole' if is_whole else 'WENT WRONG:'}",
             flush=True,
         )
+        if not is_whole:
+            print(json.dumps(tally.failures[-1], indent=2), flush=True)
     return tally
 
 

@@ -164,7 +164,7 @@ def test_acknowledged_version_that_is_unknown_to_the_bank_is_lost(witness: Witne
 def test_fetch_older_than_what_was_acknowledged_is_lost(witness: Witness) -> None:
     witness.push(1, A)
     asked = witness.history.ask()
-    witness.history.fetched(asked, Fetched(versions={A: 0}, values={A: (1.0,)}))
+    witness.history.fetched(asked, Fetched(revision=1, versions={A: 0}, values={A: (1.0,)}))
 
     assert [violation.kind for violation in witness.history.violations] == [Wrong.LOST]
 
@@ -173,7 +173,7 @@ def test_two_numbers_in_one_fetch_are_torn(witness: Witness) -> None:
     witness.swap(1)
     asked = witness.history.ask()
     values = dict.fromkeys(MARKED, (1.0,)) | {MARK: (2.0,)}
-    witness.history.fetched(asked, Fetched(versions=witness.versions, values=values))
+    witness.history.fetched(asked, Fetched(revision=1, versions=witness.versions, values=values))
 
     assert [violation.kind for violation in witness.history.violations] == [Wrong.TORN]
 
@@ -182,7 +182,7 @@ def test_two_numbers_in_one_block_are_torn(witness: Witness) -> None:
     witness.swap(1)
     asked = witness.history.ask()
     values = dict.fromkeys(MARKED, (1.0,)) | {MARK: (1.0, 2.0)}
-    witness.history.fetched(asked, Fetched(versions=witness.versions, values=values))
+    witness.history.fetched(asked, Fetched(revision=1, versions=witness.versions, values=values))
 
     assert [violation.kind for violation in witness.history.violations] == [Wrong.TORN]
 

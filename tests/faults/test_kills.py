@@ -5,6 +5,7 @@ A short campaign of each kind; ``make faults COUNT=200`` runs long ones.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,9 @@ import pytest
 from bad_settings import ForgetfulSetting, HoardingSetting, LateSetting
 from campaign_model import Wrong
 from campaign_service import preloaded_context
+from campaign_setting import Promise, Setting
 from campaign_siege import LOCAL_PACE, LOCAL_PROMISES, S3_PACE, S3_PROMISES, Pace, Siege
 from campaign_tally import Tally
-from campaign_worker import Promise, Setting
 from membank.bank_service.shard import Durability
 from s3_server import S3Place
 
@@ -40,7 +41,12 @@ def _besiege(
 
 
 def _local(folder: Path) -> Setting:
-    return Setting(url=str(folder / "bank"), journal_dir=folder / "journals", folder=folder)
+    return Setting(
+        name=uuid.uuid4().hex,
+        url=str(folder / "bank"),
+        journal_dir=folder / "journals",
+        folder=folder,
+    )
 
 
 def test_local_bank_survives_kills(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from campaign_worker import Setting
+from campaign_setting import Setting
 from membank.bank_service.shard import ShardConfig
 from membank.bank_service.store import ObjectStore
 from membank.bank_service.store.journal import LogFile

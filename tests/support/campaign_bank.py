@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import ClassVar
@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from membank.wire.format.pack import Pack, PackedBlock, encode_pack
-from membank.wire.records import GarbageReport, Gradient, TransactionReport, Update, UpdateResult
+from membank.wire.records import Gradient, Update
 from membank.wire.spec import Array, BankSpec, BlockRef, BlockState, LevelSpec
 from shard_rig import full_tree
 from tiny_bank import gradient_for
@@ -31,7 +31,21 @@ SPEC = BankSpec(
 """Eight topics of one block and two leaves; topic t lies in partition t % 4."""
 
 NUM_SHARDS = 2
-"""Shards of the bank; partition p belongs to shard p % 2."""
+"""Shards of the bank."""
+
+
+def shard_of(ref: BlockRef) -> int:
+    """Return the shard that owns a block: partition p belongs to shard p % 2."""
+    return SPEC.partition_of(ref) % NUM_SHARDS
+
+
+def by_shard(refs: Iterable[BlockRef]) -> dict[int, list[BlockRef]]:
+    """Return blocks by the shard that owns them."""
+    split: dict[int, list[BlockRef]] = {}
+    for ref in refs:
+        split.setdefault(shard_of(ref), []).append(ref)
+    return split
+
 
 TREE = full_tree(SPEC)
 """Labels and centroids of every block."""
@@ -61,16 +75,18 @@ class Phase(IntEnum):
     UPDATE = 2
     FETCH = 3
     CONSOLIDATION = 4
-    SWAP = 5
-    WITHHOLD = 6
-    RESTORE = 7
-    SNAPSHOT = 8
-    ROLLBACK = 9
-    DELETE = 10
-    IMPORT = 11
-    UNPIN = 12
-    GC = 13
-    SURVEY = 14
+    PREPARE = 5
+    COMMIT = 6
+    SWAP = 7
+    WITHHOLD = 8
+    RESTORE = 9
+    SNAPSHOT = 10
+    ROLLBACK = 11
+    DELETE = 12
+    IMPORT = 13
+    UNPIN = 14
+    GC = 15
+    SURVEY = 16
 
 
 # ---- what clients ask
@@ -80,7 +96,6 @@ class Phase(IntEnum):
 class Push:
     """Apply the gradients of one number."""
 
-    phase: ClassVar = Phase.UPDATE
     request_id: str
     number: int
     bases: Mapping[BlockRef, int]
@@ -99,15 +114,6 @@ class Push:
                 for ref in refs
             ),
         )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fetch:
-    """Read blocks as a client does, all of one revision, several times in a row."""
-
-    phase: ClassVar = Phase.FETCH
-    refs: tuple[BlockRef, ...]
-    times: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,50 +226,24 @@ AdminOperation = Transaction | Collect
 """What the operator asks."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Survey:
-    """Tell everything of every block."""
-
-    phase: ClassVar = Phase.SURVEY
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class ArmKill:
-    """Die at the mutating call of the storage that comes after so many others."""
+    """Die at a mutating call of the storage."""
 
-    phase: ClassVar = Phase.IDLE
     calls: int
+    """Calls before it."""
     after: bool
     """True to die after it, False in its middle."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stop:
-    """Stop as told by an operator."""
-
-    phase: ClassVar = Phase.IDLE
-
-
-Request = Push | Fetch | AdminOperation | Survey | ArmKill | Stop
-"""Whatever can be asked."""
 
 
 # ---- what is answered
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pushed:
-    """What became of a push."""
-
-    results: tuple[UpdateResult, ...]
-    duplicate: bool
-    """True where all of it had been applied before."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Fetched:
-    """Blocks of one revision."""
+    """Blocks of one shard, as of one revision."""
 
+    revision: int
     versions: Mapping[BlockRef, int]
     values: Mapping[BlockRef, tuple[float, ...]]
     """The distinct numbers that a block holds; of blocks with content alone."""
@@ -287,16 +267,12 @@ class Image:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Surveyed:
-    """Every block, as kept and as fetched."""
+    """Blocks, as kept and as fetched."""
 
     versions: Mapping[BlockRef, int]
     images: Mapping[BlockRef, Image]
     served: Mapping[BlockRef, bytes]
     """Weights as a fetch returns them; of active blocks alone."""
-
-
-Answer = Pushed | TransactionReport | GarbageReport | tuple[Fetched, ...] | Surveyed | None
-"""Whatever can be answered; an error travels as itself."""
 
 
 # ---- contents by number

@@ -90,7 +90,7 @@ class ArmedKill(FaultPlan):
         self._left: int | None = None
         self._after = False
 
-    def arm(self, calls: int, *, after: bool) -> None:
+    def arm(self, calls: int, after: bool) -> None:
         """Die at the mutating call that comes after `calls` others, in its middle or after it."""
         with self._counting:
             self._left, self._after = calls, after

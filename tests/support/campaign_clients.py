@@ -1,4 +1,4 @@
-"""The clients of a campaign: they push, read and operate until the service dies, and then again."""
+"""The clients of a campaign: they push, read and operate, however often the service dies."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from multiprocessing.connection import Connection
-from threading import Lock
-from typing import Generic, TypeVar
+from collections.abc import Mapping
+from threading import Event, Lock
+from typing import Any
 
 from campaign_bank import (
     DOOMED,
@@ -17,72 +17,88 @@ from campaign_bank import (
     MARKED,
     TRAINED,
     AdminOperation,
-    Answer,
     Collect,
     Delete,
     DropSnapshot,
-    Fetch,
     Push,
-    Pushed,
     Recreate,
     Replace,
-    Request,
     Restore,
     RollBack,
     Swap,
     TakeSnapshot,
     Withhold,
+    by_shard,
 )
+from campaign_calls import PATIENCE_S, Caller, ServiceGone
 from campaign_model import History, Wrong
 from campaign_past import Asked
-from membank.wire.errors import MembankError, ResourceExhaustedError, UnavailableError
-from membank.wire.records import GarbageReport, TransactionReport
+from campaign_setting import SHARDS, Seat, Setting
+from membank.bank_service.shard.contract import PushResult
+from membank.wire.errors import (
+    ConflictError,
+    MembankError,
+    Reason,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from membank.wire.records import GarbageReport, TransactionReport, UpdateResult
 from membank.wire.spec import BlockRef, BlockState
-
-PATIENCE_S = 60.0
-"""Longest wait for an answer; a service that is alive and takes longer hangs."""
 
 _REASKED = 3
 _LOOKS = 20
 _MAX_SNAPSHOTS = 4
 _KEPT_REVISIONS = 3
 
-R = TypeVar("R", bound=Request)
 
+class Line:
+    """One client's line to the processes of a service, however often they die.
 
-class ServiceGone(Exception):
-    """The service died before it answered."""
-
-
-class ServiceHangs(Exception):
-    """The service lives and does not answer."""
-
-
-def ask(connection: Connection, request: Request) -> Answer:
-    """Send a request and return its answer, or raise the error that it was answered with.
-
-    Raises
-    ------
-    ServiceGone
-        If nobody will answer.
-    ServiceHangs
-        If somebody should have.
+    Parameters
+    ----------
+    setting
+        Where they listen.
+    up
+        Set for each process that is open, as far as is known.
     """
-    try:
-        connection.send(request)
-        if not connection.poll(PATIENCE_S):
-            raise ServiceHangs(f"no answer to {request} within {PATIENCE_S:.0f} s")
-        answer = connection.recv()
-    except (EOFError, ConnectionError) as err:
-        raise ServiceGone from err
-    except OSError as err:
-        # What multiprocessing makes of an answer that was cut off in its middle.
-        if err.errno is not None:
-            raise
-        raise ServiceGone from err
-    if isinstance(answer, Exception):
-        raise answer
-    return answer  # type: ignore[no-any-return]  # whatever the service pickled
+
+    def __init__(self, setting: Setting, up: Mapping[Seat, Event]) -> None:
+        self._callers = {seat: Caller(setting.address(seat)) for seat in Seat}
+        self._up = up
+        self._ended = Event()
+        self.num_unanswered = 0
+        """Calls that may have taken effect, and were not answered."""
+
+    def end(self) -> None:
+        """Let whoever waits for a process go."""
+        self._ended.set()
+
+    def insist(self, seat: Seat, method: str, *args: Any) -> Any:
+        """Call until there is an answer other than that it must be repeated.
+
+        Raises
+        ------
+        ServiceGone
+            If the line was ended, or the process stays away.
+        ServiceHangs
+            If the process does not answer.
+        MembankError
+            What the call was answered with.
+        """
+        give_up = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return self._callers[seat](method, *args)
+            except ServiceGone as err:
+                self.num_unanswered += err.was_asked
+                if self._ended.is_set() or not self._up[seat].wait(PATIENCE_S):
+                    raise
+            except (UnavailableError, ResourceExhaustedError, ConflictError) as err:
+                is_overtaken = err.reason is Reason.TRANSACTION_CONFLICT
+                if isinstance(err, ConflictError) and not is_overtaken:
+                    raise
+                if self._ended.is_set() or time.monotonic() >= give_up:
+                    raise
 
 
 class Numbers:
@@ -99,193 +115,194 @@ class Numbers:
             return self._last
 
 
-class Client(ABC, Generic[R]):
-    """Somebody who asks one thing after the other, and keeps asking until it is answered.
+class Client(ABC):
+    """Somebody who asks one thing after the other.
 
     Parameters
     ----------
     name
         Prefix of the ids of requests.
+    line
+        To the service.
     history
         What clients were told.
     rng
         Decides what is asked.
     """
 
-    def __init__(self, name: str, history: History, rng: random.Random) -> None:
+    def __init__(self, name: str, line: Line, history: History, rng: random.Random) -> None:
         self.name = name
+        self.line = line
         self.history = history
         self.rng = rng
         self.counts: Counter[str] = Counter()
         """What became of the requests, by name."""
-        self._pending: tuple[R, Asked] | None = None
-        self._is_unknown = False
         self._num_requests = 0
 
-    def settle(self, connection: Connection) -> None:
-        """Ask again what was not answered before the service died."""
-        if self._pending is not None:
-            self._finish(connection)
+    def live(self, stop: Event) -> None:
+        """Ask until `stop` is set; what was asked is answered then."""
+        while not stop.is_set():
+            self._turn()
 
-    def live(self, connection: Connection) -> None:
-        """Ask until the service dies."""
-        while True:
-            self._pending = self._next(), self.history.ask()
-            self._finish(connection)
+    @abstractmethod
+    def _turn(self) -> None:
+        """Ask one thing, and take note of the answer."""
 
-    def _finish(self, connection: Connection) -> None:
-        assert self._pending is not None
-        request, asked = self._pending
+    def ask_again(self) -> None:
+        """Repeat what was answered, as if the answer had been lost: it must be the same."""
+        return
+
+    def _ask(self, kind: str, seat: Seat, method: str, *args: Any) -> Any:
+        """Insist on an answer; None where there is a wrong one, which the history is told of."""
+        before = self.line.num_unanswered
         try:
-            answer = self._insist(connection, request)
-        except ServiceGone:
-            # Once, however often the service dies before it is answered.
-            self.counts[f"{self._kind(request)} unknown"] += not self._is_unknown
-            self._is_unknown = True
-            raise
+            return self.line.insist(seat, method, *args)
         except MembankError as err:
-            self.history.blame(Wrong.FAILED, f"{request} is refused: {err!r}")
-        else:
-            self._take(request, asked, answer)
-        self._pending, self._is_unknown = None, False
-
-    def _insist(self, connection: Connection, request: R) -> Answer:
-        """Ask until there is an answer other than that it must be asked again."""
-        give_up = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                return ask(connection, request)
-            except (UnavailableError, ResourceExhaustedError):
-                if time.monotonic() >= give_up:
-                    raise
-
-    def _kind(self, request: R) -> str:
-        return request.phase.name.lower()
+            self.history.blame(Wrong.FAILED, f"{method} {args} of {seat} is refused: {err!r}")
+            return None
+        finally:
+            # Once, however often the service dies before it is answered.
+            self.counts[f"{kind} unknown"] += self.line.num_unanswered > before
 
     def _next_id(self) -> str:
         self._num_requests += 1
         return f"{self.name}-{self._num_requests}"
 
-    @abstractmethod
-    def _next(self) -> R:
-        """Return what to ask next."""
 
-    @abstractmethod
-    def _take(self, request: R, asked: Asked, answer: Answer) -> None:
-        """Take note of an answer."""
-
-
-class Pusher(Client[Push]):
+class Pusher(Client):
     """Pushes gradients, on the newest versions that anybody was told of.
 
     Parameters
     ----------
-    name, history, rng
+    name, line, history, rng
         As for every client.
     numbers
         Numbers of gradients.
     """
 
-    def __init__(self, name: str, history: History, rng: random.Random, numbers: Numbers) -> None:
-        super().__init__(name, history, rng)
+    def __init__(
+        self, name: str, line: Line, history: History, rng: random.Random, numbers: Numbers
+    ) -> None:
+        super().__init__(name, line, history, rng)
         self._numbers = numbers
-        self._answered: deque[tuple[Push, Asked, Pushed]] = deque(maxlen=_REASKED)
+        self._answered: deque[tuple[Push, Asked, list[UpdateResult]]] = deque(maxlen=_REASKED)
 
-    def settle(self, connection: Connection) -> None:
+    def ask_again(self) -> None:
         # docstring inherited
-        super().settle(connection)
-        # As if these answers had been lost too: they must be the same, and change nothing.
         for push, asked, first in list(self._answered):
-            again = self._insist(connection, push)
-            assert isinstance(again, Pushed)
+            again, _ = self._push(push)
             self.counts["update asked again"] += 1
             self._compare(push, first, again)
             # What was refused is not remembered, and may be accepted now.
-            self.history.pushed(push, asked, again.results)
+            self.history.pushed(push, asked, again)
         self._answered.clear()
 
-    def _next(self) -> Push:
+    def _turn(self) -> None:
         refs = self.rng.sample(TRAINED, self.rng.randint(1, 4))
         if self.rng.random() < 0.3:
             refs.append(self.rng.choice(DOOMED))
-        return Push(
+        push = Push(
             request_id=self._next_id(),
             number=self._numbers.take(),
             bases=self.history.newest(refs),
         )
-
-    def _take(self, request: Push, asked: Asked, answer: Answer) -> None:
-        assert isinstance(answer, Pushed)
-        self.history.pushed(request, asked, answer.results)
-        accepted = sum(result.accepted for result in answer.results)
+        asked = self.history.ask()
+        results, is_repeat = self._push(push)
+        self.history.pushed(push, asked, results)
+        accepted = sum(result.accepted for result in results)
         self.counts["update acknowledged" if accepted else "update refused"] += 1
         self.counts["gradient acknowledged"] += accepted
-        self.counts["update found done"] += answer.duplicate
+        self.counts["update found done"] += is_repeat
         if accepted:
-            self._answered.append((request, asked, answer))
+            self._answered.append((push, asked, results))
 
-    def _compare(self, push: Push, first: Pushed, again: Pushed) -> None:
-        now = {result.ref: result for result in again.results}
-        for result in first.results:
-            if result.accepted and now[result.ref] != result:
+    def _push(self, push: Push) -> tuple[list[UpdateResult], bool]:
+        results: list[UpdateResult] = []
+        is_repeat = False
+        for shard, refs in sorted(by_shard(push.bases).items()):
+            found = self._ask("update", SHARDS[shard], "push", push.update(refs))
+            if isinstance(found, PushResult):
+                results += found.results
+                is_repeat |= found.duplicate
+        return results, is_repeat
+
+    def _compare(self, push: Push, first: list[UpdateResult], again: list[UpdateResult]) -> None:
+        now = {result.ref: result for result in again}
+        for result in first:
+            if result.accepted and now.get(result.ref) != result:
                 self.history.blame(
                     Wrong.DOUBLED,
-                    f"{push.request_id}, asked again, is answered {now[result.ref]}, "
+                    f"{push.request_id}, asked again, is answered {now.get(result.ref)}, "
                     f"and was answered {result}",
                 )
 
 
-class Reader(Client[Fetch]):
-    """Reads blocks, as of one revision."""
+class Reader(Client):
+    """Reads blocks."""
 
-    def _next(self) -> Fetch:
-        if self.rng.random() < 0.3:
-            return Fetch(refs=self.rng.choice((TRAINED, DOOMED)))
-        return Fetch(refs=MARKED, times=_LOOKS)
+    def _turn(self) -> None:
+        is_marked = self.rng.random() < 0.7
+        refs = MARKED if is_marked else self.rng.choice((TRAINED, DOOMED))
+        asked = self.history.ask()
+        for shard, mine in sorted(by_shard(refs).items()):
+            looks = self._ask("fetch", SHARDS[shard], "fetch", mine, _LOOKS if is_marked else 1)
+            for fetched in looks or ():
+                self.history.fetched(asked, fetched)
+                self.counts["fetch answered"] += 1
 
-    def _take(self, request: Fetch, asked: Asked, answer: Answer) -> None:
-        assert isinstance(answer, tuple)
-        for fetched in answer:
-            self.history.fetched(asked, fetched)
-        self.counts["fetch answered"] += len(answer)
 
-
-class Operator(Client[AdminOperation]):
+class Operator(Client):
     """Swaps, withholds, deletes, makes snapshots and returns to them.
 
     Parameters
     ----------
-    name, history, rng
+    name, line, history, rng
         As for every client.
     numbers
         Numbers of contents.
     """
 
-    def __init__(self, name: str, history: History, rng: random.Random, numbers: Numbers) -> None:
-        super().__init__(name, history, rng)
+    def __init__(
+        self, name: str, line: Line, history: History, rng: random.Random, numbers: Numbers
+    ) -> None:
+        super().__init__(name, line, history, rng)
         self._numbers = numbers
         self._last: tuple[AdminOperation, TransactionReport] | None = None
         # Newest last; only of those that nothing may have come between.
         self._revisions: deque[int] = deque(maxlen=_KEPT_REVISIONS)
-        # The marked blocks hold one number from the beginning.
-        first = Swap(request_id=self._next_id(), value=numbers.take())
-        self._pending = (first, history.ask())
 
-    def settle(self, connection: Connection) -> None:
+    def ask_again(self) -> None:
         # docstring inherited
-        super().settle(connection)
-        if self._last is not None:
-            operation, first = self._last
-            again = self._insist(connection, operation)
-            self.counts["transaction asked again"] += 1
-            if again != first:
-                self.history.blame(
-                    Wrong.DOUBLED,
-                    f"{operation.request_id}, asked again, is answered {again}, and was {first}",
-                )
-            self._last = None
+        if self._last is None:
+            return
+        operation, first = self._last
+        again = self._ask("transaction", Seat.COORDINATOR, "change", operation)
+        self.counts["transaction asked again"] += 1
+        if again != first:
+            self.history.blame(
+                Wrong.DOUBLED,
+                f"{operation.request_id}, asked again, is answered {again}, and was {first}",
+            )
+        self._last = None
+
+    def _turn(self) -> None:
+        operation = self._next()
+        kind = operation.phase.name.lower()
+        asked = self.history.ask()
+        answer = self._ask(kind, Seat.COORDINATOR, "change", operation)
+        self.counts[f"{kind} acknowledged"] += 1
+        if isinstance(answer, GarbageReport):
+            # It may have given revisions up, and made one to say so.
+            self._revisions.clear()
+        elif isinstance(answer, TransactionReport) and not isinstance(operation, Collect):
+            self.history.changed(operation, asked, answer)
+            self._revisions.append(answer.revision)
+            self._last = (operation, answer)
 
     def _next(self) -> AdminOperation:
+        if not self._num_requests:
+            # The marked blocks hold one number from the beginning.
+            return self._swap()
         names = self.history.snapshots()
         weights = {
             self._swap: 5,
@@ -298,18 +315,6 @@ class Operator(Client[AdminOperation]):
             self._collect: 4,
         }
         return self.rng.choices(list(weights), list(weights.values()))[0]()
-
-    def _take(self, request: AdminOperation, asked: Asked, answer: Answer) -> None:
-        self.counts[f"{self._kind(request)} acknowledged"] += 1
-        if isinstance(request, Collect):
-            assert isinstance(answer, GarbageReport)
-            # It may have given revisions up, and made one to say so.
-            self._revisions.clear()
-            return
-        assert isinstance(answer, TransactionReport)
-        self.history.changed(request, asked, answer)
-        self._revisions.append(answer.revision)
-        self._last = (request, answer)
 
     def _swap(self) -> AdminOperation:
         return Swap(request_id=self._next_id(), value=self._numbers.take())

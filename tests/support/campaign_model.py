@@ -88,6 +88,7 @@ class History:
         self._deeds: list[Deed] = []
         self._snapshots: dict[str, Deed] = {}
         self._unchecked: list[Deed] = []
+        self._marks: dict[int, set[tuple[float, ...]]] = {}
         self._twin = Twin()
         self._traces: dict[BlockRef, set[bytes]] = defaultdict(set)
         self.forbidden: list[bytes] = []
@@ -173,11 +174,19 @@ class History:
             for ref, version in fetched.versions.items()
             if version < asked.versions[ref]
         ]
-        marks = {ref: fetched.values[ref] for ref in MARKED if ref in fetched.values}
         if behind:
             self.blame(Wrong.LOST, f"a fetch returned {'; '.join(behind)}")
-        if any(asked.versions[ref] for ref in marks) and len(set(marks.values())) > 1:
-            self.blame(Wrong.TORN, f"a fetch saw marked blocks with the numbers {marks}")
+        marks = {fetched.values[ref] for ref in MARKED if ref in fetched.values}
+        # The first revision made them all one number; each revision holds one, on every shard.
+        if marks and fetched.revision > 0:
+            with self._lock:
+                known = self._marks.setdefault(fetched.revision, marks)
+                if len(marks) > 1 or known != marks:
+                    self._blame(
+                        Wrong.TORN,
+                        f"a fetch at revision {fetched.revision} saw the numbers {marks} in "
+                        f"marked blocks, and the first one at that revision {known}",
+                    )
 
     # ---- what the bank holds
 

@@ -1,79 +1,120 @@
-"""The process that is killed, as its parent sees it."""
+"""The processes that are killed, as their parent sees them."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
+import threading
+from collections.abc import Iterable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 
-from campaign_bank import ArmKill
-from campaign_clients import PATIENCE_S, ServiceGone, ServiceHangs
-from campaign_worker import Setting, serve
+from campaign_bank import ArmKill, Phase
+from campaign_board import Board
+from campaign_calls import PATIENCE_S, ServiceGone, ServiceHangs
+from campaign_setting import Seat, Setting
+from campaign_worker import serve
 
 
-class Service:
-    """A running worker, as its parent sees it.
+class Process:
+    """One process of a service, in all its lives.
 
     Parameters
     ----------
     context
         Starts processes.
     setting
-        Which bank.
-    num_clients
-        Connections to make.
-    kill
-        When the worker is to kill itself, counted from its start; None = never.
+        The bank.
+    seat
+        Its part of the bank.
     """
 
-    def __init__(
-        self,
-        context: ForkServerContext,
-        setting: Setting,
-        num_clients: int,
-        kill: ArmKill | None = None,
-    ) -> None:
-        pipes = [context.Pipe() for _ in range(num_clients + 1)]
-        self.control: Connection = pipes[0][0]
-        self.connections: list[Connection] = [ours for ours, _ in pipes[1:]]
-        theirs = [end for _, end in pipes]
-        self.process: ForkServerProcess = context.Process(
-            target=serve, args=(setting, theirs[0], theirs[1:], kill), daemon=True
+    def __init__(self, context: ForkServerContext, setting: Setting, seat: Seat) -> None:
+        self.seat = seat
+        self.up = threading.Event()
+        """Set while it is open, as far as is known."""
+        self.board = Board(setting.board(seat))
+        self._context = context
+        self._process: ForkServerProcess | None = None
+        self._control: Connection | None = None
+
+    @property
+    def running(self) -> ForkServerProcess:
+        """The present life."""
+        assert self._process is not None
+        return self._process
+
+    def start(self, setting: Setting, kill: ArmKill | None = None) -> None:
+        """Begin a life; `kill` says when it ends itself, counted from its very start."""
+        self.board.clear()
+        self._control, theirs = self._context.Pipe()
+        self._process = self._context.Process(
+            target=serve, args=(setting, self.seat, theirs, kill), daemon=True
         )
-        self.process.start()
-        for end in theirs:
-            end.close()
+        self._process.start()
+        theirs.close()
 
     def wait_until_open(self) -> None:
-        """Return once the bank is open, or raise why it is not."""
+        """Return once it answers calls.
+
+        Raises
+        ------
+        ServiceGone
+            If it dies before.
+        ServiceHangs
+            If it does not.
+        MembankError
+            If it says why it does not open.
+        """
+        assert self._control is not None
         try:
-            if not self.control.poll(PATIENCE_S):
-                raise ServiceHangs(f"the bank is not open after {PATIENCE_S:.0f} s")
-            answer = self.control.recv()
-        except (EOFError, ConnectionError) as err:
-            raise ServiceGone from err
+            if not self._control.poll(PATIENCE_S):
+                raise ServiceHangs(f"{self.seat} is not open after {PATIENCE_S:.0f} s")
+            answer = self._control.recv()
+        except (EOFError, OSError) as err:
+            raise ServiceGone(self.seat, was_asked=False) from err
         if isinstance(answer, Exception):
             raise answer
+        self.up.set()
 
-    def show_stacks(self) -> None:
-        """Let a worker that hangs write to its log where."""
-        if self.process.pid is not None:
-            with suppress(ProcessLookupError):
-                os.kill(self.process.pid, signal.SIGUSR1)
-            self.process.join(1.0)
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.up.clear()
+        self.running.kill()
+
+    def stop(self) -> None:
+        """Let it stop as an operator does."""
+        assert self._control is not None
+        self.up.clear()
+        with suppress(OSError):
+            self._control.send("stop")
+        self.running.join(PATIENCE_S)
 
     def end(self) -> int:
-        """Kill the worker if it lives, and return how it ended."""
-        if self.process.is_alive():
-            self.process.kill()
-        self.process.join()
-        for connection in (self.control, *self.connections):
-            connection.close()
-        assert self.process.exitcode is not None
-        return self.process.exitcode
+        """Make sure that this life is over, and return how it ended; 0 before the first one."""
+        self.up.clear()
+        if self._process is None or self._control is None:
+            return 0
+        if self._process.is_alive():
+            self._process.kill()
+        self._process.join()
+        self._control.close()
+        assert self._process.exitcode is not None
+        return self._process.exitcode
+
+    def show_stacks(self) -> None:
+        """Let a process that hangs write to its log where."""
+        if self._process is not None and self._process.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGUSR1)
+            self._process.join(1.0)
+
+
+def phases_of(processes: Iterable[Process]) -> set[Phase]:
+    """Return what the threads of processes are at, or were when they died."""
+    return {phase for process in processes for phase in process.board.phases()}
 
 
 def preloaded_context() -> ForkServerContext:

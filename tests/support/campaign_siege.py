@@ -15,32 +15,22 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
-from threading import Timer
+from threading import Event, Timer
 
-from campaign_bank import SPEC, TREE, ArmKill, Stop, Survey, Surveyed
-from campaign_board import Board
-from campaign_clients import (
-    PATIENCE_S,
-    AnyClient,
-    Numbers,
-    Operator,
-    Pusher,
-    Reader,
-    ServiceGone,
-    ServiceHangs,
-    ask,
-)
+from campaign_bank import SPEC, TREE, ArmKill, Surveyed
+from campaign_calls import ServiceGone, ServiceHangs
+from campaign_clients import Client, Line, Numbers, Operator, Pusher, Reader
 from campaign_model import History, Wrong
-from campaign_service import Service
+from campaign_service import Process, phases_of
+from campaign_setting import SHARDS, Promise, Seat, Setting
 from campaign_tally import Tally
-from campaign_worker import Promise, Setting
 from membank.bank_service.fsck import Severity, check_bank
 from membank.bank_service.shard import Durability
 from membank.bank_service.store import Bank
-from membank.wire.errors import MembankError, NotFoundError
+from membank.wire.errors import NotFoundError
 
 _NUM_PUSHERS = 3
-_LONGEST_LIFE_S = 5.0
+_CALLS_AT_START = 20
 _CHANGE = 0.3
 _MOVE = 0.6
 
@@ -57,6 +47,14 @@ class Trigger(StrEnum):
     CALL = "at a random call of the storage"
     CLOCK_AT_START = "at a random moment of the start"
     CALL_AT_START = "at a random call of the start"
+
+
+class Victims(StrEnum):
+    """Who is killed."""
+
+    ALL = "all processes"
+    SHARD = "one shard"
+    COORDINATOR = "the coordinator"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +74,13 @@ class Pace:
     start_s: float = 0.15
     """Longest life of a service that is to die while it starts."""
     max_calls: int = 150
-    """Mutating calls of the storage before a kill at one of them, at most."""
+    """Mutating calls of the storage by a shard before a kill at one of them, at most."""
+    max_coordinator_calls: int = 10
+    """The same for the coordinator, which leaves most of them to the shards."""
+
+    def calls_of(self, seat: Seat) -> int:
+        """Return how many calls a process may make before a kill at one of them."""
+        return self.max_coordinator_calls if seat is Seat.COORDINATOR else self.max_calls
 
 
 LOCAL_PACE = Pace()
@@ -129,7 +133,6 @@ class Siege:
         pace: Pace,
         promises: Sequence[Promise],
     ) -> None:
-        self._context = context
         self._setting = setting
         self._tally = tally
         self._seed = seed
@@ -142,18 +145,18 @@ class Siege:
         setting.folder.mkdir(parents=True)
         Bank.create(setting.objects(), SPEC, tree=TREE)
         self._objects = setting.objects()
-        self._board = Board(setting.folder / "board")
+        self._processes = {seat: Process(context, setting, seat) for seat in Seat}
         self._history = History()
-        numbers = Numbers()
-        self._clients: tuple[AnyClient, ...] = (
-            Operator("op", self._history, self._child_rng(), numbers),
-            Reader("reader", self._history, self._child_rng()),
-            *(
-                Pusher(f"pusher-{i}", self._history, self._child_rng(), numbers)
-                for i in range(_NUM_PUSHERS)
-            ),
-        )
         self._num_forbidden = 0
+        self._line = self._new_line()
+        numbers = Numbers()
+        self._clients: list[Client] = [
+            Operator("op", self._new_line(), self._history, self._child_rng(), numbers),
+            Reader("reader", self._new_line(), self._history, self._child_rng()),
+        ]
+        for index in range(_NUM_PUSHERS):
+            name, rng = f"pusher-{index}", self._child_rng()
+            self._clients.append(Pusher(name, self._new_line(), self._history, rng, numbers))
 
     def run(self, num_kills: int) -> bool:
         """Kill the service so often, and stop it once; False where something went wrong.
@@ -165,14 +168,15 @@ class Siege:
         began = time.monotonic()
         target = self._tally.kills + num_kills
         try:
-            while not self._history.violations and self._tally.kills < target:
-                self._round(self._rng.choices(list(Trigger), [11, 5, 2, 2])[0])
-            if not self._history.violations:
+            with self._judged():
+                self._start(list(Seat))
+                while not self._history.violations and self._tally.kills < target:
+                    self._live()
+                    self._check()
                 self._stop()
-        except Exception:
-            # Nobody watches a long campaign: it says what happened, and goes on with another bank.
-            self._history.blame(Wrong.FAILED, traceback.format_exc())
         finally:
+            for process in self._processes.values():
+                process.end()
             self._tally.seconds += time.monotonic() - began
             self._tally.banks += 1
             for client in self._clients:
@@ -181,99 +185,158 @@ class Siege:
 
     # ---- one life of the service
 
-    def _round(self, trigger: Trigger) -> None:
-        self._change_setting()
-        self._copy_files()
-        self._board.clear()
-        kill = self._armed(30) if trigger is Trigger.CALL_AT_START else None
-        service = Service(self._context, self._setting, len(self._clients), kill)
-        timer = Timer(self._rng.uniform(0, self._pace.start_s), service.process.kill)
-        if trigger is Trigger.CLOCK_AT_START:
-            timer.start()
-        with self._judged(service):
-            self._come_back(service)
-            if trigger is Trigger.CALL:
-                ask(service.control, self._armed(self._pace.max_calls))
-            if not self._history.violations:
-                self._live(service, None if trigger is Trigger.CALL else self._life_s())
-        timer.cancel()
-        self._count(service.end(), trigger)
-
-    def _come_back(self, service: Service) -> None:
-        """Wait for the service, settle what was open, and compare every block."""
-        service.wait_until_open()
-        self._can_move = self._setting.promise.durability is Durability.STORE
+    def _live(self) -> None:
+        """Let clients ask, kill processes and start them again, and let clients come to an end."""
+        stop = Event()
         with ThreadPoolExecutor(len(self._clients)) as pool:
-            list(
-                pool.map(
-                    lambda pair: pair[0].settle(pair[1]),
-                    zip(self._clients, service.connections, strict=True),
-                )
-            )
-        surveyed = ask(service.control, Survey())
-        assert isinstance(surveyed, Surveyed)
-        self._history.check(surveyed)
-        self._look_for_deleted()
-        self._check_files("restarted", _ANY_FAULT)
-        self._tally.restarts += 1
-
-    def _live(self, service: Service, life_s: float | None) -> None:
-        """Let clients ask until the service dies, by our hand or its own."""
-        with ThreadPoolExecutor(len(self._clients)) as pool:
-            lives = [
-                pool.submit(client.live, connection)
-                for client, connection in zip(self._clients, service.connections, strict=True)
-            ]
-            wait([service.process.sentinel], _LONGEST_LIFE_S if life_s is None else life_s)
-            service.process.kill()
+            lives = [pool.submit(client.live, stop) for client in self._clients]
+            try:
+                self._strike()
+                self._wait_for_death(list(Seat), self._life_s())
+            except BaseException:
+                self._let_clients_go()
+                raise
+            finally:
+                stop.set()
         for life in lives:
             life.result()
 
-    def _count(self, code: int, trigger: Trigger) -> None:
-        """Count a kill, and look at what it left."""
-        if code != -signal.SIGKILL:
-            self._history.blame(Wrong.FAILED, f"the service ended by itself, with {code}")
-            return
-        tally = self._tally
+    def _let_clients_go(self) -> None:
+        for client in self._clients:
+            client.line.end()
+        for process in self._processes.values():
+            # Whoever waits for it finds out that it is not, and that the line has ended.
+            process.up.set()
+
+    def _strike(self) -> None:
+        """Kill some processes, and start them again, which may take several attempts."""
+        victims = self._rng.choices(list(Victims), [2, 2, 1])[0]
+        seats = self._seats_of(victims)
+        trigger = self._rng.choices(list(Trigger), [11, 5, 2, 2])[0]
+        if trigger is Trigger.CALL:
+            shot = self._rng.choice(seats)
+            self._line.insist(shot, "arm", *self._shot(self._pace.calls_of(shot)))
+            self._wait_for_death(seats, self._pace.long_s)
+        else:
+            self._wait_for_death(seats, self._life_s())
+        self._kill(seats, victims, Trigger.CALL if trigger is Trigger.CALL else Trigger.CLOCK)
+        if trigger in (Trigger.CLOCK_AT_START, Trigger.CALL_AT_START):
+            self._start_in_vain(seats, trigger)
+            self._kill(seats, victims, trigger)
+        self._start(seats)
+
+    def _seats_of(self, victims: Victims) -> list[Seat]:
+        match victims:
+            case Victims.ALL:
+                return list(Seat)
+            case Victims.SHARD:
+                return [self._rng.choice(SHARDS)]
+            case Victims.COORDINATOR:
+                return [Seat.COORDINATOR]
+
+    def _start(self, seats: Sequence[Seat]) -> None:
+        """Start processes, and wait until the bank is served."""
+        for seat in seats:
+            self._processes[seat].start(self._setting)
+        self._open(seats)
+
+    def _start_in_vain(self, seats: Sequence[Seat], trigger: Trigger) -> None:
+        """Start processes that will be killed before they are open, or soon after."""
+        shot = self._rng.choice(seats)
+        timer = Timer(self._rng.uniform(0, self._pace.start_s), self._kill_now, [seats])
+        for seat in seats:
+            is_armed = seat is shot and trigger is Trigger.CALL_AT_START
+            kill = ArmKill(*self._shot(_CALLS_AT_START)) if is_armed else None
+            self._processes[seat].start(self._setting, kill)
+        if trigger is Trigger.CLOCK_AT_START:
+            timer.start()
+        with suppress(ServiceGone):
+            self._open(seats)
+        self._wait_for_death(seats, self._pace.long_s)
+        timer.cancel()
+
+    def _open(self, seats: Sequence[Seat]) -> None:
+        for seat in seats:
+            self._processes[seat].wait_until_open()
+        if set(SHARDS) <= set(seats):
+            self._can_move = self._setting.promise.durability is Durability.STORE
+        if Seat.COORDINATOR in seats:
+            self._line.insist(Seat.COORDINATOR, "recover")
+
+    def _wait_for_death(self, seats: Sequence[Seat], longest_s: float) -> None:
+        wait([self._processes[seat].running.sentinel for seat in seats], longest_s)
+
+    def _kill_now(self, seats: Sequence[Seat]) -> None:
+        for seat in seats:
+            self._processes[seat].kill()
+
+    def _kill(self, seats: Sequence[Seat], victims: Victims, trigger: Trigger) -> None:
+        """Kill processes that may be dead already, count that, and look at what they left."""
+        self._kill_now(seats)
+        tally, processes = self._tally, self._processes
+        # What a shard does in a transaction says little of which one it is.
+        tally.phases.update(
+            phase.name.lower()
+            for phase in phases_of({processes[s] for s in (*seats, Seat.COORDINATOR)})
+        )
+        for seat in seats:
+            code = processes[seat].end()
+            if code != -signal.SIGKILL:
+                self._history.blame(Wrong.FAILED, f"{seat} ended by itself, with {code}")
+            if word := processes[seat].board.last_word():
+                tally.calls[_call_name(word)] += 1
         tally.kills += 1
+        tally.victims[victims.value] += 1
         tally.triggers[trigger.value] += 1
         tally.durability[str(self._setting.promise)] += 1
-        tally.phases.update(phase.name.lower() for phase in self._board.phases())
-        if word := self._board.last_word():
-            tally.calls[_call_name(word)] += 1
-        if not self._history.violations:
+        if victims is Victims.ALL:
             self._check_files("killed", _DAMAGE)
+            self._change_setting()
+            self._copy_files()
 
     def _stop(self) -> None:
-        """Start once more, stop as told, start again: what a clean stop leaves is whole too."""
+        """Stop as told, start again, and stop again: what a clean stop leaves is whole too."""
         for _ in range(2):
-            service = Service(self._context, self._setting, len(self._clients))
-            with self._judged(service):
-                self._come_back(service)
-                ask(service.control, Stop())
-                service.process.join(PATIENCE_S)
-            code = service.end()
-            if code:
-                self._history.blame(Wrong.FAILED, f"a stop ended with {code}")
+            if self._history.violations:
+                return
+            for process in self._processes.values():
+                process.stop()
+            codes = {seat: process.end() for seat, process in self._processes.items()}
+            if any(codes.values()):
+                self._history.blame(Wrong.FAILED, f"a stop ended with {codes}")
             self._check_files("stopped", _ANY_FAULT)
+            self._start(list(Seat))
+            self._check()
 
     @contextmanager
-    def _judged(self, service: Service) -> Iterator[None]:
-        """Bear with a service that dies, and with nothing else."""
+    def _judged(self) -> Iterator[None]:
+        """Blame the bank for whatever is not foreseen, and go on with another one."""
         try:
             yield
-        except ServiceGone:
-            pass
         except ServiceHangs as err:
-            service.show_stacks()
+            for process in self._processes.values():
+                process.show_stacks()
             self._history.blame(Wrong.FAILED, str(err))
-        except MembankError as err:
-            self._history.blame(Wrong.FAILED, f"the service says {err!r}")
-        except BaseException:
-            service.end()
-            raise
+        except Exception:
+            self._history.blame(Wrong.FAILED, traceback.format_exc())
 
     # ---- what is looked at
+
+    def _check(self) -> None:
+        """With every request answered: repeat some, compare every block, check every file."""
+        for client in self._clients:
+            client.ask_again()
+        parts: list[Surveyed] = [self._line.insist(seat, "survey") for seat in SHARDS]
+        self._history.check(
+            Surveyed(
+                versions={ref: v for part in parts for ref, v in part.versions.items()},
+                images={ref: image for part in parts for ref, image in part.images.items()},
+                served={ref: data for part in parts for ref, data in part.served.items()},
+            )
+        )
+        self._look_for_deleted()
+        self._check_files("restarted", _ANY_FAULT)
+        self._tally.restarts += 1
 
     def _check_files(self, when: str, wrong: Collection[Severity]) -> None:
         """Let the check of a bank judge what lies in the storage."""
@@ -340,8 +403,8 @@ class Siege:
             self._journal_dirs.append(machine)
         self._can_move = self._can_move and is_in_store
 
-    def _armed(self, max_calls: int) -> ArmKill:
-        return ArmKill(calls=self._rng.randrange(max_calls), after=self._rng.random() < 0.5)
+    def _shot(self, max_calls: int) -> tuple[int, bool]:
+        return self._rng.randrange(max_calls), self._rng.random() < 0.5
 
     def _life_s(self) -> float:
         pace = self._pace
@@ -349,6 +412,9 @@ class Siege:
             return self._rng.uniform(pace.longest_s, pace.long_s)
         drawn = self._rng.expovariate(1 / pace.mean_s)
         return min(max(drawn, pace.shortest_s), pace.longest_s)
+
+    def _new_line(self) -> Line:
+        return Line(self._setting, {seat: p.up for seat, p in self._processes.items()})
 
     def _child_rng(self) -> random.Random:
         return random.Random(self._rng.random())

@@ -13,9 +13,11 @@ class Tally:
     """What came out of the kills of one kind of storage."""
 
     kills: int = 0
-    """Processes killed."""
+    """Kills, of one process or of all at once."""
     restarts: int = 0
-    """Restarts after which every request was settled and every block compared."""
+    """Times that every request was settled, every block compared and every file checked."""
+    victims: Counter[str] = field(default_factory=Counter)
+    """Kills by who was killed."""
     banks: int = 0
     """Banks."""
     checks: int = 0
@@ -50,6 +52,7 @@ class Tally:
             "fsck_runs": self.checks,
             "seconds": round(self.seconds, 1),
             "kills_by_phase": _ordered(self.phases),
+            "kills_by_victim": _ordered(self.victims),
             "kills_by_trigger": _ordered(self.triggers),
             "kills_by_call": _ordered(self.calls),
             "kills_by_durability": _ordered(self.durability),
