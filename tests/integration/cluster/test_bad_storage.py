@@ -41,7 +41,10 @@ def runtime_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     # A search for credentials must not leave this machine.
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     yield folder
-    assert list_running(folder) == ()
+    left = list_running(folder)
+    for endpoint in left:
+        down(bank_url=endpoint.bank_url)
+    assert left == ()
     assert processes_of(folder) == []
 
 

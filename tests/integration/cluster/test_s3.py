@@ -80,7 +80,9 @@ def test_a_bank_in_s3_survives_kills_and_restarts(
 ) -> None:
     url = f"{s3_place.url}/bank".replace("s3", client_library, 1)
     runtime_dir = tmp_path / "run"
-    config = UpConfig(bank_url=url, port=0, runtime_dir=runtime_dir)
+    config = UpConfig(
+        bank_url=url, port=0, runtime_dir=runtime_dir, journal_dir=tmp_path / "journals"
+    )
     objects = open_objects(url)
     endpoint = up(config)
     try:
@@ -118,7 +120,13 @@ def test_a_bank_in_s3_survives_kills_and_restarts(
     assert read_claim(objects) is None
 
     # Nothing but the bucket is needed: another machine has neither journals nor notes.
-    elsewhere = UpConfig(bank_url=url, port=0, num_shards=3, runtime_dir=tmp_path / "elsewhere")
+    elsewhere = UpConfig(
+        bank_url=url,
+        port=0,
+        num_shards=3,
+        runtime_dir=tmp_path / "elsewhere",
+        journal_dir=tmp_path / "elsewhere" / "journals",
+    )
     endpoint = up(elsewhere)
     try:
         with BankClient.connect(endpoint.address) as client:
@@ -135,7 +143,12 @@ def test_storage_that_refuses_everything_stops_nothing_for_good(
     user = server.make_user()
     s3_place.set_environment(user)
     make_client(user).create_bucket(Bucket=user.name)
-    config = UpConfig(bank_url=f"s3://{user.name}/bank", port=0, runtime_dir=tmp_path / "run")
+    config = UpConfig(
+        bank_url=f"s3://{user.name}/bank",
+        port=0,
+        runtime_dir=tmp_path / "run",
+        journal_dir=tmp_path / "journals",
+    )
     endpoint = up(config)
     try:
         with BankClient.connect(endpoint.address) as client:

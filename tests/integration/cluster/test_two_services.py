@@ -39,6 +39,13 @@ def push(client: BankClient, version: int) -> None:
     assert set(answer.versions.values()) == {version + 1}
 
 
+def config_of(url: str, machine: Path) -> UpConfig:
+    """Return settings of a service on a machine of its own, as far as disks tell."""
+    return UpConfig(
+        bank_url=url, port=0, runtime_dir=machine, journal_dir=machine / "journals", lease_s=3.0
+    )
+
+
 def pids(found: ServiceStatus) -> list[int]:
     return [found.controller_pid, *(shard.pid for shard in found.shards)]
 
@@ -57,7 +64,7 @@ def test_a_second_service_is_told_who_has_the_bank_and_harms_nobody(
     s3_place: S3Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"{s3_place.url}/bank"
-    config = UpConfig(bank_url=url, port=0, runtime_dir=tmp_path / "one")
+    config = config_of(url, tmp_path / "one")
     with running(config) as address, BankClient.connect(address) as client:
         client.create_bank(SPEC)
         push(client, 0)
@@ -89,8 +96,7 @@ def test_a_service_that_was_replaced_says_so_and_does_not_fight(
     s3_place: S3Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"{s3_place.url}/bank"
-    one = UpConfig(bank_url=url, port=0, runtime_dir=tmp_path / "one", lease_s=3.0)
-    two = UpConfig(bank_url=url, port=0, runtime_dir=tmp_path / "two", lease_s=3.0)
+    one, two = config_of(url, tmp_path / "one"), config_of(url, tmp_path / "two")
     with running(one) as first, BankClient.connect(first, config=IMPATIENT) as old:
         old.create_bank(SPEC)
         push(old, 0)

@@ -98,7 +98,7 @@ class UpConfig:
     """Whether shards move to nodes that join later; None = unless the bank is a directory, which
     a new node may not see."""
     runtime_dir: Path = field(default_factory=default_runtime_dir)
-    """Where the running service is noted; if chosen, also the journals of a bank behind a URL."""
+    """Where the running service is noted."""
     resident_bytes: int = 1 << 30
     """Bytes of blocks and optimizer state that each shard keeps in memory."""
     durability: Durability | str = Durability.PROCESS
@@ -171,13 +171,9 @@ class UpConfig:
 
     def shard_config(self) -> ShardConfig:
         """Return the settings of each shard."""
-        journal_dir = self.journal_dir
-        is_chosen = self.runtime_dir != default_runtime_dir().absolute()
-        if journal_dir is None and not self.is_directory and is_chosen:
-            journal_dir = self.runtime_dir / journal_name(self.bank_url)
         return ShardConfig(
             durability=Durability.of(self.durability),
-            journal_dir=None if journal_dir is None else str(journal_dir),
+            journal_dir=None if self.journal_dir is None else str(self.journal_dir),
             ship_every_s=self.ship_every_s,
             lease_s=self.lease_s,
             resident_bytes=self.resident_bytes,
