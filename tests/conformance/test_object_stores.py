@@ -25,6 +25,7 @@ from membank.bank_service.store import (
     publish,
 )
 from membank.bank_service.store.local_objects import offers_unnamed
+from membank.bank_service.store.objects import Viewable
 from membank.wire.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
@@ -260,6 +261,25 @@ def test_every_size_is_whole(subject: Subject, size: int) -> None:
     assert subject.read_raw("size/put") == subject.read_raw("size/created") == content
     assert subject.store.get("size/put") == content
     assert type(subject.store.get("size/put")) is bytes
+
+
+@pytest.mark.parametrize("size", [0, 1, 256 * 1024 + 1, 1024 * 1024 + 1])
+def test_a_view_is_what_get_returns(subject: Subject, size: int) -> None:
+    store = subject.store
+    if not isinstance(store, Viewable):
+        pytest.skip("this store returns bytes alone")
+    content = os.urandom(size)
+    subject.write_raw("viewed", content)
+    view = store.get_view("viewed")
+    assert view.readonly
+    assert (view.format, view.contiguous) == ("B", True)
+    subject.write_raw("viewed", b"another")
+    assert view == content
+    for key in ("no/such", ""):
+        with pytest.raises(MembankError) as caught:
+            store.get_view(key)
+        with pytest.raises(type(caught.value)):
+            store.get(key)
 
 
 def test_eight_threads_at_once(subject: Subject) -> None:

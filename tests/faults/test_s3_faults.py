@@ -26,6 +26,7 @@ from membank.bank_service.store import (
     S3Objects,
     publish,
 )
+from membank.bank_service.store.objects import Viewable
 from membank.wire.errors import AlreadyExistsError, NotFoundError, Reason, UnavailableError
 from membank.wire.records import Gradient, Update
 from membank.wire.spec import BankSpec, BlockRef
@@ -121,6 +122,8 @@ def test_reads_are_right(world: World, kind: str, fault: Fault) -> None:
         (lambda: store.get_range(f"{folder}/small", 0, 0), b""),
         (lambda: store.list(folder), [f"{folder}/large", f"{folder}/small"]),
     ]
+    if isinstance(store, Viewable):
+        reads.append((lambda: store.get_view(f"{folder}/large"), LARGE))
     for read, expected in reads:
         before = world.proxy.num_faults
         with world.proxy.following(_once(fault)):

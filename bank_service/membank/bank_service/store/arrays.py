@@ -16,7 +16,7 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
-from membank.bank_service.store.objects import ObjectStore
+from membank.bank_service.store.objects import ObjectStore, Viewable
 from membank.wire.errors import CorruptionError, NotFoundError, Reason
 from membank.wire.format import decode_slot, encode_slot
 from membank.wire.format.layout import array_prefix, slot_key
@@ -59,6 +59,7 @@ class SlotArrays:
 
     def __init__(self, objects: ObjectStore, spec: BankSpec, partition: int) -> None:
         self._objects = objects
+        self._get = objects.get_view if isinstance(objects, Viewable) else objects.get
         self._spec = spec
         self._partition = partition
         self._lock = Lock()
@@ -152,7 +153,7 @@ class SlotArrays:
         """
         key = slot_key(self._partition, level, role, slot)
         try:
-            chunk = self._objects.get(key)
+            chunk = self._get(key)
         except NotFoundError as err:
             raise CorruptionError(
                 f"{key} is missing; restore the file from a copy or roll the block back",

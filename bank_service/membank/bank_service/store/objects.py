@@ -83,6 +83,14 @@ class ObjectStore(Protocol):
 
 
 @runtime_checkable
+class Viewable(Protocol):
+    """What a store may offer beside its verbs: an object without the copy that makes it `bytes`."""
+
+    def get_view(self, key: str) -> memoryview:
+        """Return an object as `ObjectStore.get` does, read-only, in the memory that it came in."""
+
+
+@runtime_checkable
 class VersionKeeping(Protocol):
     """What a store may offer beside its verbs, so that one that keeps versions can be refused."""
 

@@ -92,6 +92,16 @@ class S3Objects:
 
         return self._run(key, read)
 
+    def get_view(self, key: str) -> memoryview:
+        # docstring inherited
+        def read(path: str) -> memoryview:
+            found = obstore.get(self._store, path)
+            view = memoryview(found.bytes())
+            self._require_whole(key, view.nbytes, found.meta["size"])
+            return view
+
+        return self._run(key, read)
+
     def get_range(self, key: str, start: int, end: int) -> bytes:
         # docstring inherited
         def read(path: str) -> bytes:
@@ -199,13 +209,16 @@ class S3Objects:
         buffer = io.BytesIO()
         for chunk in chunks:
             buffer.write(chunk)
-        if buffer.tell() != size:
+        self._require_whole(key, buffer.tell(), size)
+        return buffer.getvalue()
+
+    def _require_whole(self, key: str, num_bytes: int, size: int) -> None:
+        if num_bytes != size:
             raise UnavailableError(
-                f"{self._url}/{key} ended after {buffer.tell()} of {size} bytes; try again",
+                f"{self._url}/{key} ended after {num_bytes} of {size} bytes; try again",
                 reason=Reason.STORE_FAILED,
                 metadata={"object": f"{self._url}/{key}"},
             )
-        return buffer.getvalue()
 
     def _run(self, key: str, action: Callable[[str], T]) -> T:
         check_key(key)

@@ -41,7 +41,7 @@ def encode_slot(array: Array, crc: int) -> list[bytes | memoryview]:
 
 
 def decode_slot(
-    chunk: bytes,
+    chunk: bytes | memoryview,
     *,
     dtype: np.dtype[np.generic],
     shape: tuple[int, ...],
