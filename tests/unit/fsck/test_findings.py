@@ -250,11 +250,11 @@ def test_what_belongs_to_nothing(root: Path) -> None:
         "partitions/0000/level-1/weight/c.x.0.0.0.0": FindingKind.OBJECT_UNKNOWN,
         "partitions/0000/level-9/weight/c.1.0.0.0.0": FindingKind.OBJECT_UNKNOWN,
         "partitions/0000/level-1/momentum/c.1.0.0.0.0": FindingKind.OBJECT_UNKNOWN,
-        "partitions/0000/manifests/newest": FindingKind.OBJECT_MISNAMED,
-        "partitions/0000/manifests/31": FindingKind.OBJECT_MISNAMED,
-        "revisions/copy of 1.json": FindingKind.OBJECT_MISNAMED,
-        "trees/old.safetensors": FindingKind.OBJECT_MISNAMED,
-        "snapshots/README": FindingKind.OBJECT_MISNAMED,
+        "partitions/0000/manifests/newest": FindingKind.OBJECT_UNKNOWN,
+        "partitions/0000/manifests/31": FindingKind.OBJECT_UNKNOWN,
+        "revisions/copy of 1.json": FindingKind.OBJECT_UNKNOWN,
+        "trees/old.safetensors": FindingKind.OBJECT_UNKNOWN,
+        "snapshots/README": FindingKind.OBJECT_UNKNOWN,
     }
     for key in expected:
         (root / key).parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from membank.bank_service.store.bank import SNAPSHOT_OPERATION, UNPIN_OPERATION
 from membank.bank_service.store.objects import ObjectStore
 from membank.wire.errors import CorruptionError, Reason
 from membank.wire.format import decode_revision
-from membank.wire.format.layout import REVISIONS, number_of, revision_key
+from membank.wire.format.layout import REVISIONS, numbers_in, revision_key
 from membank.wire.format.revision import record_sha256
 
 
@@ -115,7 +115,7 @@ def survey_chain(objects: ObjectStore, known: Mapping[int, Link] | None = None) 
         again.
     """
     known = known or {}
-    stored = sorted(stored_numbers(objects.list(REVISIONS)))
+    stored = numbers_in(objects.list(REVISIONS), revision_key)
     chain = Chain(latest=max(stored, default=-1))
     # Revision 0 is the creation: no bank is without.
     for before, number in pairwise([-1, *(stored or [0])]):
@@ -133,20 +133,6 @@ def survey_chain(objects: ObjectStore, known: Mapping[int, Link] | None = None) 
     chain.bad.sort()
     chain.findings += _broken_links(chain.links)
     return chain
-
-
-def stored_numbers(keys: Iterable[str]) -> list[int]:
-    """Return the revision numbers of `keys`, as far as they are keys of records."""
-    return [number for key in keys if (number := record_number(key)) is not None]
-
-
-def record_number(key: str) -> int | None:
-    """Return the revision whose record `key` is; None = it is none's."""
-    try:
-        number = number_of(key)
-    except ValueError:
-        return None
-    return number if revision_key(number) == key else None
 
 
 def _note_missing(chain: Chain, first: int, last: int) -> None:

@@ -14,7 +14,7 @@ from membank.bank_service.fsck.report import Finding, FindingKind
 from membank.bank_service.store.objects import ObjectStore
 from membank.wire.errors import MembankError
 from membank.wire.format import NO_SLOT, Entry, Manifest, decode_manifest
-from membank.wire.format.layout import manifest_key, manifest_prefix, number_of
+from membank.wire.format.layout import manifest_key, manifest_prefix, numbers_in
 from membank.wire.spec import BankSpec, BlockRef, BlockState
 
 SlotName = tuple[int, int]
@@ -149,15 +149,6 @@ def survey_manifests(
     return index
 
 
-def manifest_number(key: str, partition: int) -> int | None:
-    """Return the number of the manifest of `partition` whose key this is; None = it is none's."""
-    try:
-        number = number_of(key)
-    except ValueError:
-        return None
-    return number if manifest_key(partition, number) == key else None
-
-
 def _decode(num_roles: int, key: str, data: bytes) -> Manifest:
     manifest = decode_manifest(data, num_roles=num_roles, key=key)
     names = ("partition", "number", "revision", "epoch", "lsn", "history_from")
@@ -168,9 +159,7 @@ def _decode(num_roles: int, key: str, data: bytes) -> Manifest:
 
 
 def _stored_numbers(objects: ObjectStore, partition: int) -> list[int]:
-    keys = objects.list(manifest_prefix(partition))
-    numbers = [manifest_number(key, partition) for key in keys]
-    return sorted(number for number in numbers if number is not None)
+    return numbers_in(objects.list(manifest_prefix(partition)), partial(manifest_key, partition))
 
 
 def _take(index: ManifestIndex, spec: BankSpec, chain: Chain, manifest: Manifest) -> None:

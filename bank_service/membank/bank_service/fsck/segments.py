@@ -23,7 +23,7 @@ from membank.bank_service.store.journal.object_chain import check_object_chain, 
 from membank.bank_service.store.objects import ObjectStore
 from membank.wire.errors import CorruptionError, FailedPreconditionError, MembankError, Reason
 from membank.wire.format import Entry
-from membank.wire.format.layout import log_key, number_of
+from membank.wire.format.layout import log_key, numbers_in
 from membank.wire.spec import Array, BankSpec, BlockRef
 
 _LOCAL_NAME = re.compile(r"(\d{20,})-(\d{10,})\.log")
@@ -145,15 +145,8 @@ def check_local_chain(identity: str, scans: Sequence[SegmentScan]) -> int:
 
 def stored_order(keys: Iterable[str], number: int) -> list[str]:
     """Return the objects of the journal of partition `number` that is kept with the bank."""
-    return sorted((key for key in keys if is_stored_segment(key, number)), key=number_of)
-
-
-def is_stored_segment(key: str, partition: int) -> bool:
-    """Say whether an object has the name of one of the journal of `partition`."""
-    try:
-        return log_key(partition, number_of(key)) == key
-    except ValueError:
-        return False
+    key_of = partial(log_key, number)
+    return list(map(key_of, numbers_in(keys, key_of)))
 
 
 def check_stored_chain(identity: str, scans: Sequence[SegmentScan]) -> int:

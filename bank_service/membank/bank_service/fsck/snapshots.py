@@ -12,7 +12,7 @@ from membank.bank_service.fsck.report import Finding, FindingKind
 from membank.bank_service.store.objects import ObjectStore
 from membank.wire.errors import CorruptionError, Reason
 from membank.wire.format import decode_snapshot
-from membank.wire.format.layout import FORMAT_VERSION, SNAPSHOTS, snapshot_key
+from membank.wire.format.layout import FORMAT_VERSION, SNAPSHOTS, snapshot_key, snapshot_name
 from membank.wire.records import Snapshot
 
 
@@ -56,12 +56,6 @@ def survey_snapshots(objects: ObjectStore, chain: Chain) -> Snapshots:
         elif chain.gives_up_snapshot(name, snapshot.revision):
             found.findings.append(_given_up(key))
     return found
-
-
-def snapshot_name(key: str) -> str | None:
-    """Return the name of the snapshot whose key this is; None = it is none's."""
-    name = key.removeprefix(f"{SNAPSHOTS}/").removesuffix(".json")
-    return name if snapshot_key(name) == key and "/" not in name else None
 
 
 def _decode(key: str, data: bytes) -> Snapshot:

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
 
-from membank.bank_service.fsck.chain import record_number
-from membank.bank_service.fsck.manifests import manifest_number
 from membank.bank_service.fsck.report import Finding, FindingKind
-from membank.bank_service.fsck.segments import is_local_segment, is_stored_segment
+from membank.bank_service.fsck.segments import is_local_segment
 from membank.bank_service.fsck.slots import slot_of
-from membank.bank_service.fsck.snapshots import snapshot_name
-from membank.bank_service.fsck.trees import tree_revision
 from membank.bank_service.fsck.view import PartitionView
 from membank.bank_service.store.local_objects import LocalObjects
 from membank.bank_service.store.objects import ObjectStore
 from membank.wire.format.layout import (
     CLAIM_KEY,
-    REVISIONS,
-    SNAPSHOTS,
     SPEC_KEY,
-    TREES,
     array_prefix,
+    log_key,
     log_prefix,
-    manifest_prefix,
+    manifest_key,
+    number_in,
     partition_prefix,
+    revision_key,
+    snapshot_name,
+    tree_key,
 )
 
 PARTITION_KEY = re.compile(r"partitions/(\d+)/")
@@ -66,10 +65,7 @@ def check_names(keys: Collection[str], num_partitions: int | None) -> Iterator[F
                 "it was made to try the storage out, by a start that was cut short",
                 "nothing; `membank gc` removes it",
             )
-        elif key.startswith((f"{REVISIONS}/", f"{TREES}/", f"{SNAPSHOTS}/")):
-            if not _is_document(key):
-                yield _misnamed(key)
-        elif key not in (SPEC_KEY, CLAIM_KEY):
+        elif key not in (SPEC_KEY, CLAIM_KEY) and not _is_document(key):
             yield _unknown(key)
 
 
@@ -80,15 +76,14 @@ def check_partition_names(view: PartitionView) -> Iterator[Finding]:
         for level in range(1, view.spec.num_levels + 1)
         for role in view.spec.roles
     }
-    manifests, log = f"{manifest_prefix(view.number)}/", f"{log_prefix(view.number)}/"
+    log = f"{log_prefix(view.number)}/"
     for key in sorted(view.keys):
-        if key.startswith(manifests):
-            if manifest_number(key, view.number) is None:
-                yield _misnamed(key)
-        elif key in arrays or slot_of(view.spec, view.number, key) is not None:
+        if key in arrays or slot_of(view.spec, view.number, key) is not None:
             continue
-        elif key.startswith(log):
-            if not is_stored_segment(key, view.number):
+        if number_in(key, partial(manifest_key, view.number)) is not None:
+            continue
+        if key.startswith(log):
+            if number_in(key, partial(log_key, view.number)) is None:
                 yield _misnamed(key)
         elif (match := JOURNAL_KEY.fullmatch(key)) is not None:
             yield from _check_journal_name(key, match[2])
@@ -103,8 +98,8 @@ def _check_journal_name(key: str, name: str) -> Iterator[Finding]:
 
 
 def _is_document(key: str) -> bool:
-    readers = (record_number, tree_revision, snapshot_name)
-    return any(reader(key) is not None for reader in readers)
+    is_numbered = any(number_in(key, key_of) is not None for key_of in (revision_key, tree_key))
+    return is_numbered or snapshot_name(key) is not None
 
 
 def _children(folder: Path) -> list[Path]:
@@ -131,7 +126,7 @@ def _misnamed(key: str) -> Finding:
     return Finding(
         kind=FindingKind.OBJECT_MISNAMED,
         key=key,
-        problem="objects of this folder have another form of name: a service cannot list them",
+        problem="the parts of a journal have another form of name: none may be overlooked",
         affects="the start of the service",
         remedy="move the file out of the bank",
     )

@@ -9,7 +9,7 @@ from membank.bank_service.fsck.reading import Fault, FaultKind, examine, finding
 from membank.bank_service.fsck.report import Finding, FindingKind
 from membank.bank_service.fsck.view import BankView
 from membank.wire.format import decode_tree
-from membank.wire.format.layout import TREES, number_of, tree_key
+from membank.wire.format.layout import TREES, number_in, tree_key
 
 
 def check_trees(bank: BankView) -> Iterator[Finding]:
@@ -19,22 +19,13 @@ def check_trees(bank: BankView) -> Iterator[Finding]:
     is_certain = bool(chain.links) and not any(n > chain.latest_commit for n in chain.bad)
     in_force = chain.links[chain.latest_commit].tree_revision if chain.latest_commit >= 0 else -1
     for key in bank.objects.list(TREES):
-        revision = tree_revision(key)
+        revision = number_in(key, tree_key)
         if revision is None or revision == in_force:
             continue
         if is_certain:
             yield _superseded(key, revision, in_force)
     if in_force >= 0:
         yield from _check(bank, in_force)
-
-
-def tree_revision(key: str) -> int | None:
-    """Return the revision whose tree document `key` is; None = it is none's."""
-    try:
-        revision = number_of(key)
-    except ValueError:
-        return None
-    return revision if tree_key(revision) == key else None
 
 
 def _check(bank: BankView, revision: int) -> Iterator[Finding]:

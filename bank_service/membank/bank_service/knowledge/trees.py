@@ -9,7 +9,7 @@ from __future__ import annotations
 from membank.bank_service.store import Bank
 from membank.wire.errors import NotFoundError, Reason
 from membank.wire.format import TreeDocument
-from membank.wire.format.layout import TREES, number_of, tree_key
+from membank.wire.format.layout import TREES, number_in, tree_key
 
 
 class TreeStore:
@@ -52,5 +52,5 @@ class TreeStore:
     def destroy_others(self, revision: int) -> None:
         """Destroy every document but that of `revision`."""
         for key in self._bank.objects.list(TREES):
-            if number_of(key) != revision:
+            if number_in(key, tree_key) not in {None, revision}:
                 self._bank.objects.delete(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import uuid
+from functools import partial
 from threading import Lock
 
 from membank.bank_service.store.objects import ObjectStore, probe_create_only, publish
@@ -38,9 +39,10 @@ from membank.wire.format.layout import (
     SPEC_KEY,
     manifest_key,
     manifest_prefix,
-    number_of,
+    numbers_in,
     revision_key,
     snapshot_key,
+    snapshot_name,
     tree_key,
 )
 from membank.wire.format.revision import record_sha256
@@ -148,11 +150,7 @@ class Bank:
             ) from err
         bank = cls(objects, decode_spec(data, where=objects.url))
         if not _exists(objects, revision_key(0)):
-            raise CorruptionError(
-                f"{objects.url} has no {revision_key(0)}; restore the bank from a copy",
-                reason=Reason.MANIFEST_CORRUPT,
-                metadata={"key": revision_key(0)},
-            )
+            raise _no_records(objects)
         return bank
 
     @property
@@ -162,7 +160,10 @@ class Bank:
 
     def latest_number(self) -> int:
         """Return the number of the newest revision record, committed or aborted."""
-        return max(number_of(key) for key in self.objects.list(REVISIONS))
+        numbers = numbers_in(self.objects.list(REVISIONS), revision_key)
+        if not numbers:
+            raise _no_records(self.objects)
+        return numbers[-1]
 
     def record(self, revision: int) -> RevisionRecord | None:
         """Return the record of `revision`, or None while nobody has decided it.
@@ -276,7 +277,8 @@ class Bank:
 
     def manifest_numbers(self, partition: int) -> list[int]:
         """Return the numbers of the manifests of `partition` that are stored, ascending."""
-        return sorted(number_of(key) for key in self.objects.list(manifest_prefix(partition)))
+        keys = self.objects.list(manifest_prefix(partition))
+        return numbers_in(keys, partial(manifest_key, partition))
 
     def read_manifest(self, partition: int, number: int) -> Manifest:
         """Return a manifest.
@@ -318,6 +320,8 @@ class Bank:
         """Return the snapshots, by name."""
         found = []
         for key in self.objects.list(SNAPSHOTS):
+            if snapshot_name(key) is None:
+                continue
             try:
                 found.append(decode_snapshot(self.objects.get(key), key=f"{self.url}/{key}"))
             except NotFoundError:
@@ -443,6 +447,14 @@ def _bank_exists(objects: ObjectStore) -> AlreadyExistsError:
         f"{objects.url} holds a bank already; choose another place",
         reason=Reason.BANK_EXISTS,
         metadata={"bank": objects.url},
+    )
+
+
+def _no_records(objects: ObjectStore) -> CorruptionError:
+    return CorruptionError(
+        f"{objects.url} has no {revision_key(0)}; restore the bank from a copy",
+        reason=Reason.MANIFEST_CORRUPT,
+        metadata={"key": revision_key(0)},
     )
 
 

@@ -6,7 +6,6 @@
     revisions/0000000007.json                   what each committed revision consists of
     trees/0000000003.safetensors                tree documents: retriever and topic labels
     snapshots/NAME.json                         pinned revisions
-    audit/0000000007.json                       who made each revision
     partitions/0002/manifests/0000000031        block -> (slot, version, CRCs, ...)
     partitions/0002/log/0000000123              a batch of updates that are not in slots yet
     partitions/0002/level-1/weight/zarr.json    a zarr v3 array; one chunk = one slot
@@ -18,6 +17,8 @@ or, for a bank in a directory, under ``partitions/0002/journal``.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 from membank.wire.spec import Role
 
 FORMAT_VERSION = 1
@@ -27,7 +28,6 @@ SPEC_KEY = "bank.json"
 REVISIONS = "revisions"
 TREES = "trees"
 SNAPSHOTS = "snapshots"
-AUDIT = "audit"
 CLAIM_KEY = "service.json"
 """Who serves the bank; not part of it."""
 
@@ -47,9 +47,10 @@ def snapshot_key(name: str) -> str:
     return f"{SNAPSHOTS}/{name}.json"
 
 
-def audit_key(revision: int) -> str:
-    """Key of the audit record of `revision`."""
-    return f"{AUDIT}/{revision:010d}.json"
+def snapshot_name(key: str) -> str | None:
+    """Return the name of the snapshot whose key this is; None = it is a stray (see `number_in`)."""
+    name = key.removeprefix(f"{SNAPSHOTS}/").removesuffix(".json")
+    return name if snapshot_key(name) == key and "/" not in name else None
 
 
 def partition_prefix(partition: int) -> str:
@@ -88,5 +89,23 @@ def slot_key(partition: int, level: int, role: Role, slot: int) -> str:
 
 
 def number_of(key: str) -> int:
-    """Return the number in the last part of a numbered key."""
+    """Return the number in the last part of a numbered key; `ValueError` where there is none."""
     return int(key.rsplit("/", 1)[-1].split(".", 1)[0])
+
+
+def number_in(key: str, key_of: Callable[[int], str]) -> int | None:
+    """Return the number for which `key_of` gives `key`.
+
+    None = there is none: a stray, such as somebody's copy of an object, which is no part of the bank.
+    """
+    try:
+        number = number_of(key)
+    except ValueError:
+        return None
+    return number if key_of(number) == key else None
+
+
+def numbers_in(keys: Iterable[str], key_of: Callable[[int], str]) -> list[int]:
+    """Return the numbers in `keys`, ascending, strays left out."""
+    numbers = (number_in(key, key_of) for key in keys)
+    return sorted(number for number in numbers if number is not None)

@@ -42,7 +42,7 @@ from membank.wire.errors import (
     Reason,
     UnavailableError,
 )
-from membank.wire.format.layout import log_key, log_prefix, number_of
+from membank.wire.format.layout import log_key, log_prefix, number_in
 
 _OPEN_ATTEMPTS = 4
 _BEGIN_ATTEMPTS = 16
@@ -417,11 +417,8 @@ class ObjectJournal:
                 yield ahead.popleft().result()
 
     def _number(self, key: str) -> int:
-        try:
-            number = number_of(key)
-        except ValueError:
-            number = 0
-        if number < 1 or key != self._key(number):
+        number = number_in(key, self._key)
+        if not number:
             raise corrupt(f"{self._objects.url}/{key}", 0, "its name is not that of a log object")
         return number
 
