@@ -71,11 +71,6 @@ class Block:
         """Return what is left of the block in the past once it was deleted."""
         return replace(self, state=DELETED, step=0, content=None)
 
-    @property
-    def was_initial(self) -> bool:
-        """Whether it was deleted, and before that had never been written."""
-        return self.state is DELETED and not self.version
-
 
 State = Mapping[BlockRef, Block]
 """Blocks at some moment."""
@@ -382,11 +377,7 @@ class BankModel:
         shown = {}
         for ref, then in self.pinned(name).state.items():
             now = self.blocks[ref]
-            if now.state is not ACTIVE:
-                shown[ref] = now
-            else:
-                # What comes of the seed alone is no secret, whatever became of the block.
-                shown[ref] = _initial(self.spec, ref) if then.was_initial else then
+            shown[ref] = then if now.state is ACTIVE else now
         return shown
 
     def haunted_by(self, other: BankModel) -> BankModel:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from membank.bank_service.knowledge.revisions import RevisionLog
 from membank.bank_service.knowledge.shards import ShardGroup
 from membank.bank_service.knowledge.snapshots import SnapshotCatalog
-from membank.bank_service.knowledge.transactions import Plan, report_of
+from membank.bank_service.knowledge.transactions import Plan
 from membank.bank_service.shard.contract import BlockOperation, RestoreEntry
 from membank.bank_service.store import Bank
 from membank.wire.errors import InvalidArgumentError, NotFoundError, Reason
@@ -122,11 +122,10 @@ class History:
     def _restore_entries(
         self, refs: Sequence[BlockRef], revision: int, number_of: Callable[[int], int]
     ) -> list[BlockOperation]:
-        erased = self._erased_since(revision)
         pinned: dict[int, Manifest | None] = {}
         operations: list[BlockOperation] = []
         for ref, status in sorted(self._shards.describe(refs).items()):
-            if status.state is BlockState.DELETED or ref in erased:
+            if status.state is BlockState.DELETED:
                 continue
             partition = self._bank.spec.partition_of(ref)
             if partition not in pinned:
@@ -139,13 +138,3 @@ class History:
                 number = 0 if manifest is None else manifest.number
                 operations.append(RestoreEntry(ref=ref, manifest=number))
         return operations
-
-    def _erased_since(self, revision: int) -> set[BlockRef]:
-        # A rollback cannot cross a delete, even where the block was created anew since. Its pinned
-        # manifest does not always say so: it never named a block that was not written by then.
-        return {
-            change.ref
-            for record in self._log.committed_after(revision)
-            if record.operation == "delete"
-            for change in report_of(record).changes
-        }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
+from membank.bank_service.shard.content import INITIAL_ENTRY
 from membank.bank_service.shard.slot_sets import SlotName
-from membank.wire.format import NO_SLOT, Entry, Manifest
+from membank.wire.format import NO_SLOT, Entry, EntryTable, Manifest
 from membank.wire.spec import BlockRef, BlockState
 
 
@@ -17,21 +18,24 @@ def slots_named(manifest: Manifest, refs: Iterable[BlockRef]) -> Iterator[SlotNa
             yield ref.level, entry.slot
 
 
-def names_content(manifest: Manifest, refs: set[BlockRef]) -> bool:
-    """Say whether a manifest knows any of `refs` as something else than deleted."""
-    return any(
-        ref in refs and entry.state is not BlockState.DELETED
-        for ref, entry in manifest.entries.items()
+def calls_deleted(manifest: Manifest, refs: set[BlockRef]) -> bool:
+    """Say whether a manifest calls all of `refs` deleted."""
+    return refs.issubset(EntryTable.of(manifest.entries).in_state(BlockState.DELETED))
+
+
+def without_content(entries: Mapping[BlockRef, Entry], refs: Iterable[BlockRef]) -> EntryTable:
+    """Return `entries` with `refs` deleted, their versions kept.
+
+    Blocks that `entries` does not know, as they had never been changed by then, are named as well:
+    a later reader must see that what they are now is not what they were.
+    """
+    return EntryTable.of(entries).updated(
+        {
+            ref: Entry(
+                slot=NO_SLOT,
+                version=entries.get(ref, INITIAL_ENTRY).version,
+                state=BlockState.DELETED,
+            )
+            for ref in refs
+        }
     )
-
-
-def without_content(
-    entries: Mapping[BlockRef, Entry], refs: set[BlockRef]
-) -> dict[BlockRef, Entry]:
-    """Return `entries` with `refs` deleted, their versions kept."""
-    return {
-        ref: Entry(slot=NO_SLOT, version=entry.version, state=BlockState.DELETED)
-        if ref in refs
-        else entry
-        for ref, entry in entries.items()
-    }

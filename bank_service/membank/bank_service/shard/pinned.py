@@ -167,9 +167,8 @@ class PinnedReader:
         # is created anew.
         with self._context.state_lock:
             present = EntryTable.of(partition.manifest.entries)
-        erased = frozenset(ref for ref in present.in_state(BlockState.DELETED) if ref in entries)
         pinned.entries[partition.number] = entries
-        pinned.erased[partition.number] = erased
+        pinned.erased[partition.number] = frozenset(present.in_state(BlockState.DELETED))
 
     def _load(
         self,
