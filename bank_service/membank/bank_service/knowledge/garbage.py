@@ -15,7 +15,7 @@ from membank.bank_service.shard.garbage import Item, merged, summed
 from membank.bank_service.shard.retention import Retention
 from membank.bank_service.store import Bank
 from membank.wire.errors import NotFoundError
-from membank.wire.format.layout import TREES, number_of, snapshot_key
+from membank.wire.format.layout import TREES, number_in, snapshot_key, tree_key
 from membank.wire.records import Garbage, GarbageKind, GarbageReport
 
 _LOG = logging.getLogger(__name__)
@@ -83,8 +83,11 @@ class GarbageCollector:
         retention = Retention(num_revisions=keep_revisions)
         floor = retention.floor(self._bank, self._log.committed.revision)
         is_repeated = self._log.find(request.request_id) is not None
-        if request.dry_run or not (is_repeated or self._gives_up(floor)):
+        if not (is_repeated or self._gives_up(floor)):
             return floor
+        if request.dry_run:
+            # The revision that the collection itself makes will be one of those that are kept.
+            return retention.floor(self._bank, self._log.last + 1)
 
         def plan() -> Plan:
             begin = retention.floor(self._bank, self._log.last + 1)
@@ -130,7 +133,7 @@ class GarbageCollector:
             keys += [
                 (GarbageKind.TREE, key)
                 for key in self._bank.objects.list(TREES)
-                if number_of(key) != in_force
+                if number_in(key, tree_key) not in {None, in_force}
             ]
             items = [Item(kind, key, len(self._bank.objects.get(key))) for kind, key in keys]
             return self._remove(items, dry_run=dry_run)

@@ -334,7 +334,8 @@ class ShardApi(Protocol):
         partition
             The partition.
         history_from
-            Give the ends of older revisions up, for good; 0 = as the settings say.
+            Give the ends of older revisions up, for good; 0 = as the settings say. For a dry run it
+            may be the revision that the caller will make first, which begins every partition anew.
         dry_run
             True to find out what would be removed.
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from membank.bank_service.shard.content import BlockRecord
+from membank.bank_service.shard.content import INITIAL_ENTRY, BlockRecord
 from membank.bank_service.shard.contract import PartitionGarbage, PartitionHistory
 from membank.bank_service.shard.garbage import MAX_REMOVED, summed
+from membank.bank_service.shard.retention import StoredManifest
 from membank.bank_service.shard.state import PartitionState
 from membank.wire.errors import (
     FailedPreconditionError,
@@ -262,8 +263,9 @@ class Folding:
             if state.fenced is not None:
                 raise state.fenced
             floor = self._give_up_history(history_from, dry_run=dry_run)
+            coming = self._coming(floor) if dry_run and floor > state.revision else None
             with self._noticing_fence():
-                items = state.store.garbage(floor, state.manifest.owner)
+                items = state.store.garbage(floor, state.manifest.owner, coming)
                 if not dry_run:
                     state.store.remove(items[:MAX_REMOVED])
         removed = items if dry_run else items[:MAX_REMOVED]
@@ -275,7 +277,7 @@ class Folding:
         """Promise no more than what settings and caller ask to keep; return what is promised."""
         state = self._state
         promised = state.store.history_from
-        asked = min(history_from, state.revision)
+        asked = history_from if dry_run else min(history_from, state.revision)
         floor = max(state.store.floor(state.revision), asked)
         if dry_run or not state.store.would_free(floor):
             return floor
@@ -290,6 +292,20 @@ class Folding:
             state.manifest = published
             state.table.rebase(published.entries)
         return floor
+
+    def _coming(self, revision: int) -> StoredManifest:
+        """Return what the partition would begin `revision` with: all that is dirty in fresh slots."""
+        state = self._state
+        with state.context.state_lock:
+            entries = EntryTable.of(state.manifest.entries)
+            unslotted = dict.fromkeys(state.table.dirty(), INITIAL_ENTRY)
+        return StoredManifest(
+            number=state.manifest.number + 1,
+            revision=revision,
+            prepared=True,
+            history_from=revision,
+            slots=entries.updated(unslotted).slots(),
+        )
 
     def expect_removal(self) -> None:
         """Note that blocks were deleted, whose bytes are still to be destroyed."""

@@ -15,7 +15,7 @@ from membank.bank_service.shard.content import (
     initial_content,
     zero_state,
 )
-from membank.bank_service.shard.erasing import names_content, slots_named, without_content
+from membank.bank_service.shard.erasing import calls_deleted, slots_named, without_content
 from membank.bank_service.shard.garbage import Item, Sorting
 from membank.bank_service.shard.loading import LoadedManifests, bases_of
 from membank.bank_service.shard.retention import Chain, Retention, StoredManifest
@@ -38,7 +38,7 @@ from membank.wire.errors import (
     Reason,
     UnavailableError,
 )
-from membank.wire.format import Manifest, encode_manifest
+from membank.wire.format import EntryTable, Manifest, encode_manifest
 from membank.wire.format.layout import manifest_key, number_of, revision_key
 from membank.wire.records import GarbageKind
 from membank.wire.spec import Array, BlockRef, BlockState, Role
@@ -312,7 +312,9 @@ class PartitionStore:
             removal.result()
             self._unpublished.discard(name)
 
-    def garbage(self, history_from: int, owner: str) -> list[Item]:
+    def garbage(
+        self, history_from: int, owner: str, coming: StoredManifest | None = None
+    ) -> list[Item]:
         """Return what nothing needs if history begins at `history_from`; manifests come last.
 
         Parameters
@@ -321,6 +323,8 @@ class PartitionStore:
             Oldest revision that can be returned to.
         owner
             This owner.
+        coming
+            A manifest that is yet to be published; what is garbage once it is in force is asked.
 
         Raises
         ------
@@ -334,7 +338,7 @@ class PartitionStore:
         chunks = [chunk for level in levels for chunk in self._arrays.stored_chunks(level)]
         self._note_own(owner)
         self._forget_removed()
-        needed = self._needed(history_from)
+        needed = self._needed(history_from, coming)
         doomed = {
             number: GarbageKind.RETIRED_MANIFEST
             if self._counts(stored)
@@ -343,7 +347,7 @@ class PartitionStore:
             if number not in needed
         }
         sorting = Sorting(
-            kept=self._names(n for n in self._stored if n not in doomed),
+            kept=self._names((n for n in self._stored if n not in doomed), coming),
             retired=self._names(doomed),
             unpublished=frozenset(self._unpublished),
             next_slot=dict(self._next_slot),
@@ -365,8 +369,13 @@ class PartitionStore:
             if item.kind in {GarbageKind.RETIRED_MANIFEST, GarbageKind.ABANDONED_MANIFEST}:
                 del self._stored[number_of(item.key)]
 
-    def _names(self, numbers: Iterable[int]) -> frozenset[SlotName]:
-        return frozenset(names_of(union(self._stored[number].slots for number in numbers)))
+    def _names(
+        self, numbers: Iterable[int], coming: StoredManifest | None = None
+    ) -> frozenset[SlotName]:
+        sets = [self._stored[number].slots for number in numbers]
+        if coming is not None:
+            sets.append(coming.slots)
+        return frozenset(names_of(union(sets)))
 
     def _note_own(self, owner: str) -> None:
         """Take note of manifests whose publication only seemed to fail; raise for a stranger's."""
@@ -384,14 +393,15 @@ class PartitionStore:
         for number in gone - self._needed(self.history_from):
             del self._stored[number]
 
-    def _chain(self) -> Chain:
-        return Chain(m for m in self._stored.values() if self._counts(m))
+    def _chain(self, coming: StoredManifest | None = None) -> Chain:
+        counting = [m for m in self._stored.values() if self._counts(m)]
+        return Chain(counting if coming is None else [*counting, coming])
 
-    def _needed(self, history_from: int) -> set[int]:
+    def _needed(self, history_from: int, coming: StoredManifest | None = None) -> set[int]:
         """Return the numbers of the manifests that are needed; undecided ones are."""
         undecided = {n for n, m in self._stored.items() if self._counts(m) is None}
         pinned = [snapshot.revision for snapshot in self._bank.snapshots()]
-        return undecided | self._chain().needed(history_from, pinned)
+        return undecided | self._chain(coming).needed(history_from, pinned)
 
     def purge(self, current: Manifest) -> int:
         """Destroy what storage holds of the blocks that `current` says are deleted.
@@ -403,13 +413,10 @@ class PartitionStore:
 
         Notes
         -----
-        May be repeated at any point after a crash. Manifests that still name a destroyed slot
-        are replaced by ones that call the block deleted; it is the one case in which an object of
-        a number changes.
+        May be repeated at any point after a crash. Older manifests are replaced by ones that call
+        the blocks deleted; it is the one case in which an object of a number changes.
         """
-        deleted = {
-            ref for ref, entry in current.entries.items() if entry.state is BlockState.DELETED
-        }
+        deleted = set(EntryTable.of(current.entries).in_state(BlockState.DELETED))
         if not deleted:
             return 0
         self._note_own(current.owner)
@@ -417,7 +424,7 @@ class PartitionStore:
         stored = [self.manifest(number) for number in self._stored]
         # A prepared manifest is later than `current` and may create a deleted block anew.
         older = [manifest for manifest in stored if _order(manifest) < _order(current)]
-        affected = [manifest for manifest in older if names_content(manifest, deleted)]
+        affected = [manifest for manifest in older if not calls_deleted(manifest, deleted)]
         doomed = {slot for manifest in affected for slot in slots_named(manifest, deleted)}
         for level, slot in doomed:
             self._arrays.delete(level, slot)
