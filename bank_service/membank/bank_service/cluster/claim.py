@@ -1,9 +1,13 @@
 """Keeping a second service off a bank behind a URL, where no file lock reaches.
 
-A service that serves such a bank writes a *claim* into the bank's storage and changes it every few
-seconds. Who wants to serve the bank and finds a claim watches it: if it changes, somebody is
-alive. What keeps two owners apart whatever happens is the fencing of partitions; the claim says
-which of two services the bank belongs to, so that the other one does not fight for it.
+A service that serves such a bank creates a *claim* in the bank's storage, under the next number
+that is free, and changes it every few seconds. Who wants to serve the bank and finds a claim
+watches it: if it changes, somebody is alive; if not, a claim of the next number takes the bank. The
+claim of the highest number counts, and nobody ever writes to another one's. So a change that
+arrives late, however late, takes nothing back from a successor; and as a claim that ends stays, a
+service that was replaced knows that for ever. What keeps two owners apart whatever happens is the
+fencing of partitions; the claim says which of two services the bank belongs to, so that the other
+one does not fight for it.
 """
 
 from __future__ import annotations
@@ -13,10 +17,11 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
-from membank.bank_service.store.objects import ObjectStore
+from membank.bank_service.store.objects import ObjectStore, publish
 from membank.wire.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
@@ -25,7 +30,7 @@ from membank.wire.errors import (
     Reason,
     UnavailableError,
 )
-from membank.wire.format.layout import CLAIM_KEY
+from membank.wire.format.layout import CLAIMS, claim_key, numbers_in
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,6 +40,7 @@ _WATCHED_BEATS = 5
 """How long a claim is watched before it is taken for that of a dead service, in beats: longer than
 a controller takes that was killed and comes back."""
 _MAX_BEAT_EVERY_S = 60.0
+_LOOKS = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +57,22 @@ class Claim:
     """Changes so far."""
     beat_every_s: float
     """Seconds between two changes."""
+    ended: bool = False
+    """Whether the service has given the bank up."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Found:
+    """The claims in a bank's storage."""
+
+    number: int
+    """Number of the claim that counts; 0 = there is none."""
+    claim: Claim | None
+    """The claim that counts."""
+    free: int
+    """The number that the next claim takes."""
+    older: Sequence[int]
+    """Numbers that do not count any more."""
 
 
 class BankClaim:
@@ -60,6 +82,8 @@ class BankClaim:
     ----------
     objects
         The bank's storage.
+    number
+        Number of the claim.
     claim
         What was written there.
     lost_to
@@ -68,8 +92,11 @@ class BankClaim:
 
     # `_lock` makes beats exclude each other; `_lost_to` is set once.
 
-    def __init__(self, objects: ObjectStore, claim: Claim, *, lost_to: Claim | None = None) -> None:
+    def __init__(
+        self, objects: ObjectStore, number: int, claim: Claim, *, lost_to: Claim | None = None
+    ) -> None:
         self._objects = objects
+        self._number = number
         self._claim = claim
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -109,16 +136,14 @@ class BankClaim:
         claim = Claim(
             service=service, host=host, endpoint=endpoint, beat=0, beat_every_s=beat_every_s
         )
-        if not _create(objects, claim):
-            found = read_claim(objects)
-            if found is None or found.service != service:
-                if found is not None:
-                    _watch(objects, found, sleep)
-                objects.put(CLAIM_KEY, _encode(claim))
-                # Whoever else found the same dead claim has written by then; the last one stands.
-                sleep(beat_every_s / 2)
-                require_claim(objects, service)
-        return cls(objects, claim)
+        while True:
+            found = _look(objects)
+            if found.claim is not None and not found.claim.ended:
+                found = _watch(objects, found, found.claim, sleep)
+            # The number was free while the claim that counts was silent, had ended, or was none.
+            # Whoever else saw the same takes the same number, and one of them gets it.
+            if _create(objects, found.free, claim):
+                return cls(objects, found.free, claim)
 
     @classmethod
     def resume(
@@ -144,17 +169,18 @@ class BankClaim:
         claim = Claim(
             service=service, host=host, endpoint=endpoint, beat=0, beat_every_s=beat_every_s
         )
-        found = read_claim(objects)
-        if found is None and not _create(objects, claim):
-            found = read_claim(objects)
-        if found is None:
-            return cls(objects, claim)
-        if found.service != service:
-            return cls(objects, claim, lost_to=found)
-        # Who watches the claim must see that it lives.
-        claim = replace(claim, beat=found.beat + 1)
-        objects.put(CLAIM_KEY, _encode(claim))
-        return cls(objects, claim)
+        while True:
+            found = _look(objects)
+            if found.claim is not None and found.claim.service != service:
+                # Also where that one has ended: nobody has asked for this service to serve again.
+                return cls(objects, 0, claim, lost_to=found.claim)
+            if found.claim is not None and not found.claim.ended:
+                # Who watches the claim must see that it lives.
+                claim = replace(claim, beat=found.claim.beat + 1)
+                objects.put(claim_key(found.number), _encode(claim))
+                return cls(objects, found.number, claim)
+            if _create(objects, found.free, claim):
+                return cls(objects, found.free, claim)
 
     @property
     def lost_to(self) -> Claim | None:
@@ -166,27 +192,42 @@ class BankClaim:
         with self._lock:
             if self._ended.is_set() or self._lost_to is not None:
                 return
-            found = read_claim(self._objects)
-            if found is not None and found.service != self._claim.service:
-                self._lost_to = found
-                _LOG.error("%s; stop one of the two services", _taken(self._objects.url, found))
+            found = _look(self._objects)
+            if self._is_replaced(found):
+                self._lost_to = found.claim
                 return
             self._claim = replace(self._claim, beat=self._claim.beat + 1)
-            self._objects.put(CLAIM_KEY, _encode(self._claim))
+            self._objects.put(claim_key(self._number), _encode(self._claim))
+            # Those of services that this one took the bank from. A change of theirs that arrives
+            # late makes one anew, below this number, where it counts for nothing.
+            for number in found.older:
+                self._objects.delete(claim_key(number))
 
-    def release(self) -> None:
-        """Give the bank up, so that the next service need not watch; never another one's claim."""
+    def release(self, timeout_s: float = 30.0) -> None:
+        """Give the bank up, so that the next service need not watch; never another one's claim.
+
+        Parameters
+        ----------
+        timeout_s
+            Longest wait for the storage; a claim that is not ended by then is found dead.
+        """
         self._ended.set()
-        self._thread.join()
-        try:
-            found = read_claim(self._objects)
-            if found is not None and found.service == self._claim.service:
-                self._objects.delete(CLAIM_KEY)
-        except MembankError as err:
-            _LOG.warning("the claim on %s stays, and is found dead: %s", self._objects.url, err)
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            _LOG.warning("the claim on %s stays, and is found dead", self._objects.url)
+
+    def _is_replaced(self, found: _Found) -> bool:
+        return (
+            found.claim is not None
+            and found.number >= self._number
+            and found.claim.service != self._claim.service
+        )
 
     def _run(self) -> None:
-        while self._lost_to is None and not self._ended.wait(self._claim.beat_every_s):
+        while self._lost_to is None:
+            if self._ended.wait(self._claim.beat_every_s):
+                self._end()
+                return
             try:
                 self.beat()
             except MembankError as err:
@@ -194,14 +235,23 @@ class BankClaim:
             except Exception:
                 # A claim that stops changing looks like that of a dead service.
                 _LOG.exception("the claim on %s was not renewed", self._objects.url)
+        _LOG.error("%s; stop one of the two services", _taken(self._objects.url, self._lost_to))
+
+    def _end(self) -> None:
+        # After all beats, in their thread: one that came later would make the claim look alive.
+        try:
+            with self._lock:
+                if not self._is_replaced(_look(self._objects)):
+                    ended = replace(self._claim, ended=True)
+                    self._objects.put(claim_key(self._number), _encode(ended))
+        except MembankError as err:
+            _LOG.warning("the claim on %s stays, and is found dead: %s", self._objects.url, err)
 
 
 def read_claim(objects: ObjectStore) -> Claim | None:
     """Return who claims a bank; None = nobody, or a claim that cannot be read."""
-    try:
-        return _decode(objects.get(CLAIM_KEY))
-    except NotFoundError:
-        return None
+    found = _look(objects).claim
+    return None if found is None or found.ended else found
 
 
 def require_claim(objects: ObjectStore, service: str) -> None:
@@ -210,20 +260,20 @@ def require_claim(objects: ObjectStore, service: str) -> None:
     Raises
     ------
     FailedPreconditionError
-        If another service has claimed it (BANK_IN_USE).
+        If another service has claimed it (BANK_IN_USE), though it may have ended since.
     UnavailableError
         If nobody has, or the storage does not answer (STORE_FAILED).
     """
-    found = read_claim(objects)
-    if found is None:
+    found = _look(objects).claim
+    if found is not None and found.service != service:
+        raise replaced(objects.url, found)
+    if found is None or found.ended:
         raise UnavailableError(
             f"{objects.url} is not claimed by this service any more; its controller claims it anew, "
             "or must be started again",
             reason=Reason.STORE_FAILED,
             metadata={"bank": objects.url},
         )
-    if found.service != service:
-        raise replaced(objects.url, found)
 
 
 def replaced(bank_url: str, by: Claim) -> FailedPreconditionError:
@@ -236,14 +286,46 @@ def replaced(bank_url: str, by: Claim) -> FailedPreconditionError:
     )
 
 
-def _watch(objects: ObjectStore, found: Claim, sleep: Callable[[float], None]) -> None:
-    """Return once a claim has not changed for long, or is gone; raise as soon as it changes."""
+def _look(objects: ObjectStore) -> _Found:
+    """Return the claims that are there; the highest that can be read counts."""
+    for _ in range(_LOOKS):
+        numbers = numbers_in(objects.list(CLAIMS), claim_key)
+        # One that is gone was removed by a newer service: its claim was not listed yet.
+        with suppress(NotFoundError):
+            return _highest(objects, numbers)
+    raise UnavailableError(
+        f"the claims on {objects.url} change while they are read; retry",
+        reason=Reason.STORE_FAILED,
+        metadata={"bank": objects.url},
+    )
+
+
+def _highest(objects: ObjectStore, numbers: Sequence[int]) -> _Found:
+    free = max(numbers, default=0) + 1
+    for index in reversed(range(len(numbers))):
+        claim = _decode(objects.get(claim_key(numbers[index])))
+        if claim is not None:
+            return _Found(number=numbers[index], claim=claim, free=free, older=numbers[:index])
+    return _Found(number=0, claim=None, free=free, older=())
+
+
+def _watch(
+    objects: ObjectStore, found: _Found, claim: Claim, sleep: Callable[[float], None]
+) -> _Found:
+    """Return what is there once a claim has been silent for long, or ended.
+
+    Raises
+    ------
+    FailedPreconditionError
+        As soon as it changes, or another service has claimed the bank (BANK_IN_USE).
+    """
     for _ in range(_WATCHED_BEATS):
-        sleep(found.beat_every_s)
-        now = read_claim(objects)
-        if now is None:
-            return
-        if now != found:
+        sleep(claim.beat_every_s)
+        found, before = _look(objects), found
+        now = found.claim
+        if now is None or now.ended:
+            return found
+        if (found.number, now) != (before.number, before.claim):
             raise FailedPreconditionError(
                 f"{objects.url} is served already, by {now.endpoint} on {now.host}; stop that "
                 "service first (`membank down` on its machine)",
@@ -253,17 +335,27 @@ def _watch(objects: ObjectStore, found: Claim, sleep: Callable[[float], None]) -
     _LOG.warning(
         "%s was claimed by %s on %s, which is silent: taking it over",
         objects.url,
-        found.endpoint,
-        found.host,
+        claim.endpoint,
+        claim.host,
     )
+    return found
 
 
-def _create(objects: ObjectStore, claim: Claim) -> bool:
+def _create(objects: ObjectStore, number: int, claim: Claim) -> bool:
+    """Create a claim; return False where another service has, of this number or a higher one."""
+    key = claim_key(number)
     try:
-        objects.put_if_absent(CLAIM_KEY, _encode(claim))
+        publish(objects, key, _encode(claim))
+        # This number may be free because a later service removed the one that had it.
+        return _look(objects).number == number
     except AlreadyExistsError:
         return False
-    return True
+    except MembankError:
+        # It may be there although no answer said so, and nobody will ever change it.
+        with suppress(MembankError):
+            if _decode(objects.get(key)) == claim:
+                objects.put(key, _encode(replace(claim, ended=True)))
+        raise
 
 
 def _encode(claim: Claim) -> bytes:
@@ -281,6 +373,7 @@ def _decode(data: bytes) -> Claim | None:
             endpoint=str(body["endpoint"]),
             beat=int(body["beat"]),
             beat_every_s=float(body["beat_every_s"]),
+            ended=body["ended"] is True,
         )
     except (ValueError, TypeError, KeyError, OverflowError):
         return None

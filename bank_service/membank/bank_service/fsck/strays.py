@@ -14,9 +14,9 @@ from membank.bank_service.fsck.view import PartitionView
 from membank.bank_service.store.local_objects import LocalObjects
 from membank.bank_service.store.objects import ObjectStore
 from membank.wire.format.layout import (
-    CLAIM_KEY,
     SPEC_KEY,
     array_prefix,
+    claim_key,
     log_key,
     log_prefix,
     manifest_key,
@@ -65,7 +65,7 @@ def check_names(keys: Collection[str], num_partitions: int | None) -> Iterator[F
                 "it was made to try the storage out, by a start that was cut short",
                 "nothing; `membank gc` removes it",
             )
-        elif key not in (SPEC_KEY, CLAIM_KEY) and not _is_document(key):
+        elif key != SPEC_KEY and number_in(key, claim_key) is None and not _is_document(key):
             yield _unknown(key)
 
 

@@ -28,7 +28,7 @@ SPEC_KEY = "bank.json"
 REVISIONS = "revisions"
 TREES = "trees"
 SNAPSHOTS = "snapshots"
-CLAIM_KEY = "service.json"
+CLAIMS = "claims"
 """Who serves the bank; not part of it."""
 
 
@@ -51,6 +51,11 @@ def snapshot_name(key: str) -> str | None:
     """Return the name of the snapshot whose key this is; None = it is a stray (see `number_in`)."""
     name = key.removeprefix(f"{SNAPSHOTS}/").removesuffix(".json")
     return name if snapshot_key(name) == key and "/" not in name else None
+
+
+def claim_key(number: int) -> str:
+    """Key of claim `number` of a service on the bank."""
+    return f"{CLAIMS}/{number:010d}.json"
 
 
 def partition_prefix(partition: int) -> str:
