@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from membank.bank_service.store import Bank
 from membank.wire.errors import (
     FailedPreconditionError,
     MembankError,
+    NotFoundError,
     Reason,
     ResourceExhaustedError,
     UnavailableError,
@@ -85,6 +88,11 @@ def reason_of(machine: Machine) -> Reason:
     return caught.value.reason
 
 
+def version_on(machine: Machine) -> int:
+    (status,) = machine.keeper.server().shard.describe([A])
+    return status.version
+
+
 def test_a_shard_without_its_service_s_claim_does_not_open(
     bank: Bank, machines: list[Machine]
 ) -> None:
@@ -149,7 +157,10 @@ def test_the_service_with_the_claim_takes_back_what_somebody_without_one_took(
     one.keeper.open()
     again = one.keeper.identity()
     assert again.incarnation != first.incarnation
+    # As after the loss of a machine: the stranger had no part of the journal, and opened without.
+    assert version_on(one) == 0
     one.push("u1")
+    assert version_on(one) == 1
     stranger.keeper.stop()
     claim.release()
 
@@ -185,6 +196,17 @@ def test_what_keeps_a_shard_from_opening_is_told_until_it_opens(
     claim.release()
 
 
+def test_attempts_that_fail_leave_no_threads(bank: Bank, machines: list[Machine]) -> None:
+    settings = dataclasses.replace(machines[0].settings, service="", partitions=(99,))
+    keeper = ShardKeeper("s", lambda: ShardServer(settings), returns=True)
+    before = threading.active_count()
+    for _ in range(3):
+        keeper.open()
+        with pytest.raises(NotFoundError):
+            keeper.identity()
+    assert threading.active_count() == before
+
+
 def test_a_defect_is_told_as_one(caplog: pytest.LogCaptureFixture) -> None:
     def start() -> ShardServer:
         raise ZeroDivisionError("by zero")
@@ -201,15 +223,75 @@ def test_a_stopped_shard_says_whether_its_journal_is_empty_and_opens_again(
 ) -> None:
     one = machines[0]
     claim = one.claim(bank)
-    assert one.keeper.stop(), "there was nothing to stop"
     one.keeper.open()
     one.push("u0")
     assert one.keeper.stop()
     with pytest.raises(UnavailableError):
         one.keeper.identity()
+    assert one.keeper.stop(), "nothing came since"
     one.keeper.open()
     (status,) = one.keeper.server().shard.describe([A])
     assert status.version == 1
+    claim.release()
+
+
+def test_a_shard_that_did_not_open_does_not_say_that_its_journal_is_empty(
+    bank: Bank, machines: list[Machine]
+) -> None:
+    one, two = machines
+    claim = one.claim(bank)
+    assert not one.keeper.stop(), "whatever an earlier life of it left"
+    one.keeper.open()
+    one.push("u0")
+    one.keeper.server().shard.close(consolidate=False)  # as if it was killed
+    killed = ShardKeeper(one.settings.shard_id, lambda: ShardServer(one.settings), returns=True)
+    spec = bank.objects.get("bank.json")
+    bank.objects.put("bank.json", b"{")
+    killed.open()
+    assert not killed.stop()
+    bank.objects.put("bank.json", spec)
+    killed.open()
+    assert killed.stop()
+    claim.release()
+    claim = two.claim(bank)
+    two.keeper.open()
+    assert version_on(two) == 1
+    claim.release()
+
+
+def test_a_replaced_shard_says_whether_it_left_something(
+    bank: Bank, machines: list[Machine]
+) -> None:
+    one, two = machines
+    claims = [one.claim(bank)]
+    one.keeper.open()
+    one.push("u0")
+    claims.append(two.claim(bank))
+    two.keeper.open()
+    with pytest.raises(UnavailableError):
+        one.keeper.server().shard.consolidate()
+    assert reason_of(one) is Reason.FENCED
+    assert not one.keeper.stop()
+    for claim in claims:
+        claim.release()
+
+
+def test_a_server_that_cannot_be_made_leaves_no_partition_locked(
+    bank: Bank, machines: list[Machine], tmp_path: Path
+) -> None:
+    one = machines[0]
+    claim = one.claim(bank)
+    tokens = tmp_path / "tokens"
+    server = ServerConfig(host="127.0.0.1", port=0, token_file=tokens)
+    settings = dataclasses.replace(one.settings, server=server)
+    keeper = ShardKeeper("s", lambda: ShardServer(settings), returns=True)
+    keeper.open()
+    with pytest.raises(MembankError, match="tokens"):
+        keeper.identity()
+    tokens.write_text("s3cret ada admin\n")
+    keeper.open()
+    keeper.identity()
+    assert keeper.stop()
     claim.release()
 
 

@@ -41,6 +41,8 @@ class ShardKeeper:
         self._server: ShardServer | None = None
         self._error: MembankError | None = None
         self._is_ended = False
+        # Of an earlier life nothing is known: its journal may hold what is in no slot.
+        self._is_folded = False
 
     def open(self) -> None:
         """Open the shard unless it is open; what keeps it from that is told by `server`."""
@@ -89,6 +91,8 @@ class ShardKeeper:
     def stop(self) -> bool:
         """Drain and close; return whether all that was acknowledged is in slots.
 
+        A shard that did not open has not looked into its journal, and says no.
+
         Raises
         ------
         MembankError
@@ -96,10 +100,14 @@ class ShardKeeper:
         """
         with self._lock:
             server, self._server = self._server, None
-            if server is None:
-                return True
-            self._error = UnavailableError("the shard is stopped; retry")
-            return server.stop()
+            if server is not None:
+                self._error = UnavailableError("the shard is stopped; retry")
+                self._close(server)
+            return self._is_folded
+
+    def _close(self, server: ShardServer) -> None:
+        self._is_folded = False
+        self._is_folded = server.stop()
 
     def _give_up(self, server: ShardServer, replaced: MembankError) -> None:
         with self._lock:
@@ -109,6 +117,6 @@ class ShardKeeper:
             self._server, self._error = None, replaced
             self._is_ended = not self._returns
             try:
-                server.stop()
+                self._close(server)
             except MembankError as err:
                 _LOG.info("%s was not closed in order: %s", self._shard_id, err)

@@ -65,22 +65,12 @@ class ShardServer:
         self._stopping = threading.Lock()
         self._stopped = False
         maintenance = ThreadMaintenance()
-        self.shard = Shard.open(
-            self._bank,
-            shard_id=settings.shard_id,
-            partitions=settings.partitions,
-            config=_with_journal_dir(settings),
-            maintenance=maintenance,
-        )
+        self.shard = _open_shard(self._bank, settings, maintenance)
         """The engine."""
-        servicer = BlockServicer(self.shard, self, ByteBudget(settings.max_in_flight_bytes))
-        service = Service(
-            BLOCK_SERVICE, lambda server: add_BlockServiceServicer_to_server(servicer, server)
-        )
-        self._server = BankServer(settings.server, [service], on_drain=servicer.drain)
         try:
-            self._server.start()
+            self._server = self._listen()
         except Exception:
+            # Its locks would keep the next attempt out.
             self.shard.close()
             raise
         # A coordinator that died must not keep trainers out of a partition for ever.
@@ -150,6 +140,15 @@ class ShardServer:
                 self.shard.close()
             return self.shard.is_folded
 
+    def _listen(self) -> BankServer:
+        servicer = BlockServicer(self.shard, self, ByteBudget(self._settings.max_in_flight_bytes))
+        service = Service(
+            BLOCK_SERVICE, lambda server: add_BlockServiceServicer_to_server(servicer, server)
+        )
+        server = BankServer(self._settings.server, [service], on_drain=servicer.drain)
+        server.start()
+        return server
+
     def _record(self) -> RevisionRecord:
         revision = self.shard.revision
         record = self._bank.record(revision)
@@ -159,6 +158,22 @@ class ShardServer:
                 reason=Reason.MANIFEST_CORRUPT,
             )
         return record
+
+
+def _open_shard(bank: Bank, settings: ShardSettings, maintenance: ThreadMaintenance) -> Shard:
+    try:
+        return Shard.open(
+            bank,
+            shard_id=settings.shard_id,
+            partitions=settings.partitions,
+            config=_with_journal_dir(settings),
+            maintenance=maintenance,
+        )
+    except BaseException:
+        # The engine closes it once it has begun. Another attempt is made every half a minute, and
+        # each would leave a thread behind.
+        maintenance.close()
+        raise
 
 
 def _with_journal_dir(settings: ShardSettings) -> ShardConfig:
