@@ -245,8 +245,8 @@ class Fetched:
 
     revision: int
     versions: Mapping[BlockRef, int]
-    values: Mapping[BlockRef, tuple[float, ...]]
-    """The distinct numbers that a block holds; of blocks with content alone."""
+    weights: Mapping[BlockRef, bytes]
+    """Of blocks with content alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

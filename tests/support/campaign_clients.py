@@ -247,7 +247,7 @@ class Reader(Client):
         for shard, mine in sorted(by_shard(refs).items()):
             looks = self._ask("fetch", SHARDS[shard], "fetch", mine, _LOOKS if is_marked else 1)
             for fetched in looks or ():
-                self.history.fetched(asked, fetched)
+                self.history.fetched(asked, mine, fetched)
                 self.counts["fetch answered"] += 1
 
 

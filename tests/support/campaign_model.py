@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -36,9 +36,8 @@ from campaign_bank import (
     marked_content,
     numbered_content,
 )
-from campaign_past import Asked, Cause, Deed, Past
+from campaign_past import Asked, Cause, Deed, Past, Refusal, served
 from campaign_twin import Twin, fresh_image, in_state, initial_image, numbers_in
-from membank.wire.errors import Reason
 from membank.wire.records import BlockChange, TransactionReport, UpdateResult
 from membank.wire.spec import BlockRef, BlockState
 from tiny_bank import gradient_for
@@ -63,7 +62,7 @@ class Wrong(StrEnum):
     FSCK = "fsck_errors"
     """The check of the bank reports damage."""
     FAILED = "failed"
-    """The service did not start, did not answer, or refused what it must not refuse."""
+    """The service did not start, did not answer, or did not refuse what it must, and that alone."""
 
 
 class Violation(NamedTuple):
@@ -81,13 +80,14 @@ class History:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._moment = 0
-        self._acknowledged = dict.fromkeys(SPEC.blocks(), 0)
         self._told = dict.fromkeys(SPEC.blocks(), 0)
         self._states = dict.fromkeys(SPEC.blocks(), BlockState.ACTIVE)
         self._past = {ref: Past(initial_image(ref)) for ref in SPEC.blocks()}
         self._deeds: list[Deed] = []
         self._snapshots: dict[str, Deed] = {}
         self._unchecked: list[Deed] = []
+        self._refusals: list[tuple[BlockRef, Refusal]] = []
+        self._seen: set[tuple[BlockRef, int, bytes | None]] = set()
         self._marks: dict[int, set[tuple[float, ...]]] = {}
         self._twin = Twin()
         self._traces: dict[BlockRef, set[bytes]] = defaultdict(set)
@@ -101,10 +101,10 @@ class History:
     def ask(self) -> Asked:
         """Take note that a request is about to be sent for the first time."""
         with self._lock:
-            return Asked(self._next_moment(), dict(self._acknowledged))
+            return Asked(self._next_moment(), dict(self._told))
 
     def newest(self, refs: Iterable[BlockRef]) -> dict[BlockRef, int]:
-        """Return the newest versions that anybody was told of, be it with a refusal."""
+        """Return the newest versions that anybody was told of, be it by a fetch or a refusal."""
         with self._lock:
             return {ref: self._told[ref] for ref in refs}
 
@@ -127,17 +127,23 @@ class History:
         """Take note of the answer to a push; a repeated one must say the same."""
         with self._lock:
             self._next_moment()
+            if left_out := push.bases.keys() - {result.ref for result in results}:
+                self._blame(
+                    Wrong.LOST, f"the answer to {push.request_id} leaves out {_names(left_out)}"
+                )
             for result in results:
+                base = push.bases[result.ref]
                 if result.accepted:
                     self._record(result.ref, result.version, Cause(asked, push))
-                elif result.reason is Reason.VERSION_MISMATCH:
+                elif result.version < base:
                     self._blame(
                         Wrong.LOST,
                         f"{push.request_id}: block {result.ref} is at version {result.version}, "
-                        f"but somebody was told of {push.bases[result.ref]}",
+                        f"but somebody was told of {base}",
                     )
                 else:
-                    self._told[result.ref] = max(self._told[result.ref], result.version)
+                    self._tell(result.ref, result.version)
+                    self._refusals.append((result.ref, _refusal(push, result)))
 
     def changed(self, operation: Transaction, asked: Asked, report: TransactionReport) -> None:
         """Take note of the first answer to a transaction."""
@@ -167,26 +173,39 @@ class History:
                 case DropSnapshot(name=name):
                     del self._snapshots[name]
 
-    def fetched(self, asked: Asked, fetched: Fetched) -> None:
-        """Check what a reader got."""
-        behind = [
-            f"block {ref} at version {version}, though {asked.versions[ref]} was acknowledged"
-            for ref, version in fetched.versions.items()
-            if version < asked.versions[ref]
-        ]
-        if behind:
-            self.blame(Wrong.LOST, f"a fetch returned {'; '.join(behind)}")
-        marks = {fetched.values[ref] for ref in MARKED if ref in fetched.values}
-        # The first revision made them all one number; each revision holds one, on every shard.
-        if marks and fetched.revision > 0:
-            with self._lock:
-                known = self._marks.setdefault(fetched.revision, marks)
-                if len(marks) > 1 or known != marks:
+    def fetched(self, asked: Asked, refs: Sequence[BlockRef], fetched: Fetched) -> None:
+        """Take note of what a reader got for `refs`; its content is judged by the next check."""
+        with self._lock:
+            if fetched.versions.keys() != set(refs):
+                self._blame(
+                    Wrong.LOST, f"a fetch of {_names(refs)} returned {_names(fetched.versions)}"
+                )
+            for ref, version in fetched.versions.items():
+                if version < asked.versions[ref]:
                     self._blame(
-                        Wrong.TORN,
-                        f"a fetch at revision {fetched.revision} saw the numbers {marks} in "
-                        f"marked blocks, and the first one at that revision {known}",
+                        Wrong.LOST,
+                        f"a fetch returned block {ref} at version {version}, "
+                        f"though somebody had been told of {asked.versions[ref]}",
                     )
+                self._tell(ref, version)
+                self._seen.add((ref, version, fetched.weights.get(ref)))
+            self._check_marks(fetched)
+
+    def _check_marks(self, fetched: Fetched) -> None:
+        marked = [ref for ref in fetched.versions if ref in MARKED]
+        if empty := [ref for ref in marked if ref not in fetched.weights]:
+            self._blame(Wrong.LOST, f"a fetch returned no content of {_names(empty)}")
+        marks = {numbers_in(fetched.weights[ref]) for ref in marked if ref in fetched.weights}
+        # The first revision made them all one number; each revision holds one, on every shard.
+        if not marks or fetched.revision == 0:
+            return
+        known = self._marks.setdefault(fetched.revision, marks)
+        if _are_torn(marks) or known != marks:
+            self._blame(
+                Wrong.TORN,
+                f"a fetch at revision {fetched.revision} saw the numbers {marks} in "
+                f"marked blocks, and the first one at that revision {known}",
+            )
 
     # ---- what the bank holds
 
@@ -196,20 +215,39 @@ class History:
             for ref in SPEC.blocks():
                 self._check_block(ref, found.versions[ref], found.images[ref])
                 self._check_served(ref, found)
-            for deed in self._unchecked:
-                if isinstance(deed.request, RollBack):
-                    self._check_rollback(deed, deed.request)
-            self._unchecked.clear()
-            marks = {numbers_in(found.images[ref]) for ref in MARKED}
-            if found.versions[MARKED[0]] and len(marks) > 1:
+            if not self.violations:
+                self._check_answers()
+            marks = {numbers_in(found.images[ref].arrays[0]) for ref in MARKED}
+            if found.versions[MARKED[0]] and _are_torn(marks):
                 self._blame(Wrong.TORN, f"marked blocks hold the numbers {marks}")
+
+    def _check_answers(self) -> None:
+        """Judge what was answered since the last check; the past of every block is known now."""
+        for deed in self._unchecked:
+            if isinstance(deed.request, RollBack):
+                self._check_rollback(deed, deed.request)
+        for ref, refusal in self._refusals:
+            if not self._past[ref].justifies(refusal):
+                self._blame(Wrong.FAILED, f"block {ref} refuses for no reason: {refusal}")
+        for ref, version, weight in self._seen:
+            if not self._past[ref].shows(version, weight):
+                self._blame(
+                    Wrong.DIFFERING,
+                    f"a fetch of block {ref} at version {version} returned "
+                    f"{weight and weight.hex()}, which it never held",
+                )
+        self._unchecked.clear()
+        self._refusals.clear()
+        self._seen.clear()
 
     def _check_block(self, ref: BlockRef, version: int, image: Image) -> None:
         past = self._past[ref]
-        beyond = [past.causes[v].request.request_id for v in sorted(past.causes) if v > version]
-        if beyond:
+        if self._told[ref] > version:
+            beyond = [past.causes[v].request.request_id for v in sorted(past.causes) if v > version]
             self._blame(
-                Wrong.LOST, f"block {ref} is at version {version}, without {', '.join(beyond)}"
+                Wrong.LOST,
+                f"block {ref} is at version {version}, though somebody was told of "
+                f"{self._told[ref]}; without {', '.join(beyond)}",
             )
             return
         unknown = [v for v in range(past.known + 1, version + 1) if v not in past.causes]
@@ -221,6 +259,8 @@ class History:
             return
         for number in range(past.known + 1, version + 1):
             request = past.causes[number].request
+            if isinstance(request, Push) and past.is_stale(request.bases[ref], number - 1):
+                self._blame(Wrong.FAILED, f"block {ref} accepted {request}, which was stale")
             past.images[number] = self._after(ref, request, past.images[number - 1])
             self._trace(ref, request, past.images[number])
         if image not in past.images[version]:
@@ -254,8 +294,7 @@ class History:
 
     def _check_served(self, ref: BlockRef, found: Surveyed) -> None:
         image = found.images[ref]
-        expected = image.arrays[0] if image.state is BlockState.ACTIVE else None
-        if found.served.get(ref) != expected:
+        if found.served.get(ref) != served(image):
             self._blame(
                 Wrong.DIFFERING,
                 f"a fetch of block {ref}, which is {image.state.name}, does not return what is kept",
@@ -342,7 +381,9 @@ class History:
             self._blame(
                 Wrong.LOST, f"version {version} of block {ref} is both {other}'s and {mine}'s"
             )
-        self._acknowledged[ref] = max(self._acknowledged[ref], version)
+        self._tell(ref, version)
+
+    def _tell(self, ref: BlockRef, version: int) -> None:
         self._told[ref] = max(self._told[ref], version)
 
     def _check_scope(self, operation: Transaction, changes: Sequence[BlockChange]) -> None:
@@ -350,8 +391,7 @@ class History:
         allowed, required = self._scope(operation)
         for refs, what in ((changed - allowed, "changed"), (required - changed, "left out")):
             if refs:
-                names = ", ".join(str(ref) for ref in sorted(refs))
-                self._blame(Wrong.LOST, f"{operation} {what} {names}")
+                self._blame(Wrong.LOST, f"{operation} {what} {_names(refs)}")
 
     def _scope(self, operation: Transaction) -> tuple[set[BlockRef], set[BlockRef]]:
         """Return the blocks that a transaction may change, and those that it must."""
@@ -376,3 +416,20 @@ class History:
         by = "" if cause is None else f", made by {cause.request.request_id}"
         expected = " or ".join(one.told_from(image) for one in past.images[version])
         return f"block {ref} at version {version}{by}: found {image}, expected {expected}"
+
+
+def _refusal(push: Push, result: UpdateResult) -> Refusal:
+    return Refusal(
+        request_id=push.request_id,
+        base=push.bases[result.ref],
+        version=result.version,
+        reason=result.reason,
+    )
+
+
+def _are_torn(marks: Collection[tuple[float, ...]]) -> bool:
+    return len(marks) > 1 or any(len(numbers) > 1 for numbers in marks)
+
+
+def _names(refs: Iterable[BlockRef]) -> str:
+    return ", ".join(str(ref) for ref in sorted(refs))

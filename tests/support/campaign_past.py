@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from campaign_bank import SPEC, Image, Push, TakeSnapshot, Transaction
-from membank.wire.spec import BlockRef
+from membank.wire.errors import Reason
+from membank.wire.spec import BlockRef, BlockState
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,7 @@ class Asked:
     moment: int
     """Counts what was sent and answered."""
     versions: Mapping[BlockRef, int]
-    """Versions that had been acknowledged."""
+    """Versions that somebody had been told of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,20 @@ class Deed:
         return {SPEC.partition_of(ref) for ref in self.changed}
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refusal:
+    """A gradient that a block did not accept."""
+
+    request_id: str
+    """Of its push."""
+    base: int
+    """Version that it was computed on."""
+    version: int
+    """Version at which it was refused."""
+    reason: Reason | None
+    """Why, as the bank says."""
+
+
 class Past:
     """The versions of one block.
 
@@ -77,7 +92,7 @@ class Past:
         Parameters
         ----------
         since
-            Version that had been acknowledged when that was asked.
+            Version that somebody had been told of when that was asked.
         until
             Moment of its answer.
         """
@@ -87,3 +102,32 @@ class Past:
             version += 1
             images |= self.images[version]
         return images
+
+    def is_stale(self, base: int, version: int) -> bool:
+        """Whether a gradient computed on `base` must be refused at `version`."""
+        since = (self.causes[number].request for number in range(base + 1, version + 1))
+        # What an operator changed has other content, which the gradient was not made for.
+        return version - base > SPEC.max_staleness or not all(isinstance(r, Push) for r in since)
+
+    def justifies(self, refusal: Refusal) -> bool:
+        """Whether a gradient had to be refused, and for that reason."""
+        states = {image.state for image in self.images[refusal.version]}
+        match refusal.reason:
+            case Reason.BLOCK_WITHHELD:
+                return BlockState.WITHHELD in states
+            case Reason.BLOCK_DELETED:
+                return BlockState.DELETED in states
+            case Reason.STALE_VERSION:
+                return self.is_stale(refusal.base, refusal.version)
+            case _:
+                # All gradients are finite, and computed on versions that the bank told of.
+                return False
+
+    def shows(self, version: int, weight: bytes | None) -> bool:
+        """Whether a fetch may return that at a version; None = no content."""
+        return weight in {served(image) for image in self.images[version]}
+
+
+def served(image: Image) -> bytes | None:
+    """Return the weight that a fetch of a block returns; None = no content."""
+    return image.arrays[0] if image.state is BlockState.ACTIVE else None

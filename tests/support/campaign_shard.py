@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from campaign_bank import NUM_SHARDS, SPEC, Fetched, Image, Phase, Surveyed
 from campaign_board import ArmedKill, Board, ShownMaintenance
 from campaign_calls import Caller, ServiceGone
@@ -83,8 +81,8 @@ class ShardDesk:
             Fetched(
                 revision=found.revision,
                 versions={block.ref: block.version for block in found.blocks},
-                values={
-                    block.ref: tuple(np.unique(block.weight).tolist())
+                weights={
+                    block.ref: block.weight.tobytes()
                     for block in found.blocks
                     if block.weight is not None
                 },

@@ -41,11 +41,21 @@ class Tally:
     failures: list[dict[str, object]] = field(default_factory=list)
     """What exactly failed, and where the evidence lies."""
 
+    @property
+    def acknowledged(self) -> int:
+        """Updates that were acknowledged."""
+        return self.requests["update acknowledged"]
+
+    @property
+    def is_vacuous(self) -> bool:
+        """Whether so little was acknowledged that hardly anything could be lost."""
+        return self.acknowledged <= self.kills
+
     def to_json(self) -> dict[str, object]:
         """Return the figures, JSON-able."""
         return {
             "kills": self.kills,
-            "acknowledged": self.requests["update acknowledged"],
+            "acknowledged": self.acknowledged,
             **{kind.value: self.wrong[kind] for kind in Wrong},
             "restarts": self.restarts,
             "banks": self.banks,
@@ -64,8 +74,8 @@ class Tally:
     def summary(self) -> str:
         """Return the figures that matter, in one line."""
         wrong = ", ".join(f"{self.wrong[kind]} {kind.value}" for kind in Wrong)
-        updates = self.requests["update acknowledged"]
-        return f"{self.kills} kills, {updates} updates acknowledged: {wrong}"
+        vacuous = "; TOO FEW TO PROVE ANYTHING" if self.is_vacuous else ""
+        return f"{self.kills} kills, {self.acknowledged} updates acknowledged: {wrong}{vacuous}"
 
 
 def _ordered(counter: Counter[str]) -> dict[str, int]:

@@ -50,9 +50,9 @@ def in_state(image: Image, state: BlockState) -> Image:
     return Image(state=state, step=image.step, arrays=image.arrays)
 
 
-def numbers_in(image: Image) -> tuple[float, ...]:
+def numbers_in(weight: bytes) -> tuple[float, ...]:
     """Return the distinct numbers in the weight of a block."""
-    return tuple(np.unique(np.frombuffer(image.arrays[0], np.float32)).tolist())
+    return tuple(np.unique(np.frombuffer(weight, np.float32)).tolist())
 
 
 def _bytes(arrays: Mapping[Role, Array]) -> tuple[bytes, ...]:
