@@ -240,6 +240,26 @@ def test_what_a_shard_gave_up_waiting_for_is_aborted_for_good(rig: ShardRig) -> 
     check_usable(rig)
 
 
+def test_an_abort_of_a_coordinator_that_is_gone_may_come_late(rig: ShardRig) -> None:
+    real_run = rig.faults.run
+
+    def run(step: str, action: Callable[[], object]) -> object:
+        if step.startswith("put_if_absent revisions"):
+            # What the next one has prepared goes by the same number.
+            rig.shards["shard-0"].abort(rig.log.last + 1)
+        return real_run(step, action)
+
+    rig.faults.run = run  # type: ignore[method-assign,assignment]  # a fault of its own
+    with pytest.raises(ConflictError):
+        swap(rig)
+    rig.faults.run = real_run  # type: ignore[method-assign]
+    assert swapped_blocks(rig) == 0
+    restart_everything(rig)
+    swap(rig)
+    assert swapped_blocks(rig) == 4
+    check_usable(rig)
+
+
 def test_a_shard_that_is_down_before_the_commit_undoes_it(rig: ShardRig) -> None:
     shard = rig.shards.pop("shard-1")
     with pytest.raises(UnavailableError):

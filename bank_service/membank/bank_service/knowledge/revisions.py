@@ -29,8 +29,6 @@ class RevisionDraft:
     """Who does it."""
     request_id: str
     """Id of the request."""
-    committed: bool = True
-    """False for a transaction that is given up."""
     manifests: Mapping[int, int] = field(default_factory=dict)
     """Manifest number of each partition that changes."""
     changes_tree: bool = False
@@ -137,7 +135,7 @@ class RevisionLog:
         return tuple(self.read(number) for number in range(self._last, first - 1, -1))
 
     def append(self, draft: RevisionDraft) -> RevisionRecord:
-        """Create the next record; that it exists is the commit (or the abort).
+        """Create the next record; that it exists is the commit.
 
         Raises
         ------
@@ -149,7 +147,7 @@ class RevisionLog:
         record = self._bank.decide(
             RevisionRecord(
                 revision=revision,
-                committed=draft.committed,
+                committed=True,
                 nonce="",
                 previous_sha256="",
                 operation=draft.operation,
@@ -164,9 +162,7 @@ class RevisionLog:
         )
         self._take(record)
         with self._lock:
-            self._last = revision
-            if record.committed:
-                self._committed = record
+            self._last, self._committed = revision, record
         return record
 
     def _take(self, record: RevisionRecord) -> None:

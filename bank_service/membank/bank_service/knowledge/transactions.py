@@ -7,8 +7,9 @@ created, which is the commit; every shard installs it. Whoever dies, and when:
 at that moment                              what holds afterwards
 ==========================================  ====================================================
 a shard, before the record                  nothing happened: the others are told to give up
-the coordinator, before the record          nothing happened: `recover` claims the revision with
-                                            an abort record and tells the shards to give up
+the coordinator, before the record          nothing happened: `recover` tells the shards to give
+                                            up, who put that on record, so that nobody can commit
+                                            it any more
 the store, while the record is created      whatever the store says when it answers again
 a shard, after the record                   done: it reads the record when it starts again
 the coordinator, after the record           done: `recover` tells the shards
@@ -39,7 +40,6 @@ from membank.wire.errors import (
     ConflictError,
     InvalidArgumentError,
     MembankError,
-    NotFoundError,
     Reason,
     UnavailableError,
 )
@@ -139,9 +139,6 @@ class Coordinator:
         self._lock = threading.Lock()
         # True while shards may hold something prepared, or lag, that nobody has settled.
         self._unsettled = True
-        # True while somebody may yet create the record of the next revision: an earlier
-        # coordinator that is not quite dead, or a put whose answer was lost.
-        self._in_doubt = True
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -213,7 +210,7 @@ class Coordinator:
     def recover(self) -> None:
         """Settle what an earlier coordinator left: wholly done, or wholly undone."""
         with self.exclusive():
-            self._unsettled = self._in_doubt = True
+            self._unsettled = True
             self._settle()
 
     # ---- one transaction
@@ -235,7 +232,7 @@ class Coordinator:
             if plan.before_commit is not None:
                 plan.before_commit(revision)
             report = _report(revision, prepared, False)
-            record = self._decide(_draft(request, operation, plan, manifests, report))
+            record = self._log.append(_draft(request, operation, plan, manifests, report))
         except Exception:
             self._give_up(revision)
             done = self._log.find(request.request_id)
@@ -268,14 +265,6 @@ class Coordinator:
 
         return self._shards.call(members, prepare)
 
-    def _decide(self, draft: RevisionDraft) -> RevisionRecord:
-        try:
-            return self._log.append(draft)
-        except MembankError:
-            # Somebody else decided, or nobody knows: our put may yet arrive.
-            self._in_doubt = True
-            raise
-
     def _give_up(self, revision: int) -> None:
         try:
             self._settle()
@@ -306,39 +295,12 @@ class Coordinator:
         if not self._unsettled:
             return
         self._log.reload()
-        if self._in_doubt and self._is_unfinished():
-            self._claim()
-        self._in_doubt = False
         revision = self._log.last + 1
         raise_first(self._shards.call(self._shards.members(), lambda m: m.handle.abort(revision)))
+        # A shard that had prepared something has put the abort on record, unless the commit came
+        # first after all: by an earlier coordinator, or by a put of ours whose answer was lost.
+        self._log.reload()
         self._install(self._log.committed)
-
-    def _is_unfinished(self) -> bool:
-        """Return whether a manifest of a revision without a record lies in the store."""
-        return any(
-            self._is_undecided(partition, number)
-            for partition in range(self._bank.spec.num_partitions)
-            # All of them: a shard that started again has published one after what it prepared.
-            for number in reversed(self._bank.manifest_numbers(partition))
-        )
-
-    def _is_undecided(self, partition: int, number: int) -> bool:
-        try:
-            return self._bank.read_manifest(partition, number).revision > self._log.last
-        except NotFoundError:
-            return False  # a shard that starts just now has removed it
-
-    def _claim(self) -> None:
-        """Create the record of the unfinished revision as an abort, before a late commit can."""
-        try:
-            self._log.append(
-                RevisionDraft(
-                    operation="abort", principal="controller", request_id="", committed=False
-                )
-            )
-        except ConflictError:
-            # The commit came first after all.
-            self._log.reload()
 
     def _install(self, record: RevisionRecord) -> None:
         """Tell every shard of `record`, waiting for those that are down; then what it ended goes."""

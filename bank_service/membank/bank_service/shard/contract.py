@@ -9,7 +9,11 @@ whatever carries calls between processes. A transaction over several shards work
    those partitions. Readers still see the old state;
 2. the coordinator creates the record of that revision (create-only). That is the commit: whoever
    creates it first, as a commit or as an abort, decides;
-3. every shard *commits* (installs the prepared manifests, destroys what was erased) or *aborts*.
+3. every shard *commits* (installs the prepared manifests, destroys what was erased).
+
+A coordinator that gives up before the second step tells the shards to *abort*: one that has
+prepared something creates the record as an abort. So nothing prepared is ever dropped while
+somebody could still commit it.
 
 A shard that dies in between reads the record when it starts again: a prepared manifest counts
 exactly if the record of its revision exists, is a commit, and names it.
@@ -285,9 +289,11 @@ class ShardApi(Protocol):
         """
 
     def abort(self, revision: int) -> None:
-        """Give up what was prepared for `revision`; no effect where nothing was.
+        """Give up what was prepared for `revision`, by an abort record; no effect where nothing was.
 
-        For the coordinator alone, which then never creates a commit of what it had prepared.
+        Whoever prepared it may be another coordinator than the caller: a call may be late. The
+        record keeps it from committing what is gone, as it keeps the caller. Where the revision
+        has been decided, that is followed.
         """
 
     def settle(self, now: float) -> tuple[int, ...]:

@@ -113,8 +113,8 @@ class Participant:
         with self._admin:
             # What an earlier coordinator prepared may have been decided while nobody told us.
             self.catch_up()
-            for partition in self._holding(revision):
-                partition.release(drop_prepared=True)
+            if any(hold.revision == revision for hold in self._holds()):
+                self._record_abort(revision)
 
     def settle(self, now: float) -> tuple[int, ...]:
         """Decide transactions that were prepared long ago and whose coordinator is silent.
@@ -132,15 +132,23 @@ class Participant:
         settled = []
         with self._admin:
             self.catch_up()
-            for revision in sorted({hold.revision for hold in self._holds_since(now)}):
-                try:
-                    self._bank.decide(self._abort_record(revision))
-                except ConflictError:
-                    # Creating the record decides, and somebody else was first.
-                    _LOG.info("revision %d was decided while it was being settled", revision)
-                self.catch_up(revision)
+            limit = now - self._context.config.settle_after_s
+            for revision in sorted({h.revision for h in self._holds() if h.since <= limit}):
+                self._record_abort(revision)
                 settled.append(revision)
         return tuple(settled)
+
+    def _record_abort(self, revision: int) -> None:
+        """Decide against `revision`, unless somebody has decided, and follow the decision.
+
+        Without a record, whoever prepared it could still commit it after what was prepared is gone.
+        """
+        try:
+            self._bank.decide(self._abort_record(revision))
+        except ConflictError:
+            # Creating the record decides, and somebody else was first.
+            _LOG.info("revision %d was decided while it was being given up", revision)
+        self.catch_up(revision)
 
     def _abort_record(self, revision: int) -> RevisionRecord:
         before = self._bank.latest_commit()
@@ -277,17 +285,8 @@ class Participant:
     def _owner(self, ref: BlockRef) -> Partition:
         return owned(self._partitions, self._bank.spec.partition_of(ref))
 
-    def _holding(self, revision: int) -> list[Partition]:
-        return [
-            partition
-            for partition in self._partitions.values()
-            if partition.held is not None and partition.held.revision == revision
-        ]
-
-    def _holds_since(self, now: float) -> list[Hold]:
-        limit = now - self._context.config.settle_after_s
-        holds = [p.held for p in self._partitions.values() if p.held is not None]
-        return [hold for hold in holds if hold.since <= limit]
+    def _holds(self) -> list[Hold]:
+        return [p.held for p in self._partitions.values() if p.held is not None]
 
 
 def owned(partitions: Mapping[int, Partition], number: int) -> Partition:
