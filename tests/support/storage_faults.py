@@ -169,6 +169,69 @@ class Outage:
         raise UnavailableError(f"{self.url}: no answer", reason=Reason.STORE_FAILED)
 
 
+class Interleaved:
+    """An object store in front of which something else happens once, before a chosen call.
+
+    Parameters
+    ----------
+    inner
+        The store.
+    """
+
+    def __init__(self, inner: ObjectStore) -> None:
+        self._inner = inner
+        self._chosen: tuple[str, str] = ("", "")
+        self._action: Callable[[], object] | None = None
+        self.calls: list[tuple[str, str]] = []
+        """Name and key (or prefix) of each mutating call."""
+
+    def before(self, call: str, part: str, action: Callable[[], object]) -> None:
+        """Let `action` happen before the next `call` whose key or prefix contains `part`."""
+        self._chosen, self._action = (call, part), action
+
+    @property
+    def url(self) -> str:
+        return self._inner.url
+
+    def get(self, key: str) -> bytes:
+        self._come("get", key)
+        return self._inner.get(key)
+
+    def get_range(self, key: str, start: int, end: int) -> bytes:
+        self._come("get", key)
+        return self._inner.get_range(key, start, end)
+
+    def put(self, key: str, data: Data, *, durable: bool = False) -> None:
+        self._change("put", key)
+        self._inner.put(key, data, durable=durable)
+
+    def put_if_absent(self, key: str, data: Data, *, durable: bool = False) -> None:
+        self._change("put_if_absent", key)
+        self._inner.put_if_absent(key, data, durable=durable)
+
+    def sync(self, keys: Sequence[str]) -> None:
+        self._inner.sync(keys)
+
+    def list(self, prefix: str) -> list[str]:
+        self._come("list", prefix)
+        return self._inner.list(prefix)
+
+    def delete(self, key: str) -> None:
+        self._change("delete", key)
+        self._inner.delete(key)
+
+    def _change(self, call: str, key: str) -> None:
+        self.calls.append((call, key))
+        self._come(call, key)
+
+    def _come(self, call: str, key: str) -> None:
+        chosen, part = self._chosen
+        action = self._action
+        if action is not None and call == chosen and part in key:
+            self._action = None
+            action()
+
+
 class FaultyLogFile:
     """A journal file whose mutating calls follow a `FaultPlan`."""
 

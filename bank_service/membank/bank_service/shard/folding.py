@@ -20,7 +20,7 @@ from membank.wire.errors import (
     UnavailableError,
 )
 from membank.wire.format import EntryTable, Manifest
-from membank.wire.spec import BlockRef
+from membank.wire.spec import BlockRef, BlockState
 
 _LOG = logging.getLogger(__name__)
 
@@ -158,18 +158,42 @@ class Folding:
             return self.publish(self._with(draft, records)), records
 
     def let_go(self) -> None:
-        """Say in the manifest that this owner answers no more, so that the next need not wait."""
+        """Say in the manifest that this owner answers no more, so that the next need not wait.
+
+        For the holder of `folding`, once the journal is closed.
+        """
         state = self._state
-        if not state.manifest.lease_s:
+        if not state.manifest.lease_s or state.journal.last_lsn > state.manifest.lsn:
             return
         try:
-            published = self.publish(replace(self.capture().manifest, lock=""))
+            self._put_in_force(self.republish(lock=""))
         except MembankError as err:
             # The next owner waits out the lease, or is there already.
             _LOG.info("partition %d was not let go of: %s", state.number, err)
-        else:
-            with state.context.state_lock:
-                state.manifest = published
+
+    def drop_prepared(self) -> None:
+        """Remove what was prepared for a transaction that has been decided against.
+
+        For the holder of `folding`.
+        """
+        state = self._state
+        try:
+            # Another one first: the one with the greatest number has to stay.
+            self._put_in_force(self.republish())
+            state.store.retire()
+        except MembankError as err:
+            # It counts for nothing, and goes once the next manifest is there.
+            _LOG.info("partition %d keeps what was prepared: %s", state.number, err)
+
+    def _put_in_force(self, manifest: Manifest) -> None:
+        with self._state.context.state_lock:
+            self._state.manifest = manifest
+            self._state.table.rebase(manifest.entries)
+
+    def republish(self, **changes: object) -> Manifest:
+        """Publish the manifest in force once more, with `changes`."""
+        draft = replace(self._state.manifest, prepared=False)
+        return self.publish(replace(draft, **changes))  # type: ignore[arg-type]  # its own fields
 
     def publish(self, draft: Manifest) -> Manifest:
         """Publish `draft` as the next manifest and return it as it stands.
@@ -205,9 +229,10 @@ class Folding:
                 for ref, record in records.items()
             }
         except (ResourceExhaustedError, FailedPreconditionError):
-            # Surely not published, and the space may be needed. After any other error the
-            # manifest may exist in spite of it, so its slots must stay.
-            store.release((ref.level, slot) for ref, slot in slots.items())
+            # The space may be needed. Where the manifest may exist in spite of the error, as after
+            # any other error, its slots must stay.
+            if store.is_unpublished(self._state.manifest.owner):
+                store.release((ref.level, slot) for ref, slot in slots.items())
             raise
 
     @contextmanager
@@ -263,7 +288,12 @@ class Folding:
             if state.fenced is not None:
                 raise state.fenced
             floor = self._give_up_history(history_from, dry_run=dry_run)
-            coming = self._coming(floor) if dry_run and floor > state.revision else None
+            coming = None
+            if dry_run and (floor > state.revision or not state.store.is_newest_alive):
+                coming = self._coming(floor)
+            elif not state.store.is_newest_alive and state.held is None:
+                # The one with the greatest number stays, so another one has to come.
+                self._put_in_force(self.republish())
             with self._noticing_fence():
                 items = state.store.garbage(floor, state.manifest.owner, coming)
                 if not dry_run:
@@ -287,24 +317,22 @@ class Folding:
                 raise state.in_transaction()
             return promised
         # The manifest first: while it promises the older history, nothing of that may go.
-        published = self.publish(replace(state.manifest, history_from=floor, prepared=False))
-        with state.context.state_lock:
-            state.manifest = published
-            state.table.rebase(published.entries)
+        self._put_in_force(self.republish(history_from=floor))
         return floor
 
     def _coming(self, revision: int) -> StoredManifest:
-        """Return what the partition would begin `revision` with: all that is dirty in fresh slots."""
+        """Return the next manifest; that of a later revision has all that is dirty in fresh slots."""
         state = self._state
+        is_later = revision > state.revision
         with state.context.state_lock:
             entries = EntryTable.of(state.manifest.entries)
-            unslotted = dict.fromkeys(state.table.dirty(), INITIAL_ENTRY)
+            dirty = state.table.dirty() if is_later else {}
         return StoredManifest(
             number=state.manifest.number + 1,
-            revision=revision,
-            prepared=True,
+            revision=max(revision, state.revision),
+            prepared=is_later,
             history_from=revision,
-            slots=entries.updated(unslotted).slots(),
+            slots=entries.updated(dict.fromkeys(dirty, INITIAL_ENTRY)).slots(),
         )
 
     def expect_removal(self) -> None:
@@ -315,12 +343,28 @@ class Folding:
         """Destroy what journal and storage still hold of deleted blocks; may be repeated."""
         state = self._state
         with state.folding:
-            if not self._removal_pending:
-                return
-            state.journal.trim(state.manifest.lsn)
-            if state.journal.base < state.manifest.lsn:
-                # An earlier trim failed, and later updates share a segment with the deleted ones.
-                self.fold()
-                state.journal.trim(state.manifest.lsn)
-            state.store.purge(state.manifest)
+            if self._removal_pending and self._has_deleted():
+                self._purge_journal()
+                state.store.purge(state.manifest)
             self._removal_pending = False
+
+    def _has_deleted(self) -> bool:
+        return bool(EntryTable.of(self._state.manifest.entries).in_state(BlockState.DELETED))
+
+    def _purge_journal(self) -> None:
+        """Make sure that no update of a deleted block is left in the journal."""
+        state = self._state
+        # What came before the delete; what comes after it has nothing of the block.
+        until = state.manifest.lsn
+        state.journal.trim(until)
+        if state.journal.base < until:
+            # Later updates share a segment with the deleted ones, or an earlier trim failed.
+            self.fold()
+            state.journal.trim(state.manifest.lsn)
+        if state.journal.base < until:
+            raise UnavailableError(
+                f"the journal of partition {state.number} still has updates of deleted blocks, "
+                "which could not be removed; the shard tries again by itself",
+                reason=Reason.STORE_FAILED,
+                metadata={"partition": str(state.number)},
+            )

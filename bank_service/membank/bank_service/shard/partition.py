@@ -269,7 +269,7 @@ class Partition:
                 held, state.held = state.held, None
                 state.changed.notify_all()
             if held is not None and held.manifest is not None and drop_prepared:
-                self.store.drop(held.manifest.number)
+                self._folding.drop_prepared()
 
     def finish(self) -> None:
         """After `install`: destroy what was deleted, then let updates pass again."""
@@ -296,9 +296,13 @@ class Partition:
         """Fold the journal if asked to and possible, and let go; accept nothing more."""
         state = self._state
         with state.folding:
+            is_folded = False
             try:
-                if consolidate and state.fenced is None and self._folding.consolidate():
-                    self._folding.let_go()
+                if consolidate and state.fenced is None:
+                    is_folded = self._folding.consolidate()
             finally:
                 with state.writer:
                     state.journal.close()
+            if is_folded:
+                # No update can come any more that the manifest does not contain.
+                self._folding.let_go()

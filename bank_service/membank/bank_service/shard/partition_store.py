@@ -43,6 +43,7 @@ from membank.wire.format.layout import manifest_key, number_of, revision_key
 from membank.wire.records import GarbageKind
 from membank.wire.spec import Array, BlockRef, BlockState, Role
 
+_LISTINGS = 8
 _MAX_WRITERS = 8
 _IN_FLIGHT_BYTES = 64 << 20
 """Bytes of blocks that are written side by side, at most; one block may have more."""
@@ -55,6 +56,10 @@ class PartitionStore:
 
     Slots are created, never overwritten, and their numbers are not used again: an owner that was
     replaced without knowing it can thus neither damage nor remove what its successor wrote.
+
+    The next manifest has the number after the greatest that is stored, always. So an owner that was
+    replaced and its successor meet on a number, and the one that comes late is fenced off. That is
+    why the manifest with the greatest number is never removed, whatever it is.
 
     Parameters
     ----------
@@ -75,41 +80,59 @@ class PartitionStore:
         self._slot_lock = Lock()
         self._next_slot: dict[int, int] = {}
         self._next_number = 1
+        self._first_own = 0
+        # Prepared by this owner and there, although its caller was told that it could not be.
+        self._given_up: set[int] = set()
+        # Own manifests that a renewal of the lease came across before anybody noted them.
+        self._own_seen: set[int] = set()
         # Written by this owner and named by no manifest that it knows: about to be published, or
         # by one whose publication may have succeeded although it was reported as failed.
         self._unpublished: set[SlotName] = set()
 
     def load_manifests(self) -> LoadedManifests:
-        """Find the manifest in force, and remove those that were prepared and given up.
+        """Find the manifest in force.
 
         Raises
         ------
         CorruptionError
             If a manifest is damaged, or one that a revision names is missing.
+        UnavailableError
+            If the owner publishes faster than its manifests can be read (OVERLOADED).
         """
+        loaded = self._read_stored()
+        self._require_named(loaded.current)
+        for level, slot in self._next_slot.items():
+            # Checks the arrays' metadata, and makes it anew where it was lost.
+            self._arrays.reserve(level, slot - 1)
+        return loaded
+
+    def _read_stored(self) -> LoadedManifests:
+        for _ in range(_LISTINGS):
+            with suppress(NotFoundError):  # retired since it was listed, as a newer one is there
+                return self._read_listed(self._bank.manifest_numbers(self._partition))
+        raise UnavailableError(
+            f"the manifests of partition {self._partition} change faster than they can be read: "
+            "its owner is at work; retry",
+            reason=Reason.OVERLOADED,
+            metadata={"partition": str(self._partition)},
+        )
+
+    def _read_listed(self, numbers: Iterable[int]) -> LoadedManifests:
         current: Manifest | None = None
         undecided: Manifest | None = None
         before: Manifest | None = None
         last_published: Manifest | None = None
-        given_up = []
-        for number in self._bank.manifest_numbers(self._partition):
-            manifest = self._bank.read_manifest(self._partition, number)
+        self._stored.clear()
+        for number in numbers:
+            manifest = self.manifest(number)
             self._note(manifest)
             match self._counts(manifest):
                 case None:
                     undecided = manifest
-                case False:
-                    given_up.append(number)
                 case True:
                     if current is None or _order(current) < _order(manifest):
                         current = manifest
                     before, last_published = last_published, manifest
-        self._require_named(current)
-        for level, slot in self._next_slot.items():
-            # Checks the arrays' metadata, and makes it anew where it was lost.
-            self._arrays.reserve(level, slot - 1)
-        for number in given_up:
-            self.drop(number)
         return LoadedManifests(current, undecided, last_published, bases_of(before, last_published))
 
     def load_content(self, ref: BlockRef, record: BlockRecord, roles: Sequence[Role]) -> Content:
@@ -201,22 +224,48 @@ class PartitionStore:
         UnavailableError
             If another owner published one of this number: this one is fenced off (FENCED).
         """
-        number = self._next_number
-        self._next_number += 1
         floor = self._retention.floor(self._bank, manifest.revision)
-        numbered = replace(
-            manifest,
-            partition=self._partition,
-            number=number,
-            nonce=uuid.uuid4().hex,
-            history_from=max(manifest.history_from, floor),
-        )
+        while True:
+            numbered = replace(
+                manifest,
+                partition=self._partition,
+                number=self._next_number,
+                nonce=uuid.uuid4().hex,
+                history_from=max(manifest.history_from, floor),
+            )
+            try:
+                self._bank.publish_manifest(numbered)
+            except AlreadyExistsError as err:
+                # An earlier one of ours, whose publication was reported as failed?
+                if not self._note_failed(manifest.owner):
+                    raise self._fenced(numbered.number) from err
+            else:
+                self._first_own = self._first_own or numbered.number
+                self._note(numbered)
+                return numbered
+
+    def is_unpublished(self, owner: str) -> bool:
+        """Say whether a manifest whose publication failed is surely not there.
+
+        A request that is repeated may fail for good after an earlier try succeeded unheard.
+        """
+        with suppress(MembankError):
+            return not self._note_failed(owner)
+        return False
+
+    def _note_failed(self, owner: str) -> bool:
+        """Take note of the manifest of the next number, if there is one by `owner`."""
         try:
-            self._bank.publish_manifest(numbered)
-        except AlreadyExistsError as err:
-            raise self._fenced(number) from err
-        self._note(numbered)
-        return numbered
+            found = self.manifest(self._next_number)
+        except NotFoundError:
+            return False
+        if found.owner != owner:
+            return False
+        if found.prepared:
+            # Whoever asked for it was told that it failed, so nobody will commit it.
+            self._given_up.add(found.number)
+        self._note(found)
+        return True
 
     def require_sole_owner(self, owner: str) -> None:
         """Return if nobody but `owner` has published a manifest since it took over.
@@ -227,9 +276,10 @@ class PartitionStore:
             If somebody has (FENCED), or the storage does not answer.
         """
         # Copied first: what is known then may be removed meanwhile, but was no stranger's.
-        known = set(self._stored)
+        known = self._own_seen.union(self._stored)
         for number in self._bank.manifest_numbers(self._partition):
-            if number in known:
+            # Owners come one after the other: what is older was there before this one.
+            if number in known or number < self._first_own:
                 continue
             try:
                 manifest = self.manifest(number)
@@ -237,6 +287,7 @@ class PartitionStore:
                 continue  # our own, removed since it was listed
             if manifest.owner != owner:
                 raise self._fenced(number)
+            self._own_seen.add(number)
 
     def _fenced(self, number: int) -> UnavailableError:
         return UnavailableError(
@@ -272,6 +323,11 @@ class PartitionStore:
         """Return the oldest revision that the settings ask to keep while `revision` is in force."""
         return max(self.history_from, self._retention.floor(self._bank, revision))
 
+    @property
+    def is_newest_alive(self) -> bool:
+        """Whether the manifest with the greatest number counts, or may count yet."""
+        return not self._stored or self._counts(self._stored[max(self._stored)]) is not False
+
     def would_free(self, history_from: int) -> bool:
         """Say whether giving up the ends before `history_from` leaves a manifest unneeded."""
         return self._needed(history_from) != self._needed(self.history_from)
@@ -290,10 +346,9 @@ class PartitionStore:
     def retire(self) -> None:
         """Remove the manifests that nothing retained needs, and the slots that only they name."""
         for number in sorted(self._stored.keys() - self._needed(self.history_from)):
-            self.drop(number)
+            self._drop(number)
 
-    def drop(self, number: int) -> None:
-        """Remove one manifest and the slots that only it names."""
+    def _drop(self, number: int) -> None:
         others = [m.slots for m in self._stored.values() if m.number != number]
         # Slots first: a crash in between leaves the manifest, by which they are found again.
         self.release(names_of(without(self._stored[number].slots, others)))
@@ -383,7 +438,7 @@ class PartitionStore:
             if number in self._stored:
                 continue
             manifest = self.manifest(number)
-            if manifest.owner != owner:
+            if manifest.owner != owner and number > self._first_own:
                 raise self._fenced(number)
             self._note(manifest)
 
@@ -400,16 +455,17 @@ class PartitionStore:
     def _needed(self, history_from: int, coming: StoredManifest | None = None) -> set[int]:
         """Return the numbers of the manifests that are needed; undecided ones are."""
         undecided = {n for n, m in self._stored.items() if self._counts(m) is None}
+        newest = {max(self._stored)} if self._stored and coming is None else set()
         pinned = [snapshot.revision for snapshot in self._bank.snapshots()]
-        return undecided | self._chain(coming).needed(history_from, pinned)
+        return undecided | newest | self._chain(coming).needed(history_from, pinned)
 
-    def purge(self, current: Manifest) -> int:
+    def purge(self, current: Manifest) -> None:
         """Destroy what storage holds of the blocks that `current` says are deleted.
 
-        Returns
-        -------
-        int
-            The number of slots destroyed.
+        Raises
+        ------
+        UnavailableError
+            If another owner took the partition over (FENCED).
 
         Notes
         -----
@@ -418,7 +474,10 @@ class PartitionStore:
         """
         deleted = set(EntryTable.of(current.entries).in_state(BlockState.DELETED))
         if not deleted:
-            return 0
+            return
+        # Listed before the manifests are, for the reason that `garbage` gives.
+        levels = {ref.level for ref in deleted}
+        chunks = [chunk for level in levels for chunk in self._arrays.stored_chunks(level)]
         self._note_own(current.owner)
         self._forget_removed()
         stored = [self.manifest(number) for number in self._stored]
@@ -429,22 +488,28 @@ class PartitionStore:
         for level, slot in doomed:
             self._arrays.delete(level, slot)
         # What a crashed writer left in slots that no manifest names may be of these blocks too.
-        used = set(names_of(union(m.slots for m in self._stored.values())))
-        for level in {ref.level for ref in deleted}:
-            for slot in self._arrays.stored_slots(level):
-                if (level, slot) not in used:
-                    self.release([(level, slot)])
+        used = self._names(self._stored)
+        for chunk in chunks:
+            if (chunk.level, chunk.slot) not in used:
+                self._bank.objects.delete(chunk.key)
+                self._unpublished.discard((chunk.level, chunk.slot))
+        # A successor may have removed some of them, which must not come back.
+        self._note_own(current.owner)
+        self._forget_removed()
         for manifest in affected:
+            if manifest.number not in self._stored:
+                continue
             scrubbed = replace(manifest, entries=without_content(manifest.entries, deleted))
             key = manifest_key(self._partition, manifest.number)
             self._bank.objects.put(key, encode_manifest(scrubbed), durable=True)
             self._note(scrubbed)
-        return len(doomed)
 
     def _counts(self, manifest: Manifest | StoredManifest) -> bool | None:
         """Say whether a manifest is in force (docs/format.md); None = undecided."""
         if not manifest.prepared:
             return True
+        if manifest.number in self._given_up:
+            return False
         record = self._bank.record(manifest.revision)
         if record is None:
             return None

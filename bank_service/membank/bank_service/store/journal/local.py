@@ -230,7 +230,8 @@ class LocalJournal:
         with self._lock:
             if self._segments and self._failure is None and self._file is not None:
                 current = self._segments[-1]
-                if current.base < current.last <= lsn:
+                # Also where later frames share it with earlier ones: those go once they are covered.
+                if current.base < min(current.last, lsn):
                     self._roll(current.ownership, current.last)
         self._remove(self._covered(lsn))
 
