@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from membank.bank_service.shard import Shard, ShardConfig
 from membank.bank_service.shard.config import Durability
 from membank.bank_service.shard.maintenance import ThreadMaintenance
+from membank.bank_service.shard.push_queue import Call, PushQueue
 from membank.bank_service.store import Bank, Data
 from membank.bank_service.store.journal import LogFile, PosixLogFile
 from membank.wire.errors import (
@@ -139,6 +141,49 @@ def test_a_retry_that_overtakes_its_first_attempt_is_applied_once(bank: Bank) ->
     assert first.results == second.results  # type: ignore[attr-defined]
     assert shard.describe([C])[0].version == 1
     shard.close()
+
+
+def test_a_retry_is_answered_though_its_first_attempt_is_forgotten_at_once(bank: Bank) -> None:
+    gate = _Gate()
+    config = ShardConfig(retained_requests=1)
+    shard = Shard.open(bank, config=config, open_log_file=gate.open_file)
+    update = make_update(shard, [C], "same")
+    others = [make_update(shard, [A], f"other-{number}") for number in range(2)]
+    updates = [others[0], update, others[1], update]
+    _, first, _, second = [f.result() for f in _push_all(shard, gate, updates)]
+    assert (first.duplicate, second.duplicate) == (False, True)  # type: ignore[attr-defined]
+    assert first.results == second.results  # type: ignore[attr-defined]
+    assert shard.describe([C])[0].version == 1
+    shard.close()
+
+
+def test_a_retry_that_waits_beside_its_first_attempt_has_no_other_blocks(bank: Bank) -> None:
+    gate = _Gate()
+    shard = Shard.open(bank, open_log_file=gate.open_file)
+    updates = [make_update(shard, [ref], f"u-{ref}") for ref in (A, C, LEAF)]
+    used = replace(updates[2], request_id=updates[1].request_id)
+    _, first, bad = _push_all(shard, gate, [updates[0], updates[1], used])
+    assert first.exception() is None
+    assert isinstance(bad.exception(), InvalidArgumentError)
+    shard.close()
+
+
+def test_the_later_of_two_equal_attempts_may_give_up_first(bank: Bank) -> None:
+    shard = Shard.open(bank)
+    update = make_update(shard, [A], "same")
+    shard.close()
+    first, second = (
+        Call(again, again.gradients)
+        for again in (
+            replace(update, gradients=(replace(gradient, values=gradient.values.copy()),))
+            for gradient in update.gradients * 2
+        )
+    )
+    queue = PushQueue()
+    queue.add(first)
+    queue.add(second)
+    queue.remove(second)
+    assert queue.next_batch() == [first]
 
 
 def test_a_batch_that_cannot_be_journalled_fails_whole_and_changes_nothing(bank: Bank) -> None:

@@ -38,25 +38,12 @@ class RequestLog:
     def answer(self, request_id: str, refs: Sequence[BlockRef]) -> tuple[UpdateResult, ...] | None:
         """Return what was answered to an update of `refs`; None = it is new.
 
-        A retry may have fewer blocks than the first attempt: a trainer that goes on after a stop
-        fetches again, and leaves out what has been withheld or deleted since.
-
-        Raises
-        ------
-        InvalidArgumentError
-            If the id was used for an update without one of `refs`.
+        Raises as `answer_of` does.
         """
         known = self._requests.get(request_id)
         if known is None:
             return None
-        by_ref = {result.ref: result for result in map(result_from_json, known.results)}
-        if not by_ref.keys() >= set(refs):
-            raise InvalidArgumentError(
-                f"request id {request_id!r} was used for an update of other blocks; "
-                "give each update an id of its own",
-                metadata={"request_id": request_id},
-            )
-        return tuple(by_ref[ref] for ref in refs)
+        return answer_of(request_id, map(result_from_json, known.results), refs)
 
     def export(self) -> tuple[AppliedRequest, ...]:
         """Return what a manifest must remember, oldest first."""
@@ -66,3 +53,26 @@ class RequestLog:
         self._requests[request.request_id] = request
         while len(self._requests) > self._capacity:
             self._requests.popitem(last=False)
+
+
+def answer_of(
+    request_id: str, results: Iterable[UpdateResult], refs: Sequence[BlockRef]
+) -> tuple[UpdateResult, ...]:
+    """Return what is answered to a retry with `refs` of an update that had `results`.
+
+    A retry may have fewer blocks than the first attempt: a trainer that goes on after a stop
+    fetches again, and leaves out what has been withheld or deleted since.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the id was used for an update without one of `refs`.
+    """
+    by_ref = {result.ref: result for result in results}
+    if not by_ref.keys() >= set(refs):
+        raise InvalidArgumentError(
+            f"request id {request_id!r} was used for an update of other blocks; "
+            "give each update an id of its own",
+            metadata={"request_id": request_id},
+        )
+    return tuple(by_ref[ref] for ref in refs)

@@ -7,19 +7,19 @@ gets its turn takes all of them along: one write and one sync for the lot (group
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from membank.bank_service.shard.content import BlockRecord, Content, content_crcs, kept
 from membank.bank_service.shard.folding import Folding
 from membank.bank_service.shard.optimizer import kernel_fingerprint
+from membank.bank_service.shard.push_queue import Call, PushQueue
+from membank.bank_service.shard.request_log import answer_of
 from membank.bank_service.shard.state import PartitionState
 from membank.bank_service.shard.update_frame import AppliedBlock, UpdateFrame, encode_update
 from membank.bank_service.store.journal import FrameKind
 from membank.wire.errors import (
     CorruptionError,
-    InvalidArgumentError,
     Reason,
     ResourceExhaustedError,
     UnavailableError,
@@ -27,9 +27,6 @@ from membank.wire.errors import (
 from membank.wire.format import Entry
 from membank.wire.records import BlockEvent, Gradient, Update, UpdateResult
 from membank.wire.spec import Array, BlockRef
-
-_BATCH_BYTES = 64 << 20
-"""Gradients that are journalled by one write, at most; one push alone may have more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,27 +36,8 @@ class _Staged:
     result: UpdateResult
     entry: Entry
     content: Content
-    gradient: Array | None
+    gradient: Gradient | None
     """None at recovery."""
-
-
-@dataclass(slots=True)
-class _Call:
-    """One push to this partition, on its way."""
-
-    update: Update
-    gradients: Sequence[Gradient]
-    results: tuple[UpdateResult, ...] | None = None
-    is_repeat: bool = False
-    error: Exception | None = None
-
-    @property
-    def is_done(self) -> bool:
-        return self.results is not None or self.error is not None
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(gradient.values.nbytes for gradient in self.gradients)
 
 
 @dataclass(slots=True)
@@ -68,8 +46,8 @@ class _Batch:
 
     records: dict[BlockRef, BlockRecord] = field(default_factory=dict)
     results: dict[str, tuple[UpdateResult, ...]] = field(default_factory=dict)
-    accepted: list[tuple[_Call, list[_Staged]]] = field(default_factory=list)
-    repeats: list[_Call] = field(default_factory=list)
+    accepted: list[tuple[Call, list[_Staged]]] = field(default_factory=list)
+    repeats: list[tuple[Call, tuple[UpdateResult, ...]]] = field(default_factory=list)
     payloads: list[Sequence[bytes | memoryview]] = field(default_factory=list)
 
 
@@ -92,7 +70,7 @@ class UpdatePath:
         self._frame_kind = (
             FrameKind.IMAGE if state.context.config.is_replayed_elsewhere else FrameKind.UPDATE
         )
-        self._queue: deque[_Call] = deque()
+        self._queue = PushQueue()
 
     def push(
         self, update: Update, gradients: Sequence[Gradient]
@@ -105,13 +83,13 @@ class UpdatePath:
         """
         state = self._state
         self._require_room()
-        call = _Call(update, gradients)
-        self._queue.append(call)
+        call = Call(update, gradients)
+        self._queue.add(call)
         with state.writer:
             while not call.is_done:
                 self._wait_until_free(call)
                 if not call.is_done:
-                    self._commit(self._next_batch())
+                    self._commit(self._queue.next_batch())
         if call.error is not None:
             raise call.error
         if self._folding.is_due():
@@ -175,7 +153,7 @@ class UpdatePath:
             metadata={"partition": str(state.number)},
         )
 
-    def _wait_until_free(self, call: _Call) -> None:
+    def _wait_until_free(self, call: Call) -> None:
         state = self._state
         wait_s = state.context.config.hold_wait_s
         if not state.changed.wait_for(lambda: state.held is None or call.is_done, wait_s):
@@ -187,15 +165,7 @@ class UpdatePath:
 
     # ---- one batch
 
-    def _next_batch(self) -> list[_Call]:
-        calls = [self._queue.popleft()]
-        num_bytes = calls[0].num_bytes
-        while self._queue and num_bytes + self._queue[0].num_bytes <= _BATCH_BYTES:
-            calls.append(self._queue.popleft())
-            num_bytes += calls[-1].num_bytes
-        return calls
-
-    def _commit(self, calls: Sequence[_Call]) -> None:
+    def _commit(self, calls: Sequence[Call]) -> None:
         batch = _Batch()
         for call in calls:
             try:
@@ -210,14 +180,12 @@ class UpdatePath:
         except Exception as err:
             if isinstance(err, UnavailableError) and err.reason is Reason.FENCED:
                 self._state.fenced = err
-            for call, _ in batch.accepted:
-                call.error = err
-            for call in batch.repeats:
+            for call, _ in [*batch.accepted, *batch.repeats]:
                 call.error = err
             return
         self._install(batch)
 
-    def _stage_call(self, batch: _Batch, call: _Call) -> None:
+    def _stage_call(self, batch: _Batch, call: Call) -> None:
         refs = [gradient.ref for gradient in call.gradients]
         request_id = call.update.request_id
         known = self._state.requests.answer(request_id, refs)
@@ -227,7 +195,7 @@ class UpdatePath:
         if request_id in batch.results:
             # A retry that came before its first attempt was journalled; it shares its fate.
             call.is_repeat = True
-            batch.repeats.append(call)
+            batch.repeats.append((call, answer_of(request_id, batch.results[request_id], refs)))
             return
         self._state.journal.require_usable()
         staged = [self._stage(batch, call.update, gradient) for gradient in call.gradients]
@@ -276,12 +244,8 @@ class UpdatePath:
         for call, _ in batch.accepted:
             call.results = batch.results[call.update.request_id]
             state.requests.add(call.update.request_id, call.results)
-        for call in batch.repeats:
-            try:
-                refs = [gradient.ref for gradient in call.gradients]
-                call.results = state.requests.answer(call.update.request_id, refs)
-            except InvalidArgumentError as err:
-                call.error = err
+        for call, results in batch.repeats:
+            call.results = results
         state.context.hub.publish(
             [
                 BlockEvent(
