@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from threading import RLock
 
+from membank.bank_service.shard.content import BlockRecord
 from membank.bank_service.shard.context import ShardContext
 from membank.bank_service.shard.contract import BlockOperation, Prepared
 from membank.bank_service.shard.draft import Draft, check_operations, draft_changes
@@ -250,10 +251,14 @@ class Participant:
                 cache[number] = partition.retained_manifest(number)
             return cache[number]
 
+        def record_of(ref: BlockRef) -> BlockRecord:
+            with self._context.state_lock:
+                return partition.record(ref)
+
         spec = self._bank.spec
-        drafts = draft_changes(spec, operations, partition.record, manifest_of)
+        drafts = draft_changes(spec, operations, record_of, manifest_of)
         for draft in drafts:
-            if draft.after.entry.slot != NO_SLOT and draft.after.content is None:
+            if draft.after.entry.slot not in {NO_SLOT, draft.before.slot}:
                 # Better to learn here that an old slot is damaged than after giving up the new.
                 partition.store.load_content(draft.ref, draft.after, spec.roles)
         return drafts
