@@ -319,7 +319,7 @@ class ShardApi(Protocol):
         """Stop; fold the journals first if asked to. A second call has no effect."""
 
     def describe(self, refs: Sequence[BlockRef]) -> tuple[BlockStatus, ...]:
-        """Return version, state, step and CRC of blocks."""
+        """Return version, state, step and CRC of blocks; of many, not all as of one moment."""
 
     def read(self, refs: Sequence[BlockRef]) -> Iterator[BlockContent]:
         """Yield blocks with their optimizer state; withheld ones too, deleted ones not."""

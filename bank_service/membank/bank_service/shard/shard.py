@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
+from membank.bank_service.shard.answers import described, exported, fetched
 from membank.bank_service.shard.config import ShardConfig
 from membank.bank_service.shard.context import ShardContext
 from membank.bank_service.shard.contract import (
@@ -29,11 +32,10 @@ from membank.bank_service.shard.contract import (
 from membank.bank_service.shard.draft import check_array
 from membank.bank_service.shard.lease import boot_clock
 from membank.bank_service.shard.maintenance import InlineMaintenance, Maintenance
-from membank.bank_service.shard.optimizer import convert
 from membank.bank_service.shard.participant import Participant, owned
 from membank.bank_service.shard.partition import Partition
 from membank.bank_service.shard.pinned import PinnedReader
-from membank.bank_service.shard.reader import BlockReader, LoadedBlock
+from membank.bank_service.shard.reader import BlockReader
 from membank.bank_service.shard.recovery import lock_partitions, open_partitions
 from membank.bank_service.shard.residency import Residency
 from membank.bank_service.shard.update_rule import UpdateRule
@@ -41,12 +43,15 @@ from membank.bank_service.shard.watch import WatchHub
 from membank.bank_service.store.bank import Bank
 from membank.bank_service.store.journal import LogFile, PosixLogFile
 from membank.bank_service.store.objects import ObjectStore, probe_create_only
-from membank.wire.crc import crc32c
-from membank.wire.errors import InvalidArgumentError, NotFoundError, Reason, UnavailableError
+from membank.wire.errors import (
+    InvalidArgumentError,
+    MembankError,
+    NotFoundError,
+    Reason,
+    UnavailableError,
+)
 from membank.wire.format import Entry, RevisionRecord
 from membank.wire.records import (
-    Block,
-    BlockHeader,
     Gradient,
     ShardStats,
     Update,
@@ -58,6 +63,9 @@ _LOG = logging.getLogger(__name__)
 
 _LEASE_RENEWALS = 3
 """Renewals in the length of a lease: two may fail before an owner has to ask in a call."""
+
+_DESCRIBED_AT_ONCE = 512
+"""Blocks that are described as of one moment."""
 
 
 @dataclass(slots=True)
@@ -229,7 +237,7 @@ class Shard:
                 refs, (Role.WEIGHT,), wanted=wanted, revision=lambda: self._participant.revision
             )
         blocks = tuple(
-            _fetched(ref, block, name, unchanged=block.entry.version == version)
+            fetched(ref, block, name, unchanged=block.entry.version == version)
             for ref, block, version in zip(refs, loaded, held, strict=True)
         )
         self._require_leases(refs)
@@ -289,18 +297,14 @@ class Shard:
     def describe(self, refs: Sequence[BlockRef]) -> tuple[BlockStatus, ...]:
         # docstring inherited
         self._check_owned(refs)
-        with self._context.state_lock:
-            entries = [(ref, self._owner(ref).record(ref).entry) for ref in refs]
-        return tuple(
-            BlockStatus(
-                ref=ref,
-                version=entry.version,
-                state=entry.state,
-                step=entry.step,
-                crc32c=entry.crcs[0] if entry.crcs else 0,
-            )
-            for ref, entry in entries
-        )
+        found: list[BlockStatus] = []
+        for start in range(0, len(refs), _DESCRIBED_AT_ONCE):
+            owners = [(ref, self._owner(ref)) for ref in refs[start : start + _DESCRIBED_AT_ONCE]]
+            # Not for all of a large bank at once: fetches wait meanwhile.
+            with self._context.state_lock:
+                entries = [(ref, owner.record(ref).entry) for ref, owner in owners]
+            found += itertools.starmap(described, entries)
+        return tuple(found)
 
     def read(self, refs: Sequence[BlockRef]) -> Iterator[BlockContent]:
         # docstring inherited
@@ -363,23 +367,24 @@ class Shard:
                 revision=lambda: self._participant.revision,
             )
             if block.arrays:
-                yield _content(ref, block)
+                yield exported(ref, block)
 
     def _start_duties(self) -> None:
         config, maintenance = self._context.config, self._context.maintenance
         if config.lease_s:
-            maintenance.every(config.lease_s / _LEASE_RENEWALS, self._renew_leases)
+            renew_s = config.lease_s / _LEASE_RENEWALS
+            maintenance.every(renew_s, partial(self._for_each, "renewing", Partition.renew_lease))
         if config.ship_every_s:
-            maintenance.every(config.ship_every_s, self._ship)
+            ship = partial(self._for_each, "shipping", Partition.ship)
+            maintenance.every(config.ship_every_s, ship)
 
-    def _renew_leases(self) -> None:
+    def _for_each(self, what: str, duty: Callable[[Partition], None]) -> None:
         for partition in self._partitions.values():
-            with suppress(UnavailableError):  # found again, and told, by the next call
-                partition.renew_lease()
-
-    def _ship(self) -> None:
-        for partition in self._partitions.values():
-            partition.ship()
+            try:
+                duty(partition)
+            except MembankError as err:
+                # Of this partition only, and found again by the next call or the next turn.
+                _LOG.warning("partition %d: %s failed: %s", partition.number, what, err)
 
     def _require_leases(self, refs: Sequence[BlockRef]) -> None:
         for number in {self.spec.partition_of(ref) for ref in refs}:
@@ -452,40 +457,3 @@ def _checked_partitions(spec: BankSpec, partitions: Sequence[int] | None) -> lis
                 metadata={"partition": str(number)},
             )
     return numbers
-
-
-def _fetched(ref: BlockRef, block: LoadedBlock, dtype: str, *, unchanged: bool) -> Block:
-    entry = block.entry
-    header = BlockHeader(
-        ref=ref,
-        version=entry.version,
-        state=entry.state,
-        dtype=dtype,
-        unchanged=unchanged and entry.state is BlockState.ACTIVE,
-    )
-    if not block.arrays:
-        return Block(header=header, weight=None)
-    weight = convert(block.arrays[Role.WEIGHT], dtype_of(dtype))
-    converted = weight is not block.arrays[Role.WEIGHT]
-    weight.flags.writeable = False
-    return Block(
-        header=dataclasses.replace(
-            header,
-            shape=weight.shape,
-            num_bytes=weight.nbytes,
-            crc32c=crc32c(weight) if converted else block.weight_crc,
-        ),
-        weight=weight,
-    )
-
-
-def _content(ref: BlockRef, block: LoadedBlock) -> BlockContent:
-    state = dict(block.arrays)
-    weight = state.pop(Role.WEIGHT)
-    return BlockContent(
-        ref=ref,
-        version=block.entry.version,
-        step=block.entry.step,
-        weight=weight,
-        optimizer_state=state,
-    )
