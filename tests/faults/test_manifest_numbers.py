@@ -56,7 +56,7 @@ def machines(tmp_path: Path) -> Machines:
 
 def _meet(machines: Machines, old: Shard, **settings: object) -> None:
     """Replace `old`, which wakes up afterwards; nothing that the new owner said may be lost."""
-    new = machines.open("two", **settings)
+    new = machines.open("two", None, **settings)
     assert new.push(make_update(new, [A], "v0")).results[0].accepted
     with pytest.raises(UnavailableError) as caught:
         old.consolidate()
@@ -66,7 +66,7 @@ def _meet(machines: Machines, old: Shard, **settings: object) -> None:
     before = full_state(new)
     new.close(consolidate=False)
     old.close(consolidate=False)
-    again = machines.open("two", **settings)
+    again = machines.open("two", None, **settings)
     assert full_state(again) == before
     again.close()
 

@@ -32,6 +32,14 @@ def crc32c(buffer: Buffer, *, start: int = 0) -> int:
     return _extender()(buffer, start)
 
 
+def join_crc32c(start: int, buffer: Buffer, known: int) -> int:
+    """Return the CRC-32C of what has the CRC `start` followed by `buffer`, whose own is `known`.
+
+    Costs nothing that grows with `buffer`, where awscrt is installed.
+    """
+    return _joiner()(start, buffer, known)
+
+
 def check_crc32c(buffer: Buffer, expected: int, *, what: str) -> None:
     """Raise unless `buffer` has the CRC-32C `expected`.
 
@@ -71,3 +79,17 @@ def _extender() -> Extender:
         return extend_portably
     extend: Extender = checksums.crc32c
     return extend
+
+
+@cache
+def _joiner() -> Callable[[int, Buffer, int], int]:
+    try:
+        from awscrt.checksums import combine_crc32c
+    except ImportError:
+        return lambda start, buffer, _: extend_portably(buffer, start)
+
+    def combine(start: int, buffer: Buffer, known: int) -> int:
+        length = len(buffer) if isinstance(buffer, bytes | bytearray) else buffer.nbytes
+        return int(combine_crc32c(start, known, length))
+
+    return combine

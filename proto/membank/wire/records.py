@@ -65,6 +65,9 @@ class Gradient:
     """Version that the gradient was computed on."""
     values: Array
     """(L, P, R, D), C-contiguous, float32, bfloat16 or float16; not retained."""
+    crc32c: int | None = None
+    """CRC-32C of the bytes of `values`, as whoever received them has checked it: what is kept of them
+    is then checked end to end. None = not known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,7 @@ import struct
 import pytest
 
 from membank.bank_service.store.journal import (
+    Checked,
     FrameKind,
     Ownership,
     SegmentHead,
@@ -20,6 +21,7 @@ from membank.bank_service.store.journal.frames import (
     encode_continued,
     encode_frame,
     encode_head,
+    read_frames,
 )
 from membank.wire.crc import crc32c
 from membank.wire.errors import CorruptionError, FailedPreconditionError, Reason
@@ -41,6 +43,19 @@ def _segment(head: SegmentHead, num_frames: int) -> bytes:
 def _raw(kind: int, lsn: int, payload: bytes) -> bytes:
     header = struct.pack("<4sB3xIQI", b"MBJF", kind, len(payload), lsn, crc32c(payload))
     return header + struct.pack("<I", crc32c(header)) + payload
+
+
+def test_a_frame_of_checked_pieces_is_the_same() -> None:
+    pieces = [Checked(memoryview(data), crc32c(data)) for data in (b"lo", b"", b"ad")]
+    frame = b"".join(encode_frame(FrameKind.UPDATE, 7, [b"pay", *pieces]))
+    assert frame == _raw(2, 7, b"payload")
+
+
+def test_bytes_that_changed_since_they_were_checked_are_found() -> None:
+    changed = Checked(memoryview(b"lOad"), crc32c(b"load"))
+    data = b"".join(encode_frame(FrameKind.UPDATE, 7, [b"pay", changed]))
+    with pytest.raises(CorruptionError, match="payload of a frame is damaged"):
+        list(read_frames("log", data))
 
 
 def test_the_layout_is_that_of_the_document() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from membank.wire.crc import Buffer, Extender, crc32c, extend_portably
+from membank.wire.crc import Buffer, Extender, crc32c, extend_portably, join_crc32c
 
 
 def _fast() -> Extender:
@@ -110,3 +111,13 @@ print(before, "_awscrt" in sys.modules)
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert answer.stdout.split() == ["False", "True"]
+
+
+@pytest.mark.parametrize(
+    "join", [join_crc32c, lambda start, buffer, _: extend_portably(buffer, start)]
+)
+@given(st.binary(max_size=300), st.binary(max_size=300))
+def test_a_known_crc_is_joined_to_what_comes_before(
+    join: Callable[[int, bytes, int], int], first: bytes, second: bytes
+) -> None:
+    assert join(crc32c(first), second, crc32c(second)) == crc32c(first + second)

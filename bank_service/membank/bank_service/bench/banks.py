@@ -14,6 +14,7 @@ from membank.bank_service.shard.partition_store import PartitionStore
 from membank.bank_service.store.bank import Bank
 from membank.bank_service.store.local_objects import LocalObjects
 from membank.bank_service.store.objects import ObjectStore
+from membank.wire.crc import crc32c
 from membank.wire.format import NO_SLOT, Entry, Manifest
 from membank.wire.records import Gradient, Update
 from membank.wire.spec import (
@@ -158,8 +159,8 @@ class Shelf:
 
 
 def update_of(request_id: str, ref: BlockRef, base_version: int, values: Array) -> Update:
-    """Return a push of one gradient."""
-    gradient = Gradient(ref=ref, base_version=base_version, values=values)
+    """Return a push of one gradient as a server has it, its bytes checked on arrival."""
+    gradient = Gradient(ref=ref, base_version=base_version, values=values, crc32c=crc32c(values))
     return Update(request_id=request_id, step=1, gradients=(gradient,))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from membank.bank_service.shard.optimizer import kernel_fingerprint
 from membank.bank_service.shard.update_frame import AppliedBlock, encode_update
-from membank.bank_service.store.journal import FrameKind, LocalJournal, Ownership
+from membank.bank_service.store.journal import FrameKind, LocalJournal, Ownership, Payload
 from membank.bank_service.store.journal.frames import encode_batch, num_bytes_of
 from membank.wire.format import NO_SLOT, Entry
 from membank.wire.records import Update, UpdateResult
@@ -37,6 +37,7 @@ class StagedUpdate:
                 gradient.ref,
                 Entry(slot=NO_SLOT, version=gradient.base_version + 1, crcs=(0,)),
                 gradient.values,
+                gradient.crc32c,
             )
             for gradient in update.gradients
         )
@@ -77,7 +78,7 @@ class JournalRig:
         """Release the files."""
         self._journal.close()
 
-    def _payload(self, staged: StagedUpdate) -> list[bytes | memoryview]:
+    def _payload(self, staged: StagedUpdate) -> Payload:
         return encode_update(
             FrameKind.UPDATE, staged.update, staged.results, staged.blocks, self._kernel
         )

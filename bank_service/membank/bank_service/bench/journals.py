@@ -102,7 +102,8 @@ class JournalBench:
         updates = f"{per_batch} updates of {spec.weight_bytes(1)} bytes"
         return Row(
             name=self.name,
-            what=f"{count} batches of {updates}, encoded, checksummed and appended "
+            what=f"{count} batches of {updates} whose bytes were checked on arrival, encoded, "
+            "checksummed and appended "
             f"({self._durability.value}) / writev of as many buffers of the same sizes to one file"
             + (", fdatasync after each" if is_synced else ""),
             unit="MB/s",

@@ -177,6 +177,7 @@ class BlockServicer(BankInfoServicer):
                         ref=convert.ref_from_pb(header.ref),
                         base_version=header.base_version,
                         values=array,
+                        crc32c=header.crc32c,
                     )
                     for header, array in zip(head.headers, arrays, strict=True)
                 ),

@@ -25,7 +25,7 @@ class ShardConfig:
     journal_limit_bytes: int = 256 << 20
     """Bytes of a partition's journal from which on updates wait until it is folded; at least
     `consolidate_bytes`."""
-    segment_bytes: int = 16 << 20
+    segment_bytes: int = 64 << 20
     """Bytes of a journal segment from which on the next one is begun, at least 1."""
     resident_bytes: int = 4 << 30
     """Bytes of blocks and optimizer state that are kept in memory. Blocks that are not in slots

@@ -17,7 +17,7 @@ from membank.bank_service.shard.push_queue import Call, PushQueue
 from membank.bank_service.shard.request_log import answer_of
 from membank.bank_service.shard.state import PartitionState
 from membank.bank_service.shard.update_frame import AppliedBlock, UpdateFrame, encode_update
-from membank.bank_service.store.journal import FrameKind
+from membank.bank_service.store.journal import FrameKind, Payload
 from membank.wire.errors import (
     CorruptionError,
     Reason,
@@ -48,7 +48,7 @@ class _Batch:
     results: dict[str, tuple[UpdateResult, ...]] = field(default_factory=dict)
     accepted: list[tuple[Call, list[_Staged]]] = field(default_factory=list)
     repeats: list[tuple[Call, tuple[UpdateResult, ...]]] = field(default_factory=list)
-    payloads: list[Sequence[bytes | memoryview]] = field(default_factory=list)
+    payloads: list[Payload] = field(default_factory=list)
 
 
 class UpdatePath:
@@ -227,7 +227,7 @@ class UpdatePath:
             return _refused(ref, record.entry, Reason.NOT_FINITE)
         entry, content = found
         result = UpdateResult(ref=ref, accepted=True, version=entry.version)
-        return _Staged(result, entry, content, gradient.values)
+        return _Staged(result, entry, content, gradient)
 
     def _apply(
         self, ref: BlockRef, record: BlockRecord, values: Array, scale: float
@@ -275,7 +275,11 @@ class UpdatePath:
 
 
 def _applied(staged: _Staged) -> AppliedBlock:
-    return AppliedBlock(staged.result.ref, staged.entry, staged.gradient, staged.content.arrays)
+    gradient = staged.gradient
+    assert gradient is not None
+    return AppliedBlock(
+        staged.result.ref, staged.entry, gradient.values, gradient.crc32c, staged.content.arrays
+    )
 
 
 def _traits(entry: Entry) -> tuple[object, ...]:

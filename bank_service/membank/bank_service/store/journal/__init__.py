@@ -7,6 +7,7 @@ a copy in the bank's storage), `backlog` (what is still to be shipped).
 """
 
 from membank.bank_service.store.journal.contract import (
+    Checked,
     Frame,
     FrameKind,
     Journal,
@@ -30,6 +31,7 @@ from membank.bank_service.store.journal.shipped import ShipLag, ShippedJournal
 
 __all__ = [
     "MAX_FRAME_BYTES",
+    "Checked",
     "Frame",
     "FrameKind",
     "Journal",

@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-Payload = Sequence[bytes | memoryview]
+
+class Checked(NamedTuple):
+    """A piece of a payload whose CRC is known already."""
+
+    data: memoryview
+    """Its bytes, flat."""
+    crc32c: int
+    """Their CRC-32C."""
+
+
+Payload = Sequence[bytes | memoryview | Checked]
 """Content of one frame, in pieces that are written one after the other."""
 
 

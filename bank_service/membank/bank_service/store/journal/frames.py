@@ -21,13 +21,14 @@ from dataclasses import dataclass
 
 from membank.bank_service.store.journal.contract import (
     CONTENT_KINDS,
+    Checked,
     Frame,
     FrameKind,
     Ownership,
     Payload,
     TornTail,
 )
-from membank.wire.crc import crc32c
+from membank.wire.crc import crc32c, join_crc32c
 from membank.wire.errors import (
     CorruptionError,
     FailedPreconditionError,
@@ -43,6 +44,7 @@ MAX_FRAME_BYTES = (1 << 32) - 1
 _MAGIC = b"MBJF"
 _HEADER = struct.Struct("<4sB3xIQII")
 _CHECKED = struct.Struct("<4sB3xIQI")
+_U32 = struct.Struct("<I")
 _KINDS = frozenset(kind.value for kind in FrameKind)
 
 HEADER_BYTES = _HEADER.size
@@ -96,17 +98,24 @@ def encode_frame(kind: FrameKind, lsn: int, payload: Payload) -> list[bytes | me
     InvalidArgumentError
         If the payload exceeds `MAX_FRAME_BYTES` (MESSAGE_TOO_LARGE).
     """
-    length = num_bytes_of(payload)
+    crc = length = 0
+    buffers: list[bytes | memoryview] = []
+    for piece in payload:
+        if isinstance(piece, Checked):
+            data: bytes | memoryview = piece.data
+            crc = join_crc32c(crc, data, piece.crc32c)
+        else:
+            data = piece
+            crc = crc32c(data, start=crc)
+        length += len(data) if isinstance(data, bytes) else data.nbytes
+        buffers.append(data)
     if length > MAX_FRAME_BYTES:
         raise InvalidArgumentError(
             f"an update of {length} bytes exceeds {MAX_FRAME_BYTES}; send its blocks apart",
             reason=Reason.MESSAGE_TOO_LARGE,
         )
-    crc = 0
-    for buffer in payload:
-        crc = crc32c(buffer, start=crc)
     checked = _CHECKED.pack(_MAGIC, kind, length, lsn, crc)
-    return [checked + struct.pack("<I", crc32c(checked)), *payload]
+    return [checked + _U32.pack(crc32c(checked)), *buffers]
 
 
 def encode_batch(
@@ -155,9 +164,10 @@ def encode_continued(last_lsn: int) -> bytes:
     return b"".join(encode_frame(FrameKind.CONTINUED, last_lsn, []))
 
 
-def num_bytes_of(buffers: Sequence[bytes | memoryview]) -> int:
-    """Return the length of `buffers` together."""
-    return sum(memoryview(buffer).nbytes for buffer in buffers)
+def num_bytes_of(payload: Payload) -> int:
+    """Return the length of a payload, or of the buffers of a frame."""
+    pieces = (piece.data if isinstance(piece, Checked) else piece for piece in payload)
+    return sum(len(data) if isinstance(data, bytes) else data.nbytes for data in pieces)
 
 
 def read_frames(name: str, data: bytes | memoryview, *, offset: int = 0) -> Iterator[Frame]:

@@ -117,7 +117,7 @@ class LocalJournal:
         identity: str,
         *,
         sync: bool = False,
-        segment_bytes: int = 16 << 20,
+        segment_bytes: int = 64 << 20,
         open_file: Callable[[Path], LogFile] = PosixLogFile,
         remove_file: Callable[[Path], None] = Path.unlink,
     ) -> LocalJournal:
