@@ -93,15 +93,14 @@ class PlacementTable:
         self._endpoints: dict[str, str] = {}
         self._generation = 0
 
-    def set_endpoint(self, shard_id: str, endpoint: str) -> bool:
-        """Note where a shard listens; return whether that changed the placement."""
+    def set_endpoint(self, shard_id: str, endpoint: str) -> None:
+        """Note where a shard listens."""
         with self._lock:
             if self._endpoints.get(shard_id) == endpoint:
-                return False
+                return
             self._endpoints[shard_id] = endpoint
             # The clock keeps generations growing across controllers, which share no counter.
             self._generation = max(self._generation + 1, int(self._clock()))
-            return True
 
     def current(self) -> Placement:
         """Return the placement; shards that never came up are left out."""
