@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 
+import campaign_clients
+import campaign_siege
 from bad_settings import ForgetfulSetting, HoardingSetting, LateSetting
+from campaign_bad_settings import MortalSetting
 from campaign_model import Wrong
 from campaign_service import preloaded_context
 from campaign_setting import Promise, Setting
-from campaign_siege import LOCAL_PACE, LOCAL_PROMISES, S3_PACE, S3_PROMISES, Pace, Siege
+from campaign_siege import LOCAL_PACE, LOCAL_PROMISES, S3_PACE, S3_PROMISES, Pace, Siege, Trigger
 from campaign_tally import Tally
 from membank.bank_service.shard import Durability
 from s3_server import S3Place
@@ -94,3 +97,43 @@ def test_campaign_finds_deleted_content(tmp_path: Path) -> None:
 
     assert tally.wrong[Wrong.RESURRECTED]
     assert tally.kills < 40
+
+
+def test_campaign_finds_deleted_content_that_comes_back_in_a_later_life(tmp_path: Path) -> None:
+    tally = Tally()
+    setting = _local(tmp_path / "siege")
+    siege = Siege(
+        preloaded_context(), setting, tally, seed="test", pace=LOCAL_PACE, promises=(PROCESS,)
+    )
+    assert siege.run(15)
+    # As if a machine that was taken for dead had written what it still held.
+    (setting.journal_dir / "late").write_bytes(siege.history.forbidden[0])
+
+    assert not siege.run(0)
+    assert tally.wrong[Wrong.RESURRECTED]
+
+
+def test_campaign_finds_a_process_that_somebody_else_kills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(campaign_clients, "PATIENCE_S", 10.0)
+
+    tally = _besiege(MortalSetting(**vars(_local(tmp_path / "siege"))), 20)
+
+    assert tally.wrong[Wrong.FAILED]
+    assert "died by itself" in str(tally.failures)
+
+
+def test_service_that_is_killed_at_its_start_is_not_blamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {Trigger.CALL_AT_START: 3, Trigger.CLOCK_AT_START: 1}
+    monkeypatch.setattr(campaign_siege, "TRIGGERS", weights)
+
+    tally = _besiege(_local(tmp_path / "siege"), 20, promises=LOCAL_PROMISES)
+
+    assert tally.failures == []
+    assert tally.kills > tally.restarts
+    assert sum(tally.calls.values()) == sum(
+        tally.triggers[trigger] for trigger in (Trigger.CALL, Trigger.CALL_AT_START)
+    )

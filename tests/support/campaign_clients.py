@@ -49,6 +49,11 @@ _REASKED = 3
 _LOOKS = 20
 _MAX_SNAPSHOTS = 4
 _KEPT_REVISIONS = 3
+_PAUSE_S = 0.001
+
+
+TRANSIENT = (UnavailableError, ResourceExhaustedError, ConflictError)
+"""What a call may be answered with that must be repeated; of conflicts, those between operators."""
 
 
 class Line:
@@ -91,9 +96,12 @@ class Line:
                 return self._callers[seat](method, *args)
             except ServiceGone as err:
                 self.num_unanswered += err.was_asked
-                if self._ended.is_set() or not self._up[seat].wait(PATIENCE_S):
+                left_s = give_up - time.monotonic()
+                if self._ended.is_set() or left_s <= 0 or not self._up[seat].wait(left_s):
                     raise
-            except (UnavailableError, ResourceExhaustedError, ConflictError) as err:
+                # It may have died while it is still taken for open.
+                self._ended.wait(_PAUSE_S)
+            except TRANSIENT as err:
                 is_overtaken = err.reason is Reason.TRANSACTION_CONFLICT
                 if isinstance(err, ConflictError) and not is_overtaken:
                     raise

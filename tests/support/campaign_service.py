@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 
 from campaign_bank import ArmKill, Phase
@@ -39,6 +39,8 @@ class Process:
         self._context = context
         self._process: ForkServerProcess | None = None
         self._control: Connection | None = None
+        self._was_open = False
+        self._was_killed = False
 
     @property
     def running(self) -> ForkServerProcess:
@@ -46,9 +48,25 @@ class Process:
         assert self._process is not None
         return self._process
 
+    @property
+    def is_at_start(self) -> bool:
+        """Whether it is not open yet, or was not when it died."""
+        return not self._was_open or Phase.OPENING in self.board.phases()
+
+    @property
+    def died_by_itself(self) -> bool:
+        """Whether it died before it was killed, and not at a call at which it was to die."""
+        return self._is_dead and not self._was_killed and not self.board.last_word()
+
+    @property
+    def _is_dead(self) -> bool:
+        # Only asked, not polled: two threads that poll a process read its status once.
+        return self._process is not None and bool(wait([self._process.sentinel], 0))
+
     def start(self, setting: Setting, kill: ArmKill | None = None) -> None:
         """Begin a life; `kill` says when it ends itself, counted from its very start."""
         self.board.clear()
+        self._was_open = self._was_killed = False
         self._control, theirs = self._context.Pipe()
         self._process = self._context.Process(
             target=serve, args=(setting, self.seat, theirs, kill), daemon=True
@@ -77,12 +95,15 @@ class Process:
             raise ServiceGone(self.seat, was_asked=False) from err
         if isinstance(answer, Exception):
             raise answer
+        self._was_open = True
         self.up.set()
 
     def kill(self) -> None:
         """Send SIGKILL."""
         self.up.clear()
-        self.running.kill()
+        if not self._is_dead:
+            self._was_killed = True
+            self.running.kill()
 
     def stop(self) -> None:
         """Let it stop as an operator does."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
 import signal
 import time
 import traceback
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -18,26 +16,20 @@ from multiprocessing.context import ForkServerContext
 from threading import Event, Timer
 
 from campaign_bank import SPEC, TREE, ArmKill, Surveyed
-from campaign_calls import ServiceGone, ServiceHangs
-from campaign_clients import Client, Line, Numbers, Operator, Pusher, Reader
+from campaign_calls import Caller, ServiceGone, ServiceHangs
+from campaign_clients import TRANSIENT, Client, Line, Numbers, Operator, Pusher, Reader
 from campaign_model import History, Wrong
+from campaign_remains import ANY_FAULT, DAMAGE, Remains
 from campaign_service import Process, phases_of
 from campaign_setting import SHARDS, Promise, Seat, Setting
 from campaign_tally import Tally
-from membank.bank_service.fsck import Severity, check_bank
 from membank.bank_service.shard import Durability
 from membank.bank_service.store import Bank
-from membank.wire.errors import NotFoundError
 
 _NUM_PUSHERS = 3
 _CALLS_AT_START = 20
 _CHANGE = 0.3
 _MOVE = 0.6
-
-_DAMAGE = (Severity.DAMAGE,)
-"""What a service may never leave, however it dies."""
-_ANY_FAULT = (Severity.DAMAGE, Severity.REPAIRABLE)
-"""What it may not leave once it has started again, and settled what it was at."""
 
 
 class Trigger(StrEnum):
@@ -47,6 +39,15 @@ class Trigger(StrEnum):
     CALL = "at a random call of the storage"
     CLOCK_AT_START = "at a random moment of the start"
     CALL_AT_START = "at a random call of the start"
+
+
+TRIGGERS = {
+    Trigger.CLOCK: 11,
+    Trigger.CALL: 5,
+    Trigger.CLOCK_AT_START: 2,
+    Trigger.CALL_AT_START: 2,
+}
+"""How often each is meant to come about."""
 
 
 class Victims(StrEnum):
@@ -141,22 +142,21 @@ class Siege:
         self._rng = random.Random(seed)
         # Whether all that was acknowledged lies in the bank's storage.
         self._can_move = False
-        self._journal_dirs = [setting.journal_dir]
         setting.folder.mkdir(parents=True)
         Bank.create(setting.objects(), SPEC, tree=TREE)
-        self._objects = setting.objects()
         self._processes = {seat: Process(context, setting, seat) for seat in Seat}
-        self._history = History()
-        self._num_forbidden = 0
+        self.history = History()
+        """What clients asked and were told."""
+        self._remains = Remains(setting, self.history, tally)
         self._line = self._new_line()
         numbers = Numbers()
         self._clients: list[Client] = [
-            Operator("op", self._new_line(), self._history, self._child_rng(), numbers),
-            Reader("reader", self._new_line(), self._history, self._child_rng()),
+            Operator("op", self._new_line(), self.history, self._child_rng(), numbers),
+            Reader("reader", self._new_line(), self.history, self._child_rng()),
         ]
         for index in range(_NUM_PUSHERS):
             name, rng = f"pusher-{index}", self._child_rng()
-            self._clients.append(Pusher(name, self._new_line(), self._history, rng, numbers))
+            self._clients.append(Pusher(name, self._new_line(), self.history, rng, numbers))
 
     def run(self, num_kills: int) -> bool:
         """Kill the service so often, and stop it once; False where something went wrong.
@@ -170,9 +170,10 @@ class Siege:
         try:
             with self._judged():
                 self._start(list(Seat))
-                while not self._history.violations and self._tally.kills < target:
+                while not self.history.violations and self._tally.kills < target:
                     self._live()
                     self._check()
+                    self._tally.restarts += 1
                 self._stop()
         finally:
             for process in self._processes.values():
@@ -192,7 +193,8 @@ class Siege:
             lives = [pool.submit(client.live, stop) for client in self._clients]
             try:
                 self._strike()
-                self._wait_for_death(list(Seat), self._life_s())
+                if self._wait_for_death(list(Seat), self._life_s()):
+                    raise RuntimeError("nobody was to be killed now")
             except BaseException:
                 self._let_clients_go()
                 raise
@@ -212,17 +214,17 @@ class Siege:
         """Kill some processes, and start them again, which may take several attempts."""
         victims = self._rng.choices(list(Victims), [2, 2, 1])[0]
         seats = self._seats_of(victims)
-        trigger = self._rng.choices(list(Trigger), [11, 5, 2, 2])[0]
+        trigger = self._rng.choices(list(TRIGGERS), list(TRIGGERS.values()))[0]
         if trigger is Trigger.CALL:
             shot = self._rng.choice(seats)
             self._line.insist(shot, "arm", *self._shot(self._pace.calls_of(shot)))
             self._wait_for_death(seats, self._pace.long_s)
         else:
             self._wait_for_death(seats, self._life_s())
-        self._kill(seats, victims, Trigger.CALL if trigger is Trigger.CALL else Trigger.CLOCK)
+        self._kill(seats, victims)
         if trigger in (Trigger.CLOCK_AT_START, Trigger.CALL_AT_START):
             self._start_in_vain(seats, trigger)
-            self._kill(seats, victims, trigger)
+            self._kill(seats, victims)
         self._start(seats)
 
     def _seats_of(self, victims: Victims) -> list[Seat]:
@@ -239,6 +241,8 @@ class Siege:
         for seat in seats:
             self._processes[seat].start(self._setting)
         self._open(seats)
+        if Seat.COORDINATOR in seats:
+            self._line.insist(Seat.COORDINATOR, "recover")
 
     def _start_in_vain(self, seats: Sequence[Seat], trigger: Trigger) -> None:
         """Start processes that will be killed before they are open, or soon after."""
@@ -250,27 +254,31 @@ class Siege:
             self._processes[seat].start(self._setting, kill)
         if trigger is Trigger.CLOCK_AT_START:
             timer.start()
-        with suppress(ServiceGone):
+        with suppress(ServiceGone, *TRANSIENT):
             self._open(seats)
+            if Seat.COORDINATOR in seats:
+                # Once: whoever it takes may be dead, and nobody starts it before this returns.
+                Caller(self._setting.address(Seat.COORDINATOR))("recover")
         self._wait_for_death(seats, self._pace.long_s)
         timer.cancel()
+        if timer.is_alive():
+            timer.join()
 
     def _open(self, seats: Sequence[Seat]) -> None:
         for seat in seats:
             self._processes[seat].wait_until_open()
         if set(SHARDS) <= set(seats):
             self._can_move = self._setting.promise.durability is Durability.STORE
-        if Seat.COORDINATOR in seats:
-            self._line.insist(Seat.COORDINATOR, "recover")
 
-    def _wait_for_death(self, seats: Sequence[Seat], longest_s: float) -> None:
-        wait([self._processes[seat].running.sentinel for seat in seats], longest_s)
+    def _wait_for_death(self, seats: Sequence[Seat], longest_s: float) -> bool:
+        """Return once somebody is dead, or after so long: whether somebody is."""
+        return bool(wait([self._processes[seat].running.sentinel for seat in seats], longest_s))
 
     def _kill_now(self, seats: Sequence[Seat]) -> None:
         for seat in seats:
             self._processes[seat].kill()
 
-    def _kill(self, seats: Sequence[Seat], victims: Victims, trigger: Trigger) -> None:
+    def _kill(self, seats: Sequence[Seat], victims: Victims) -> None:
         """Kill processes that may be dead already, count that, and look at what they left."""
         self._kill_now(seats)
         tally, processes = self._tally, self._processes
@@ -279,34 +287,50 @@ class Siege:
             phase.name.lower()
             for phase in phases_of({processes[s] for s in (*seats, Seat.COORDINATOR)})
         )
-        for seat in seats:
-            code = processes[seat].end()
-            if code != -signal.SIGKILL:
-                self._history.blame(Wrong.FAILED, f"{seat} ended by itself, with {code}")
-            if word := processes[seat].board.last_word():
-                tally.calls[_call_name(word)] += 1
+        self._bury(seats)
         tally.kills += 1
         tally.victims[victims.value] += 1
-        tally.triggers[trigger.value] += 1
+        tally.triggers[self._trigger_of(seats).value] += 1
         tally.durability[str(self._setting.promise)] += 1
         if victims is Victims.ALL:
-            self._check_files("killed", _DAMAGE)
+            self._remains.check("killed", DAMAGE)
             self._change_setting()
-            self._copy_files()
+            self._remains.copy()
+
+    def _bury(self, seats: Sequence[Seat]) -> None:
+        for seat in seats:
+            process = self._processes[seat]
+            code = process.end()
+            if code != -signal.SIGKILL or process.died_by_itself:
+                self.history.blame(Wrong.FAILED, f"{seat} died by itself, with {code}")
+            if word := process.board.last_word():
+                self._tally.calls[_call_name(word)] += 1
+
+    def _trigger_of(self, seats: Sequence[Seat]) -> Trigger:
+        """Return how a kill came about, which need not be how it was meant to."""
+        dead = [self._processes[seat] for seat in seats]
+        shot = [process for process in dead if process.board.last_word()]
+        is_at_start = any(process.is_at_start for process in shot or dead)
+        if shot:
+            return Trigger.CALL_AT_START if is_at_start else Trigger.CALL
+        return Trigger.CLOCK_AT_START if is_at_start else Trigger.CLOCK
 
     def _stop(self) -> None:
         """Stop as told, start again, and stop again: what a clean stop leaves is whole too."""
         for _ in range(2):
-            if self._history.violations:
+            if self.history.violations:
                 return
             for process in self._processes.values():
                 process.stop()
             codes = {seat: process.end() for seat, process in self._processes.items()}
             if any(codes.values()):
-                self._history.blame(Wrong.FAILED, f"a stop ended with {codes}")
-            self._check_files("stopped", _ANY_FAULT)
+                self.history.blame(Wrong.FAILED, f"a stop ended with {codes}")
+            self._remains.check("stopped", ANY_FAULT)
+            # What was deleted long ago may be back: a journal of a former owner, a late write.
+            self._remains.look_for_deleted(since_ever=True)
             self._start(list(Seat))
             self._check()
+            self._tally.stops += 1
 
     @contextmanager
     def _judged(self) -> Iterator[None]:
@@ -316,9 +340,12 @@ class Siege:
         except ServiceHangs as err:
             for process in self._processes.values():
                 process.show_stacks()
-            self._history.blame(Wrong.FAILED, str(err))
+            self.history.blame(Wrong.FAILED, str(err))
         except Exception:
-            self._history.blame(Wrong.FAILED, traceback.format_exc())
+            self.history.blame(Wrong.FAILED, traceback.format_exc())
+            for seat, process in self._processes.items():
+                if process.died_by_itself:
+                    self.history.blame(Wrong.FAILED, f"{seat} died by itself")
 
     # ---- what is looked at
 
@@ -327,66 +354,15 @@ class Siege:
         for client in self._clients:
             client.ask_again()
         parts: list[Surveyed] = [self._line.insist(seat, "survey") for seat in SHARDS]
-        self._history.check(
+        self.history.check(
             Surveyed(
                 versions={ref: v for part in parts for ref, v in part.versions.items()},
                 images={ref: image for part in parts for ref, image in part.images.items()},
                 served={ref: data for part in parts for ref, data in part.served.items()},
             )
         )
-        self._look_for_deleted()
-        self._check_files("restarted", _ANY_FAULT)
-        self._tally.restarts += 1
-
-    def _check_files(self, when: str, wrong: Collection[Severity]) -> None:
-        """Let the check of a bank judge what lies in the storage."""
-        report = check_bank(self._objects, journal_dir=self._setting.journal_dir, deep=True)
-        self._tally.checks += 1
-        for finding in report.findings:
-            if finding.severity in wrong:
-                self._history.blame(
-                    Wrong.FSCK, f"{when}: {finding.kind.value}: {finding.key}: {finding.problem}"
-                )
-
-    def _look_for_deleted(self) -> None:
-        """Look into every object and journal for what was deleted."""
-        forbidden = self._history.forbidden[self._num_forbidden :]
-        if not forbidden:
-            return
-        self._num_forbidden = len(self._history.forbidden)
-        for where, data in self._contents():
-            found = [pattern.hex() for pattern in forbidden if pattern in data]
-            if found:
-                self._history.blame(
-                    Wrong.RESURRECTED, f"{where} holds deleted content that begins with {found[0]}"
-                )
-
-    def _contents(self) -> Iterator[tuple[str, bytes]]:
-        for key in self._objects.list(""):
-            with suppress(NotFoundError):
-                yield key, self._objects.get(key)
-        for folder in self._journal_dirs:
-            for path in sorted(folder.rglob("*")):
-                with suppress(FileNotFoundError):
-                    if path.is_file():
-                        yield str(path), path.read_bytes()
-
-    def _copy_files(self) -> None:
-        """Keep what the last kill left, in case that the next start goes wrong."""
-        copy = self._setting.folder / "before"
-        shutil.rmtree(copy, ignore_errors=True)
-        if self._setting.journal_dir.exists():
-            shutil.copytree(self._setting.journal_dir, copy / "journals")
-        if self._setting.is_directory:
-            # Objects are replaced, never written into, so that a link is a copy.
-            shutil.copytree(self._setting.url, copy / "bank", copy_function=os.link)
-
-    def _copy_objects(self) -> None:
-        """Keep the objects of a bucket, which ends with its server."""
-        for key in self._objects.list(""):
-            path = self._setting.folder / "objects" / key
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(self._objects.get(key))
+        self._remains.look_for_deleted()
+        self._remains.check("restarted", ANY_FAULT)
 
     # ---- chance
 
@@ -397,11 +373,14 @@ class Siege:
             self._setting = replace(self._setting, promise=promise)
         is_in_store = self._setting.promise.durability is Durability.STORE
         if self._can_move and is_in_store and self._rng.random() < _MOVE:
-            self._tally.machines += 1
-            machine = self._setting.folder / f"machine-{len(self._journal_dirs)}"
-            self._setting = replace(self._setting, journal_dir=machine)
-            self._journal_dirs.append(machine)
+            self._move()
         self._can_move = self._can_move and is_in_store
+
+    def _move(self) -> None:
+        self._tally.machines += 1
+        folders = self._remains.journal_dirs
+        folders.append(self._setting.folder / f"machine-{len(folders)}")
+        self._setting = replace(self._setting, journal_dir=folders[-1])
 
     def _shot(self, max_calls: int) -> tuple[int, bool]:
         return self._rng.randrange(max_calls), self._rng.random() < 0.5
@@ -422,11 +401,10 @@ class Siege:
     # ---- the end
 
     def _report(self) -> bool:
-        violations = self._history.violations
+        violations = self.history.violations
         if not violations:
             return True
-        if not self._setting.is_directory:
-            self._copy_objects()
+        self._remains.keep()
         self._tally.wrong.update(violation.kind for violation in violations)
         self._tally.failures.append(
             {

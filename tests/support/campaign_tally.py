@@ -13,9 +13,12 @@ class Tally:
     """What came out of the kills of one kind of storage."""
 
     kills: int = 0
-    """Kills, of one process or of all at once."""
+    """Kills, of one process or of all at once; a start that is killed too counts as another one."""
     restarts: int = 0
-    """Times that every request was settled, every block compared and every file checked."""
+    """Times that, after one or two kills, every request was settled, every block compared and every
+    file checked."""
+    stops: int = 0
+    """The same after a clean stop."""
     victims: Counter[str] = field(default_factory=Counter)
     """Kills by who was killed."""
     banks: int = 0
@@ -55,9 +58,10 @@ class Tally:
         """Return the figures, JSON-able."""
         return {
             "kills": self.kills,
+            "restarts": self.restarts,
             "acknowledged": self.acknowledged,
             **{kind.value: self.wrong[kind] for kind in Wrong},
-            "restarts": self.restarts,
+            "clean_stops": self.stops,
             "banks": self.banks,
             "fsck_runs": self.checks,
             "seconds": round(self.seconds, 1),
@@ -75,7 +79,10 @@ class Tally:
         """Return the figures that matter, in one line."""
         wrong = ", ".join(f"{self.wrong[kind]} {kind.value}" for kind in Wrong)
         vacuous = "; TOO FEW TO PROVE ANYTHING" if self.is_vacuous else ""
-        return f"{self.kills} kills, {self.acknowledged} updates acknowledged: {wrong}{vacuous}"
+        return (
+            f"{self.kills} kills, {self.restarts} restarts looked at, "
+            f"{self.acknowledged} updates acknowledged: {wrong}{vacuous}"
+        )
 
 
 def _ordered(counter: Counter[str]) -> dict[str, int]:
