@@ -17,6 +17,10 @@ STRAYS = (
     "snapshots/README",
     "partitions/0000/manifests/newest",
     "partitions/0000/manifests/0000000099.bak",
+    "partitions/0000/level-1/weight/c.orig",
+    "partitions/0000/level-1/weight/c.0.0.0.0.0.orig",
+    "partitions/0000/level-1/weight/c.-1.0.0.0.0",
+    "partitions/0000/level-1/weight/c.4294967296.0.0.0.0",
 )
 
 
@@ -24,7 +28,7 @@ def test_a_bank_with_strays_goes_on(tmp_path: Path) -> None:
     rig = ShardRig(tmp_path)
     for key in STRAYS:
         path = tmp_path / key
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"a copy")
     rig.kill_shards()
     rig.open_shards()

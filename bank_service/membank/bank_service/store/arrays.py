@@ -18,7 +18,7 @@ from zarr.storage import MemoryStore
 
 from membank.bank_service.store.objects import ObjectStore, Viewable
 from membank.wire.errors import CorruptionError, NotFoundError, Reason
-from membank.wire.format import decode_slot, encode_slot
+from membank.wire.format import NO_SLOT, decode_slot, encode_slot
 from membank.wire.format.layout import array_prefix, slot_key
 from membank.wire.format.slot import TRAILER_BYTES
 from membank.wire.spec import Array, BankSpec, Role
@@ -64,17 +64,6 @@ class SlotArrays:
         self._partition = partition
         self._lock = Lock()
         self._capacity: dict[int, int] = {}
-
-    def capacity(self, level: int) -> int:
-        """Return the number of slots that the arrays of `level` declare; 0 = not made yet.
-
-        Raises
-        ------
-        CorruptionError
-            If the metadata of an array is damaged or describes another array.
-        """
-        with self._lock:
-            return self._load_capacity(level)
 
     def read_capacity(self, level: int, role: Role) -> int:
         """Return the number of slots that one array declares, read anew; 0 = it is not there.
@@ -181,15 +170,19 @@ class SlotArrays:
         for role in self._spec.roles:
             num_bytes = self._spec.block_params(level) * self._spec.role_dtype(role).itemsize
             for key in self._objects.list(array_prefix(self._partition, level, role)):
-                name = key.rsplit("/", 1)[-1]
-                if name.startswith("c."):
-                    slot = int(name.split(".")[1])
+                slot = self._slot_in(key, level, role)
+                if slot is not None:
                     chunks.append(Chunk(level, slot, key, num_bytes + TRAILER_BYTES))
         return chunks
 
-    def stored_slots(self, level: int) -> set[int]:
-        """Return the slots of which some role is stored, whether or not a manifest names them."""
-        return {chunk.slot for chunk in self.stored_chunks(level)}
+    def _slot_in(self, key: str, level: int, role: Role) -> int | None:
+        """Return the slot whose key this is; None = it is none's: metadata, or somebody's file."""
+        digits = key.rsplit("/", 1)[-1].removeprefix("c.").partition(".")[0]
+        # What slots may be, and nothing else that `int` takes.
+        if not digits.isdecimal() or int(digits) >= NO_SLOT:
+            return None
+        slot = int(digits)
+        return slot if slot_key(self._partition, level, role, slot) == key else None
 
     def _load_capacity(self, level: int) -> int:
         if level not in self._capacity:
