@@ -31,6 +31,7 @@ from membank.bank_service.shard.contract import SetContent
 from membank.bank_service.shard.partition_store import PartitionStore
 from membank.bank_service.store import Bank
 from membank.bank_service.store.arrays import SlotArrays
+from membank.bank_service.store.objects import PROBES
 from membank.wire.errors import MembankError
 from membank.wire.format.layout import slot_key
 from membank.wire.records import GarbageKind, Snapshot
@@ -103,11 +104,11 @@ def make_littered_bank(root: Path) -> None:
     objects = UnsyncedObjects(root)
     for level in (1, 2):
         # What a writer leaves that dies before it publishes, at the numbers that it took.
-        slot = 1 + max(SlotArrays(objects, SPEC, 1).stored_slots(level))
+        slot = 1 + max(chunk.slot for chunk in SlotArrays(objects, SPEC, 1).stored_chunks(level))
         for role in (Role.WEIGHT, Role.EXP_AVG):
             objects.put(slot_key(1, level, role, slot), b"\0" * 64)
     for number in (1, 2):
-        objects.put(f".probe-{number}", b"first")
+        objects.put(f"{PROBES}/{number}", b"first")
     with opened(root) as it:
         for number in range(3, 6):
             change(it, number)

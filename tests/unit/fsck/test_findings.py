@@ -17,7 +17,7 @@ from membank.bank_service.fsck import FindingKind, Severity, check_bank
 from membank.bank_service.shard import Shard
 from membank.bank_service.store import Bank, LocalObjects
 from membank.bank_service.store.bank import UNPIN_OPERATION
-from membank.bank_service.store.objects import storage_error
+from membank.bank_service.store.objects import PROBES, storage_error
 from membank.wire.errors import FailedPreconditionError, NotFoundError, Reason
 from membank.wire.format import (
     TreeDocument,
@@ -243,7 +243,7 @@ def test_anything_in_any_place(root: Path) -> None:
 
 def test_what_belongs_to_nothing(root: Path) -> None:
     expected = {
-        ".probe-0123": FindingKind.LEFTOVER,
+        f"{PROBES}/0123": FindingKind.LEFTOVER,
         "notes.txt": FindingKind.OBJECT_UNKNOWN,
         "partitions/0009/manifests/0000000001": FindingKind.OBJECT_UNKNOWN,
         "partitions/0000/notes.txt": FindingKind.OBJECT_UNKNOWN,

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from membank.bank_service.shard.contract import SetContent
+from membank.bank_service.store import LocalObjects
+from membank.bank_service.store.objects import PROBES
 from membank.wire.errors import (
     ConflictError,
     InvalidArgumentError,
@@ -304,7 +306,29 @@ def litter(rig: ShardRig) -> None:
     """Leave what crashes leave among the documents of a bank."""
     rig.objects.put(tree_key(77), b"a tree that was never in force")
     rig.bank.create_snapshot(Snapshot(name="never", revision=99, create_time_s=0.0))
-    rig.objects.put(".probe-0123", b"first")
+    rig.objects.put(f"{PROBES}/0123", b"first")
+
+
+class _Listed(LocalObjects):
+    """Notes what is listed."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.prefixes: list[str] = []
+
+    def list(self, prefix: str) -> list[str]:
+        self.prefixes.append(prefix)
+        return super().list(prefix)
+
+
+def test_a_collection_does_not_list_the_whole_bank(rig: ShardRig) -> None:
+    litter(rig)
+    objects = _Listed(rig.objects.root)
+    rig.objects = objects
+    rig.start_coordinator()
+    objects.prefixes.clear()
+    assert GarbageKind.PROBE in kinds(rig.operations.collect_garbage(asked("g")))
+    assert "" not in objects.prefixes
 
 
 def test_documents_that_nobody_needs_go(rig: ShardRig) -> None:
@@ -320,7 +344,7 @@ def test_documents_that_nobody_needs_go(rig: ShardRig) -> None:
     wet = rig.operations.collect_garbage(asked("g"))
     assert wet.garbage == dry.garbage
     keys = {key for garbage in wet.garbage for key in garbage.keys}
-    assert keys == {tree_key(77), snapshot_key("never"), ".probe-0123"}
+    assert keys == {tree_key(77), snapshot_key("never"), f"{PROBES}/0123"}
     assert wet.num_bytes == sum(before[key] for key in keys)
     left = {key for key in rig.objects.list("") if "journal" not in key}
     assert left == before.keys() - keys

@@ -12,7 +12,7 @@ from membank.bank_service.fsck.segments import is_local_segment
 from membank.bank_service.fsck.slots import slot_of
 from membank.bank_service.fsck.view import PartitionView
 from membank.bank_service.store.local_objects import LocalObjects
-from membank.bank_service.store.objects import ObjectStore
+from membank.bank_service.store.objects import PROBES, ObjectStore
 from membank.wire.format.layout import (
     SPEC_KEY,
     array_prefix,
@@ -31,7 +31,6 @@ PARTITION_KEY = re.compile(r"partitions/(\d+)/")
 """Begins every key of a partition."""
 JOURNAL_KEY = re.compile(r"partitions/(\d+)/journal/([^/]+)")
 """A file of a local journal beside the blocks."""
-_PROBE = ".probe-"
 
 
 def check_scratch(objects: ObjectStore) -> Iterator[Finding]:
@@ -59,7 +58,7 @@ def check_names(keys: Collection[str], num_partitions: int | None) -> Iterator[F
             ):
                 continue
             yield _unknown(key)
-        elif key.startswith(_PROBE):
+        elif key.startswith(f"{PROBES}/"):
             yield _leftover(
                 key,
                 "it was made to try the storage out, by a start that was cut short",

@@ -14,13 +14,12 @@ from membank.bank_service.shard.contract import PartitionGarbage, PartitionHisto
 from membank.bank_service.shard.garbage import Item, merged, summed
 from membank.bank_service.shard.retention import Retention
 from membank.bank_service.store import Bank
+from membank.bank_service.store.objects import PROBES
 from membank.wire.errors import NotFoundError
 from membank.wire.format.layout import TREES, number_in, snapshot_key, tree_key
 from membank.wire.records import Garbage, GarbageKind, GarbageReport
 
 _LOG = logging.getLogger(__name__)
-
-_PROBE_PREFIX = ".probe-"
 
 
 class GarbageCollector:
@@ -59,7 +58,7 @@ class GarbageCollector:
 
     def collect(self, request: AdminRequest, *, keep_revisions: int | None) -> GarbageReport:
         """See `BankAdmin.collect_garbage`."""
-        probes = self._probes()
+        probes = self._bank.objects.list(PROBES)
         history_from = 0
         if keep_revisions is not None:
             history_from = self._give_up_history(request, keep_revisions)
@@ -137,9 +136,6 @@ class GarbageCollector:
             ]
             items = [Item(kind, key, len(self._bank.objects.get(key))) for kind, key in keys]
             return self._remove(items, dry_run=dry_run)
-
-    def _probes(self) -> list[str]:
-        return [key for key in self._bank.objects.list("") if key.startswith(_PROBE_PREFIX)]
 
     def _still_there(self, probes: list[str]) -> list[Item]:
         items = []

@@ -32,6 +32,8 @@ _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR})
 _PUBLISH_ATTEMPTS = 2
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
+PROBES = ".probes"
+"""Prefix of the objects by which a store is tried out; no part of a bank."""
 
 Data = bytes | Sequence[bytes | memoryview]
 """Content of an object: whole, or in pieces one after the other, which saves a copy where the
@@ -144,7 +146,7 @@ def probe_create_only(objects: ObjectStore) -> None:
     FailedPreconditionError
         If it does not, or keeps versions of what is deleted (reason STORE_UNSUPPORTED).
     """
-    key = f".probe-{uuid.uuid4().hex}"
+    key = f"{PROBES}/{uuid.uuid4().hex}"
     first, second = (uuid.uuid4().bytes for _ in range(2))
     try:
         publish(objects, key, first)
