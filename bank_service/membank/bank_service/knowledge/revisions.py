@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from membank.bank_service.store import Bank
-from membank.wire.errors import CorruptionError, NotFoundError, Reason
+from membank.wire.errors import CorruptionError, NotFoundError
 from membank.wire.format import RevisionRecord
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class RevisionLog:
         self._bank = bank
         self._clock = clock
         self._lock = threading.Lock()
-        self._by_request: OrderedDict[str, RevisionRecord] = OrderedDict()
+        self._by_request: OrderedDict[str, int] = OrderedDict()
         self._last = -1
         self._committed = self.read(0)
         self.reload()
@@ -75,13 +75,12 @@ class RevisionLog:
         """Read what others, or an append whose answer was lost, may have added."""
         last = self._bank.latest_number()
         first = max(self._last + 1, last - REMEMBERED_REQUESTS + 1, 0)
-        for number in range(first, last + 1):
-            self._take(self.read(number))
-        number = last
-        while not self.read(number).committed:
-            number -= 1
+        for record in self._bank.outlines(range(first, last + 1)):
+            self._take(record)
+        back = self._bank.outlines(range(last, -1, -1))
+        committed = self.read(next(record.revision for record in back if record.committed))
         with self._lock:
-            self._last, self._committed = last, self.read(number)
+            self._last, self._committed = last, committed
 
     def read(self, revision: int) -> RevisionRecord:
         """Return the record of `revision`.
@@ -91,14 +90,7 @@ class RevisionLog:
         CorruptionError
             If it is damaged, or gone.
         """
-        record = self._bank.record(revision)
-        if record is None:
-            raise CorruptionError(
-                f"revision record {revision} of {self._bank.url} is missing; restore it from a copy",
-                reason=Reason.MANIFEST_CORRUPT,
-                metadata={"revision": str(revision)},
-            )
-        return record
+        return self._bank.require_record(revision)
 
     def read_in_force(self, read: Callable[[RevisionRecord], T]) -> tuple[RevisionRecord, T]:
         """Return the newest commit and what `read` finds of it.
@@ -120,7 +112,8 @@ class RevisionLog:
     def find(self, request_id: str) -> RevisionRecord | None:
         """Return the commit that this request id made, or None."""
         with self._lock:
-            return self._by_request.get(request_id)
+            revision = self._by_request.get(request_id)
+        return None if revision is None else self.read(revision)
 
     def committed_after(self, revision: int) -> Iterator[RevisionRecord]:
         """Yield the commits that came after `revision`, oldest first."""
@@ -169,6 +162,6 @@ class RevisionLog:
         if not (record.committed and record.request_id):
             return
         with self._lock:
-            self._by_request[record.request_id] = record
+            self._by_request[record.request_id] = record.revision
             while len(self._by_request) > REMEMBERED_REQUESTS:
                 self._by_request.popitem(last=False)

@@ -56,7 +56,7 @@ class Retention:
         oldest = revision
         for num_kept, record in enumerate(_commits_before(bank, revision), start=1):
             # A revision ends when the next one begins, which may be about to.
-            following = bank.record(oldest)
+            following = bank.outline(oldest)
             age_s = 0.0 if following is None else now - following.time_s
             if num_kept >= self.num_revisions and age_s >= self.ended_within_s:
                 break
@@ -124,7 +124,4 @@ def _last_until(ordered: Sequence[StoredManifest], revision: int) -> StoredManif
 
 
 def _commits_before(bank: Bank, revision: int) -> Iterator[RevisionRecord]:
-    for number in range(revision - 1, -1, -1):
-        record = bank.record(number)
-        if record is not None and record.committed:
-            yield record
+    return (r for r in bank.outlines(range(revision - 1, -1, -1)) if r.committed)

@@ -1,7 +1,8 @@
 """What a bank is made of on storage: objects, zarr arrays of slots, journals, the bank's documents.
 
 Modules: `objects` (the seam to storage), `local_objects`, `s3_objects` and `fsspec_objects` (implementations),
-`arrays` (zarr metadata and slots), `journal` (the redo log, a package), `bank` (documents of a bank).
+`arrays` (zarr metadata and slots), `journal` (the redo log, a package), `bank` (documents of a bank), `records` (its
+chain of revisions).
 """
 
 from membank.bank_service.store.arrays import SlotArrays

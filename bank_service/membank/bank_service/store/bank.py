@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import time
 import uuid
+from collections.abc import Iterator, Sequence
 from functools import partial
-from threading import Lock
 
 from membank.bank_service.store.objects import ObjectStore, probe_create_only, publish
 from membank.bank_service.store.open_objects import open_objects
+from membank.bank_service.store.records import RevisionRecords, missing_record
 from membank.wire.errors import (
     AlreadyExistsError,
     ConflictError,
@@ -23,7 +24,6 @@ from membank.wire.format import (
     RevisionRecord,
     TreeDocument,
     decode_manifest,
-    decode_revision,
     decode_snapshot,
     decode_spec,
     decode_tree,
@@ -45,7 +45,6 @@ from membank.wire.format.layout import (
     snapshot_name,
     tree_key,
 )
-from membank.wire.format.revision import record_sha256
 from membank.wire.records import Snapshot
 from membank.wire.spec import NAME_PATTERN, BankSpec
 
@@ -61,15 +60,12 @@ class Bank:
     Make one with `Bank.create` or `Bank.open`. Safe to use from threads.
     """
 
-    # Threads: `_lock` guards the cache of records, which are immutable once they exist.
-
     def __init__(self, objects: ObjectStore, spec: BankSpec) -> None:
         self.objects = objects
         """The bank's storage."""
         self.spec = spec
         """The bank's spec."""
-        self._lock = Lock()
-        self._records: dict[int, tuple[RevisionRecord, str]] = {}
+        self._records = RevisionRecords(objects)
 
     @classmethod
     def create(
@@ -173,8 +169,25 @@ class Bank:
         CorruptionError
             If the record is damaged.
         """
-        found = self._read_record(revision)
-        return None if found is None else found[0]
+        found = self._records.find(revision)
+        return None if found is None else found.record
+
+    def outline(self, revision: int) -> RevisionRecord | None:
+        """Return the record of `revision` without its `detail`, or None as `record` does.
+
+        Of these many more are remembered, so it is what a walk along the chain should ask for.
+        """
+        return self._records.outline(revision)
+
+    def outlines(self, revisions: Sequence[int]) -> Iterator[RevisionRecord]:
+        """Yield the records of `revisions` without their `detail`, reading ahead.
+
+        Raises
+        ------
+        CorruptionError
+            If one is damaged, or gone.
+        """
+        return self._records.outlines(revisions)
 
     def require_record(self, revision: int) -> RevisionRecord:
         """Return the record of a revision that was decided.
@@ -186,16 +199,15 @@ class Bank:
         """
         record = self.record(revision)
         if record is None:
-            raise _missing_record(revision)
+            raise missing_record(revision)
         return record
 
     def latest_commit(self) -> RevisionRecord:
         """Return the newest record that is a commit."""
-        for revision in range(self.latest_number(), -1, -1):
-            record = self.require_record(revision)
-            if record.committed:
-                return record
-        raise _missing_record(0)
+        for outline in self.outlines(range(self.latest_number(), -1, -1)):
+            if outline.committed:
+                return self.require_record(outline.revision)
+        raise missing_record(0)
 
     def decide(self, record: RevisionRecord) -> RevisionRecord:
         """Create the record of a revision, linked to the one before, and return what stands.
@@ -218,14 +230,14 @@ class Bank:
         FailedPreconditionError
             If the revision before is still undecided.
         """
-        previous = self._read_record(record.revision - 1)
+        previous = self._records.find(record.revision - 1)
         if previous is None:
             raise FailedPreconditionError(
                 f"revision {record.revision - 1} is undecided, so {record.revision} cannot be",
                 reason=Reason.TRANSACTION_CONFLICT,
             )
         linked = dataclasses.replace(
-            record, previous_sha256=previous[1], nonce=record.nonce or uuid.uuid4().hex
+            record, previous_sha256=previous.sha256, nonce=record.nonce or uuid.uuid4().hex
         )
         try:
             publish(self.objects, revision_key(record.revision), encode_revision(linked))
@@ -238,14 +250,22 @@ class Bank:
             ) from err
         return linked
 
-    def named_manifest(self, revision: int, partition: int) -> int:
+    def named_manifest(self, revision: int, partition: int, *, since: int = 0) -> int:
         """Return the manifest of `partition` that is in force at `revision`; 0 = as initialised.
 
         That is the one named by the newest commit up to `revision` that names any; updates that
         came after that commit are not part of the revision.
+
+        Parameters
+        ----------
+        revision
+            The revision.
+        partition
+            The partition.
+        since
+            Oldest commit to look at; 0 is the answer where none from there on names a manifest.
         """
-        for number in range(revision, -1, -1):
-            record = self.require_record(number)
+        for record in self.outlines(range(revision, since - 1, -1)):
             if record.committed and partition in record.manifests:
                 return record.manifests[partition]
         return 0
@@ -419,20 +439,6 @@ class Bank:
             metadata={"snapshot": name},
         )
 
-    def _read_record(self, revision: int) -> tuple[RevisionRecord, str] | None:
-        with self._lock:
-            if revision in self._records:
-                return self._records[revision]
-        key = revision_key(revision)
-        try:
-            data = self.objects.get(key)
-        except NotFoundError:
-            return None
-        found = decode_revision(data, key=f"{self.url}/{key}"), record_sha256(data)
-        with self._lock:
-            self._records[revision] = found
-        return found
-
 
 def _exists(objects: ObjectStore, key: str) -> bool:
     try:
@@ -455,12 +461,4 @@ def _no_records(objects: ObjectStore) -> CorruptionError:
         f"{objects.url} has no {revision_key(0)}; restore the bank from a copy",
         reason=Reason.MANIFEST_CORRUPT,
         metadata={"key": revision_key(0)},
-    )
-
-
-def _missing_record(revision: int) -> CorruptionError:
-    return CorruptionError(
-        f"revision record {revision_key(revision)} is missing; restore the file from a copy",
-        reason=Reason.MANIFEST_CORRUPT,
-        metadata={"key": revision_key(revision)},
     )
