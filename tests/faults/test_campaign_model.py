@@ -115,14 +115,15 @@ class Witness:
         images = {ref: fresh_image(marked_content(ref, value)) for ref in MARKED}
         self.transact(Swap(request_id=f"swap-{value}", value=value), images)
 
-    def look(self) -> list[Wrong]:
+    def look(self, least: Mapping[BlockRef, int] | None = None) -> list[Wrong]:
         """Let the history judge, and return what is wrong."""
         served = {
             ref: image.arrays[0]
             for ref, image in self.images.items()
             if image.state is BlockState.ACTIVE
         }
-        self.history.check(Surveyed(versions=self.versions, images=self.images, served=served))
+        found = Surveyed(versions=self.versions, images=self.images, served=served)
+        self.history.check(found, least)
         return self.wrong()
 
 
@@ -148,6 +149,19 @@ def test_update_that_is_gone_is_lost(witness: Witness) -> None:
     witness.versions[A], witness.images[A] = 0, before
 
     assert witness.look() == [Wrong.LOST]
+
+
+def test_lost_machine_may_take_the_newest_updates_alone(witness: Witness) -> None:
+    least = dict.fromkeys(SPEC.blocks(), 0)
+    witness.push(1, A)
+    copied = witness.images[A]
+    witness.push(2, A)
+    witness.versions[A], witness.images[A] = 1, copied
+    assert witness.look(least | {A: 1}) == []
+
+    witness.images[A] = initial_image(A)
+    assert witness.look(least | {A: 1}) == [Wrong.DIFFERING]
+    assert witness.look(least | {A: 2}) == [Wrong.DIFFERING, Wrong.LOST]
 
 
 def test_version_that_nobody_was_told_of_is_doubled(witness: Witness) -> None:

@@ -137,3 +137,21 @@ def test_service_that_is_killed_at_its_start_is_not_blamed(
     assert sum(tally.calls.values()) == sum(
         tally.triggers[trigger] for trigger in (Trigger.CALL, Trigger.CALL_AT_START)
     )
+
+
+def test_campaign_finds_updates_that_a_clean_stop_left_in_a_journal(tmp_path: Path) -> None:
+    tally = _besiege(replace(_local(tmp_path / "siege"), folds_at_stop=False), 3)
+
+    assert tally.kills >= 3
+    assert tally.wrong[Wrong.LOST]
+
+
+def test_campaign_finds_updates_that_were_not_copied_before_the_machine_was_lost(
+    tmp_path: Path,
+) -> None:
+    never = Promise(Durability.PROCESS, ship_every_s=1000.0)
+
+    tally = _besiege(_local(tmp_path / "siege"), 1, promises=[never])
+
+    assert tally.machines_lost == 1
+    assert tally.wrong[Wrong.LOST]

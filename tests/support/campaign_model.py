@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -209,11 +209,21 @@ class History:
 
     # ---- what the bank holds
 
-    def check(self, found: Surveyed) -> None:
-        """Compare a bank that is at rest, every request answered, with what it must hold."""
+    def check(self, found: Surveyed, least: Mapping[BlockRef, int] | None = None) -> None:
+        """Compare a bank that is at rest, every request answered, with what it must hold.
+
+        Parameters
+        ----------
+        found
+            What it holds.
+        least
+            Versions from which on it may have lost what is newer, with its machine; nothing can be
+            asked of it afterwards. None = it may have lost nothing.
+        """
         with self._lock:
             for ref in SPEC.blocks():
-                self._check_block(ref, found.versions[ref], found.images[ref])
+                must = (least or self._told)[ref]
+                self._check_block(ref, found.versions[ref], found.images[ref], must)
                 self._check_served(ref, found)
             if not self.violations:
                 self._check_answers()
@@ -240,14 +250,14 @@ class History:
         self._refusals.clear()
         self._seen.clear()
 
-    def _check_block(self, ref: BlockRef, version: int, image: Image) -> None:
+    def _check_block(self, ref: BlockRef, version: int, image: Image, must: int) -> None:
         past = self._past[ref]
-        if self._told[ref] > version:
+        if must > version:
             beyond = [past.causes[v].request.request_id for v in sorted(past.causes) if v > version]
             self._blame(
                 Wrong.LOST,
                 f"block {ref} is at version {version}, though somebody was told of "
-                f"{self._told[ref]}; without {', '.join(beyond)}",
+                f"{must}; without {', '.join(beyond)}",
             )
             return
         unknown = [v for v in range(past.known + 1, version + 1) if v not in past.causes]

@@ -54,6 +54,10 @@ class Setting:
     """Told from that of every other bank of this machine; the processes listen under it."""
     promise: Promise = Promise(Durability.PROCESS)
     """What an acknowledged update survives."""
+    folds_at_stop: bool = True
+    """Whether a clean stop leaves nothing in a journal, so that a machine can be given up."""
+    is_restless: bool = True
+    """Whether blocks are written all the time, or hardly ever, so that journals hold all updates."""
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     """What leads to the bucket."""
 
@@ -80,14 +84,14 @@ class Setting:
         return FaultyLogFile(path, plan)
 
     def config(self) -> ShardConfig:
-        """Return settings under which a bank of this size never rests."""
+        """Return settings under which a bank of this size never rests, or hardly ever writes."""
         return ShardConfig(
             durability=self.promise.durability,
             ship_every_s=self.promise.ship_every_s,
             journal_dir=str(self.journal_dir),
-            consolidate_bytes=1500,
+            consolidate_bytes=1500 if self.is_restless else 1 << 30,
             segment_bytes=1000,
-            resident_bytes=20_000,
+            resident_bytes=20_000 if self.is_restless else 1 << 30,
             retained_revisions=3,
             lease_s=0.3,
         )

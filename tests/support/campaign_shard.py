@@ -42,6 +42,7 @@ class ShardDesk:
     """
 
     def __init__(self, setting: Setting, index: int, board: Board, plan: ArmedKill) -> None:
+        self._folds_at_stop = setting.folds_at_stop
         self._shard = Shard.open(
             FaultyObjects(setting.objects(), plan),
             shard_id=SHARDS[index],
@@ -72,7 +73,7 @@ class ShardDesk:
 
     def stop(self) -> None:
         # docstring inherited
-        self._shard.close()
+        self._shard.close(consolidate=self._folds_at_stop)
 
     def _fetch(self, refs: Sequence[BlockRef], times: int) -> list[Fetched]:
         # One right after the other: what a swap shows of itself in between is over at once.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import time
 import traceback
@@ -25,9 +26,12 @@ from campaign_setting import SHARDS, Promise, Seat, Setting
 from campaign_tally import Tally
 from membank.bank_service.shard import Durability
 from membank.bank_service.store import Bank
+from membank.wire.spec import BlockRef
 
 _NUM_PUSHERS = 3
 _CALLS_AT_START = 20
+_COPIED_S = 3.0
+"""Seconds after which even a slow machine has copied a journal that it copies all the time."""
 _CHANGE = 0.3
 _MOVE = 0.6
 
@@ -90,6 +94,7 @@ LOCAL_PROMISES = (
     Promise(Durability.PROCESS),
     Promise(Durability.PROCESS),
     Promise(Durability.HOST),
+    Promise(Durability.PROCESS, ship_every_s=0.05),
     Promise(Durability.STORE),
 )
 """What such a bank can promise."""
@@ -175,6 +180,7 @@ class Siege:
                     self._check()
                     self._tally.restarts += 1
                 self._stop()
+                self._lose_machine()
         finally:
             for process in self._processes.values():
                 process.end()
@@ -316,21 +322,60 @@ class Siege:
         return Trigger.CLOCK_AT_START if is_at_start else Trigger.CLOCK
 
     def _stop(self) -> None:
-        """Stop as told, start again, and stop again: what a clean stop leaves is whole too."""
+        """Stop as told, start elsewhere, and stop again: what a clean stop leaves is whole too."""
         for _ in range(2):
             if self.history.violations:
                 return
-            for process in self._processes.values():
-                process.stop()
-            codes = {seat: process.end() for seat, process in self._processes.items()}
-            if any(codes.values()):
-                self.history.blame(Wrong.FAILED, f"a stop ended with {codes}")
-            self._remains.check("stopped", ANY_FAULT)
-            # What was deleted long ago may be back: a journal of a former owner, a late write.
-            self._remains.look_for_deleted(since_ever=True)
+            self._shut_down()
+            # Nothing that was acknowledged is left in a journal.
+            self._move()
             self._start(list(Seat))
             self._check()
             self._tally.stops += 1
+
+    def _shut_down(self) -> None:
+        for process in self._processes.values():
+            process.stop()
+        codes = {seat: process.end() for seat, process in self._processes.items()}
+        if any(codes.values()):
+            self.history.blame(Wrong.FAILED, f"a stop ended with {codes}")
+        self._remains.check("stopped", ANY_FAULT)
+        # What was deleted long ago may be back: a journal of a former owner, a late write.
+        self._remains.look_for_deleted(since_ever=True)
+
+    def _lose_machine(self) -> None:
+        """Lose a machine whose journals are copied: what is older than the last copy is there."""
+        shipped = [promise for promise in self._promises if promise.ship_every_s]
+        if self.history.violations or not shipped:
+            return
+        self._shut_down()
+        self._setting = replace(self._setting, promise=shipped[0], is_restless=False)
+        self._start(list(Seat))
+        least = self._push_until_copied()
+        self._kill_now(list(Seat))
+        self._bury(list(Seat))
+        shutil.rmtree(self._setting.journal_dir)
+        self._move()
+        self._start(list(Seat))
+        found = self._survey()
+        self.history.check(found, least)
+        self._remains.check("restarted without its journals", ANY_FAULT)
+        told = self.history.newest(SPEC.blocks())
+        self._tally.machines_lost += 1
+        self._tally.gradients_gone += sum(told[ref] - found.versions[ref] for ref in told)
+
+    def _push_until_copied(self) -> dict[BlockRef, int]:
+        """Push for a while, and return the versions of which there must be a copy at the end."""
+        stop, least = Event(), dict[BlockRef, int]()
+        old_s = self._rng.uniform(0.2, 1.0)
+        timers = [
+            Timer(old_s, lambda: least.update(self.history.newest(SPEC.blocks()))),
+            Timer(old_s + _COPIED_S, stop.set),
+        ]
+        for timer in timers:
+            timer.start()
+        self._clients[-1].live(stop)
+        return least
 
     @contextmanager
     def _judged(self) -> Iterator[None]:
@@ -351,18 +396,21 @@ class Siege:
 
     def _check(self) -> None:
         """With every request answered: repeat some, compare every block, check every file."""
+        # Also before: what was lost may be as it was once it is asked again.
+        self.history.check(self._survey())
         for client in self._clients:
             client.ask_again()
-        parts: list[Surveyed] = [self._line.insist(seat, "survey") for seat in SHARDS]
-        self.history.check(
-            Surveyed(
-                versions={ref: v for part in parts for ref, v in part.versions.items()},
-                images={ref: image for part in parts for ref, image in part.images.items()},
-                served={ref: data for part in parts for ref, data in part.served.items()},
-            )
-        )
+        self.history.check(self._survey())
         self._remains.look_for_deleted()
         self._remains.check("restarted", ANY_FAULT)
+
+    def _survey(self) -> Surveyed:
+        parts: list[Surveyed] = [self._line.insist(seat, "survey") for seat in SHARDS]
+        return Surveyed(
+            versions={ref: v for part in parts for ref, v in part.versions.items()},
+            images={ref: image for part in parts for ref, image in part.images.items()},
+            served={ref: data for part in parts for ref, data in part.served.items()},
+        )
 
     # ---- chance
 

@@ -36,7 +36,11 @@ class Tally:
     durability: Counter[str] = field(default_factory=Counter)
     """Kills by what was promised."""
     machines: int = 0
-    """Restarts without the journals and locks of the life before, as on another machine."""
+    """Starts without the journals and locks of the life before, as on another machine."""
+    machines_lost: int = 0
+    """Machines that were lost with the journals of which copies were in the bank's storage."""
+    gradients_gone: int = 0
+    """Gradients that were acknowledged right before that and are gone, as promised."""
     requests: Counter[str] = field(default_factory=Counter)
     """What became of requests."""
     wrong: Counter[Wrong] = field(default_factory=Counter)
@@ -70,7 +74,9 @@ class Tally:
             "kills_by_trigger": _ordered(self.triggers),
             "kills_by_call": _ordered(self.calls),
             "kills_by_durability": _ordered(self.durability),
-            "restarts_elsewhere": self.machines,
+            "starts_elsewhere": self.machines,
+            "machines_lost": self.machines_lost,
+            "gradients_gone_with_them": self.gradients_gone,
             "requests": _ordered(self.requests),
             "failures": self.failures,
         }
