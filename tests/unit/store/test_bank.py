@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from membank.bank_service.store import Bank
+from membank.bank_service.store import Bank, Data
 from membank.wire.errors import (
     AlreadyExistsError,
     ConflictError,
@@ -20,7 +21,7 @@ from membank.wire.errors import (
 from membank.wire.format import Manifest, RevisionRecord, TreeDocument
 from membank.wire.records import Snapshot
 from membank.wire.spec import BlockRef
-from tiny_bank import create_bank, file_bytes, tiny_spec
+from tiny_bank import UnsyncedObjects, create_bank, file_bytes, tiny_spec
 
 
 def _record(revision: int, **fields: object) -> RevisionRecord:
@@ -47,6 +48,70 @@ def test_create_and_open(tmp_path: Path) -> None:
     found = again.read_tree(0)
     assert found is not None
     assert found.labels == tree.labels
+
+
+class _Crash(BaseException):
+    """The one who creates a bank dies here."""
+
+
+class _Meeting(UnsyncedObjects):
+    """Lets something else happen just before an object under a prefix is written, once."""
+
+    def __init__(self, root: Path, prefix: str, meanwhile: Callable[[], object]) -> None:
+        super().__init__(root)
+        self._begins = prefix
+        self._meanwhile: list[Callable[[], object]] = [meanwhile]
+
+    def put(self, key: str, data: Data, *, durable: bool = False) -> None:
+        self._meet(key)
+        super().put(key, data, durable=durable)
+
+    def put_if_absent(self, key: str, data: Data, *, durable: bool = False) -> None:
+        self._meet(key)
+        super().put_if_absent(key, data, durable=durable)
+
+    def _meet(self, key: str) -> None:
+        if key.startswith(self._begins) and self._meanwhile:
+            self._meanwhile.pop()()
+
+
+def _create(objects: UnsyncedObjects, name: str, *, labelled: bool = True) -> None:
+    tree = TreeDocument(labels={BlockRef(1, 0): name}) if labelled else None
+    Bank.create(objects, tiny_spec(), tree=tree, principal=name)
+
+
+def _creator(root: Path) -> tuple[str, str | None]:
+    """Return who made a bank, and who made its tree."""
+    bank = Bank.open(str(root))
+    tree = bank.read_tree(0)
+    return bank.require_record(0).principal, None if tree is None else tree.labels[BlockRef(1, 0)]
+
+
+@pytest.mark.parametrize("prefix", ["revisions", "trees", "bank.json"])
+def test_of_two_creations_at_once_the_one_that_loses_leaves_nothing(
+    tmp_path: Path, prefix: str
+) -> None:
+    winner = UnsyncedObjects(tmp_path)
+    loser = _Meeting(tmp_path, prefix, lambda: _create(winner, "winner"))
+    with pytest.raises(AlreadyExistsError) as caught:
+        _create(loser, "loser")
+    assert caught.value.reason is Reason.BANK_EXISTS
+    assert _creator(tmp_path) == ("winner", "winner")
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_what_another_creation_replaces_before_it_loses_is_put_right(
+    tmp_path: Path, *, labelled: bool
+) -> None:
+    def die() -> None:
+        raise _Crash
+
+    def meanwhile() -> None:
+        with pytest.raises(_Crash):
+            _create(_Meeting(tmp_path, "bank.json", die), "loser")
+
+    _create(_Meeting(tmp_path, "bank.json", meanwhile), "winner", labelled=labelled)
+    assert _creator(tmp_path) == ("winner", "winner" if labelled else None)
 
 
 def test_create_leaves_an_existing_bank_alone(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 from membank.bank_service.store.objects import ObjectStore, probe_create_only, publish
@@ -102,9 +102,6 @@ class Bank:
             raise _bank_exists(objects)
         probe_create_only(objects)
         bank = cls(objects, dataclasses.replace(spec, bank_id=spec.bank_id or uuid.uuid4().hex))
-        # bank.json comes last: whatever a crash leaves before it is no bank and is overwritten.
-        if tree is not None:
-            bank.write_tree(0, tree)
         record = RevisionRecord(
             revision=0,
             committed=True,
@@ -115,11 +112,10 @@ class Bank:
             request_id=request_id,
             time_s=time.time(),
         )
-        objects.put(revision_key(0), encode_revision(record), durable=True)
-        try:
-            publish(objects, SPEC_KEY, encode_spec(bank.spec))
-        except AlreadyExistsError as err:
-            raise _bank_exists(objects) from err
+        documents = {revision_key(0): encode_revision(record)}
+        if tree is not None:
+            documents[tree_key(0)] = encode_tree(tree)
+        _publish_first(objects, documents, encode_spec(bank.spec))
         return bank
 
     @classmethod
@@ -438,6 +434,31 @@ class Bank:
             reason=Reason.UNKNOWN_SNAPSHOT,
             metadata={"snapshot": name},
         )
+
+
+def _publish_first(objects: ObjectStore, documents: Mapping[str, bytes], spec: bytes) -> None:
+    """Publish what a bank begins with.
+
+    `bank.json` comes last and decides which of two creations it is that happened: whatever a crash
+    leaves before it is no bank and is replaced.
+    """
+    for key, data in documents.items():
+        try:
+            publish(objects, key, data)
+        except AlreadyExistsError as err:
+            if _exists(objects, SPEC_KEY):
+                raise _bank_exists(objects) from err
+            objects.put(key, data, durable=True)
+    try:
+        publish(objects, SPEC_KEY, spec)
+    except AlreadyExistsError as err:
+        raise _bank_exists(objects) from err
+    if tree_key(0) not in documents:
+        objects.delete(tree_key(0))
+    for key, data in documents.items():
+        # One that ran at the same time, and lost, may have taken ours for leftovers.
+        if objects.get(key) != data:
+            objects.put(key, data, durable=True)
 
 
 def _exists(objects: ObjectStore, key: str) -> bool:
