@@ -17,7 +17,7 @@ from membank.bank_service.cluster.shard_keeper import ShardKeeper
 from membank.bank_service.cluster.shard_server import ShardServer
 from membank.bank_service.rpc.server import ServerConfig
 from membank.bank_service.shard import ShardConfig
-from membank.bank_service.store import Bank
+from membank.bank_service.store import Bank, Data, LocalObjects
 from membank.wire.errors import (
     FailedPreconditionError,
     MembankError,
@@ -108,6 +108,36 @@ def test_a_shard_without_its_service_s_claim_does_not_open(
     assert refused.value.reason is Reason.BANK_IN_USE
     assert bank.manifest_numbers(0) == [], "it must not even have touched the partition"
     claim.release()
+
+
+def test_a_shard_takes_no_partition_whose_bank_was_claimed_while_it_opened(
+    bank: Bank, machines: list[Machine]
+) -> None:
+    one, two = machines
+    claims = [one.claim(bank)]
+
+    class Interrupted(LocalObjects):
+        """Storage that keeps the shard waiting while the other service takes the bank."""
+
+        def put_if_absent(self, key: str, data: Data, *, durable: bool = False) -> None:
+            super().put_if_absent(key, data, durable=durable)
+            if len(claims) == 1:
+                claims.append(two.claim(bank))
+
+    def start() -> ShardServer:
+        objects = Interrupted(Path(bank.url))
+        return ShardServer(one.settings, open_bank=lambda url: Bank.open(objects))
+
+    keeper = ShardKeeper("shard-of-one", start, returns=True)
+    keeper.open()
+    with pytest.raises(FailedPreconditionError) as caught:
+        keeper.identity()
+    assert caught.value.reason is Reason.BANK_IN_USE
+    assert bank.manifest_numbers(0) == []
+    two.keeper.open()
+    two.push("u0")
+    for claim in claims:
+        claim.release()
 
 
 def test_a_replaced_shard_closes_and_leaves_the_bank_to_the_one_that_claimed_it(

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import threading
 import uuid
+from collections.abc import Callable
 
 from membank.bank_service.cluster.claim import require_claim
 from membank.bank_service.cluster.config import default_journal_root, journal_name
@@ -26,7 +27,7 @@ from membank.bank_service.shard.shard import Shard
 from membank.bank_service.store import Bank
 from membank.v1.block_service_pb2_grpc import add_BlockServiceServicer_to_server
 from membank.wire.errors import CorruptionError, NotFoundError, Reason, UnavailableError
-from membank.wire.format import RevisionRecord
+from membank.wire.format import Manifest, RevisionRecord
 from membank.wire.records import BankInfo, Placement, ShardStats
 
 _SETTLE_EVERY_S = 5.0
@@ -41,6 +42,8 @@ class ShardServer:
         What to serve.
     node, node_id
         Address and name of this machine, for `ShardIdentity`.
+    open_bank
+        Opens the bank.
 
     Raises
     ------
@@ -52,14 +55,17 @@ class ShardServer:
     # `_placement` is replaced whole by one assignment; everything else is set once.
 
     def __init__(
-        self, settings: ShardSettings, *, node: str = "127.0.0.1", node_id: str = ""
+        self,
+        settings: ShardSettings,
+        *,
+        node: str = "127.0.0.1",
+        node_id: str = "",
+        open_bank: Callable[[str], Bank] = Bank.open,
     ) -> None:
         self._settings = settings
-        self._bank = Bank.open(settings.bank_url)
+        self._bank = open_bank(settings.bank_url)
         if settings.service:
-            # Ray starts a shard again whatever happened meanwhile; a service that has been replaced
-            # must not take the bank back from the one that its operator chose.
-            require_claim(self._bank.objects, settings.service)
+            self._bank = _ClaimedBank(self._bank, settings.service)
         self._trees = TreeStore(self._bank)
         self._placement: Placement | None = None
         self._stopping = threading.Lock()
@@ -67,6 +73,8 @@ class ShardServer:
         maintenance = ThreadMaintenance()
         self.shard = _open_shard(self._bank, settings, maintenance)
         """The engine."""
+        if isinstance(self._bank, _ClaimedBank):
+            self._bank.is_taken_over = True
         try:
             self._server = self._listen()
         except Exception:
@@ -158,6 +166,29 @@ class ShardServer:
                 reason=Reason.MANIFEST_CORRUPT,
             )
         return record
+
+
+class _ClaimedBank(Bank):
+    """A bank whose partitions are taken over only while a service has the claim on it.
+
+    Ray starts a shard again whatever happened meanwhile; a service that has been replaced must not
+    take the bank back from the one that its operator chose.
+    """
+
+    def __init__(self, bank: Bank, service: str) -> None:
+        super().__init__(bank.objects, bank.spec)
+        self._service = service
+        self.is_taken_over = False
+        """Whether that is done; what is published then, fencing alone may refuse."""
+        # Before anything is touched.
+        require_claim(self.objects, service)
+
+    def publish_manifest(self, manifest: Manifest) -> None:
+        # docstring inherited
+        if not self.is_taken_over:
+            # Many calls to the storage later, each of which may have been repeated for long.
+            require_claim(self.objects, self._service)
+        super().publish_manifest(manifest)
 
 
 def _open_shard(bank: Bank, settings: ShardSettings, maintenance: ThreadMaintenance) -> Shard:
