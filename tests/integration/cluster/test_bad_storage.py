@@ -181,6 +181,14 @@ def test_a_place_for_journals_that_cannot_be_used(tmp_path: Path) -> None:
     assert objects_of(bank.url) == before
 
 
+def test_a_place_for_notes_that_cannot_be_used(tmp_path: Path, runtime_dir: Path) -> None:
+    bank = Bank.create(str(tmp_path / "bank"), SPEC)
+    runtime_dir.write_text("in the way")
+    ended = up_fails(bank.url)
+    assert ended.code == 4
+    assert "cannot note the service" in said(ended)
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[SmallDisk]:
     with small_disk(tmp_path / "disk", 4 << 20) as disk:

@@ -115,10 +115,31 @@ def test_shards_spread_over_the_nodes_and_come_back(cluster: Cluster, tmp_path: 
         assert caught.value.reason is Reason.BANK_IN_USE
     finally:
         down(runtime_dir=config.runtime_dir)
-    # The Ray of others runs on, without a trace of the service in it.
+    check_no_trace(cluster)
+
+
+def check_no_trace(cluster: Cluster) -> None:
+    """Assert that the Ray of others runs on, without a trace of a service in it."""
     ray.init(address=cluster.address, namespace="membank", log_to_driver=False)
     try:
         assert len([node for node in ray.nodes() if node["Alive"]]) == 2
         assert ray.util.list_named_actors() == []
     finally:
         ray.shutdown()
+
+
+def test_a_service_that_cannot_be_noted_is_not_left_running(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    notes = tmp_path / "run"
+    notes.write_text("in the way")
+    config = UpConfig(
+        bank_url=str(tmp_path / "bank"),
+        port=0,
+        num_shards=2,
+        ray_address=cluster.address,
+        runtime_dir=notes,
+    )
+    with pytest.raises(FailedPreconditionError, match="cannot note the service"):
+        up(config)
+    check_no_trace(cluster)

@@ -7,18 +7,19 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
 
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
+from membank.bank_service.cluster.actors import (
+    ShardActors,
+    close_shards,
+    in_parallel,
+    shard_names,
+)
 from membank.bank_service.cluster.addresses import shard_listening
-from membank.bank_service.cluster.config import NAMESPACE, UpConfig
+from membank.bank_service.cluster.config import UpConfig
 from membank.bank_service.cluster.identity import ShardIdentity, ShardSettings
 from membank.bank_service.cluster.placement import PlacementTable, assign_partitions, next_move
-from membank.bank_service.cluster.shard_actor import RayShardHandle, ShardActor, call_actor
+from membank.bank_service.cluster.shard_actor import ShardActorHandle
 from membank.bank_service.knowledge.shards import ShardMember
 from membank.bank_service.rpc.server import ServerConfig
 from membank.wire.errors import (
@@ -29,9 +30,6 @@ from membank.wire.errors import (
 )
 from membank.wire.records import Placement
 from membank.wire.spec import BankSpec
-
-if TYPE_CHECKING:
-    Actor = ray.actor.ActorHandle[ShardActor]
 
 _LOG = logging.getLogger(__name__)
 
@@ -72,7 +70,7 @@ class _ShardState:
 
     settings: ShardSettings
     node_id: str
-    actor: Actor
+    actor: object
     identity: ShardIdentity | None = None
     alive: bool = False
     problem: str = ""
@@ -84,11 +82,10 @@ class _ShardState:
 class ShardFleet:
     """Shard actors and their supervision.
 
-    Ray starts an actor again whose process died; `supervise` notices, tells everybody the new
-    endpoint, reopens what failed to open, and replaces what Ray gave up on. A shard that another
+    An actor whose process died is started again; `supervise` notices, tells everybody the new
+    endpoint, reopens what failed to open, and replaces what will not come back. A shard that another
     owner has replaced closes itself; it opens again only while this service has the claim on the
-    bank (see `ShardServer`), so two services never fight for a partition. Actors are detached: they
-    outlive a controller, which finds them by name when it starts again.
+    bank (see `ShardServer`), so two services never fight for a partition.
 
     Parameters
     ----------
@@ -96,57 +93,76 @@ class ShardFleet:
         Settings of the service.
     spec
         Spec of the bank.
+    actors
+        Where the shards run.
     clock
         Monotonic seconds.
+    sleep
+        Waits for some seconds.
     """
 
     # `_lock` guards the states' fields and is never held during a call to an actor.
 
     def __init__(
-        self, config: UpConfig, spec: BankSpec, *, clock: Callable[[], float] = time.monotonic
+        self,
+        config: UpConfig,
+        spec: BankSpec,
+        actors: ShardActors,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._config = config
         self._spec = spec
+        self._actors = actors
         self._clock = clock
+        self._sleep = sleep
         self._lock = threading.Lock()
-        shard_ids = [f"shard-{index}" for index in range(config.num_shards)]
-        self._partitions = assign_partitions(spec.num_partitions, shard_ids)
+        self._partitions = assign_partitions(spec.num_partitions, shard_names(config.num_shards))
         self._table = PlacementTable(self._partitions)
         self._states: dict[str, _ShardState] = {}
         self._told: dict[str, tuple[str, int]] = {}
         self._started = threading.Event()
         self._rebalance_at_s = 0.0
 
-    def start(self, timeout_s: float, *, is_restart: bool = False) -> None:
-        """Make the actors, or find them, and wait until all serve.
+    def start(self, timeout_s: float, *, insist: bool = True) -> None:
+        """Make the actors, or find them, and have them open their shards.
 
         Parameters
         ----------
         timeout_s
             Longest wait.
-        is_restart
-            Whether there may be shards that failed to open and that nobody has looked after since.
+        insist
+            Whether all must serve when this returns. Otherwise a shard that does not is looked
+            after by `supervise`, like one that fails later.
 
         Raises
         ------
         MembankError
             What kept a shard from opening its partitions.
         UnavailableError
-            If a shard or node did not come up in time.
+            If a node, or a shard that was insisted on, did not come up in time.
         """
         deadline = self._clock() + timeout_s
         nodes = self._wait_for_nodes(deadline)
+        found = []
         for index, shard_id in enumerate(self._partitions):
             node_id, node_ip = nodes[index % len(nodes)]
             settings = self._settings(shard_id, node_ip)
-            actor = self._make_actor(settings, node_id)
+            actor = self._actors.find(shard_id)
+            state = _ShardState(settings, node_id, actor or self._actors.make(settings, node_id))
             with self._lock:
-                self._states[shard_id] = _ShardState(settings, node_id, actor)
-            if is_restart:
-                actor.open.remote()
-        for state in self._states.values():
-            self._note(state, self._wait_for_identity(state, deadline))
-        self._tell_placement()
+                self._states[shard_id] = state
+            if actor is not None:
+                found.append(state)
+        if insist:
+            # A new one opens by itself; one that is found may have failed to, before.
+            in_parallel(lambda state: self._open(state, deadline), found)
+            for state in self._states.values():
+                self._note(state, self._wait_for_identity(state, deadline))
+            self._tell_placement()
+        else:
+            self._look_after()
         self._started.set()
 
     def members(self) -> tuple[ShardMember, ...]:
@@ -155,10 +171,11 @@ class ShardFleet:
             ShardMember(
                 shard_id=shard_id,
                 partitions=state.settings.partitions,
-                handle=RayShardHandle(
+                handle=ShardActorHandle(
                     shard_id,
                     functools.partial(getattr, state, "actor"),
                     self._spec,
+                    call=self._actors.call,
                     num_restarts=functools.partial(getattr, state, "num_restarts"),
                 ),
             )
@@ -169,6 +186,10 @@ class ShardFleet:
         """Return the placement in force."""
         return self._table.current()
 
+    def all_serve(self) -> bool:
+        """Say whether every shard answered when it was asked last."""
+        return all(status.alive for status in self.statuses())
+
     def statuses(self) -> tuple[ShardStatus, ...]:
         """Return what is known of each shard now."""
         with self._lock:
@@ -178,23 +199,50 @@ class ShardFleet:
         """Look after every shard once; never raises for what a shard does."""
         if not self._started.is_set():
             return
-        for shard_id, state in self._states.items():
-            try:
-                self._note(state, self._ask_identity(state, _PROBE_TIMEOUT_S))
-            except MembankError as err:
-                if not _is_away(err):
-                    self._reopen(state, err)
-                    continue
-                _LOG.debug("%s: %s", shard_id, err)
-                self._mark_down(state, err)
-                try:
-                    self._replace_if_dead(state)
-                except MembankError as reason:
-                    _LOG.error("%s cannot be made anew: %s", shard_id, reason)
-        self._tell_placement()
+        self._look_after()
         if self._config.moves_shards and self._clock() >= self._rebalance_at_s:
             self._rebalance_at_s = self._clock() + _REBALANCE_EVERY_S
             self._rebalance()
+
+    def let_go(self, why: MembankError, timeout_s: float) -> None:
+        """Close every shard, folding what it may; nothing is opened again.
+
+        Parameters
+        ----------
+        why
+            What is said of the shards then.
+        timeout_s
+            Longest wait for them.
+        """
+        close_shards(self._actors, list(self._partitions), timeout_s)
+        for state in self._states.values():
+            self._mark_down(state, why)
+
+    def _look_after(self) -> None:
+        states = list(self._states.values())
+        # Side by side: one that does not answer must not keep the others from being looked after.
+        for state, found in zip(states, in_parallel(self._probe, states), strict=True):
+            if isinstance(found, ShardIdentity):
+                self._note(state, found)
+            elif _is_away(found):
+                self._bring_back(state, found)
+            else:
+                self._reopen(state, found)
+        self._tell_placement()
+
+    def _probe(self, state: _ShardState) -> ShardIdentity | MembankError:
+        try:
+            return self._ask_identity(state, _PROBE_TIMEOUT_S)
+        except MembankError as err:
+            return err
+
+    def _bring_back(self, state: _ShardState, err: MembankError) -> None:
+        _LOG.debug("%s: %s", state.settings.shard_id, err)
+        self._mark_down(state, err)
+        try:
+            self._replace_if_dead(state)
+        except MembankError as reason:
+            _LOG.error("%s cannot be made anew: %s", state.settings.shard_id, reason)
 
     def _rebalance(self) -> None:
         """Move one shard from the fullest to the emptiest node, if that evens them out."""
@@ -203,7 +251,7 @@ class ShardFleet:
             for shard_id, state in self._states.items()
             if state.identity is not None and state.alive
         }
-        nodes = dict(_alive_nodes())
+        nodes = dict(self._actors.nodes())
         move = next_move(sorted(nodes), located)
         # A shard that is down is on its way back; wait and see where.
         if move is not None and len(located) == len(self._states):
@@ -220,67 +268,29 @@ class ShardFleet:
         _LOG.info("moving %s to %s", shard_id, node_ip)
         # Most of the journal while it still serves, so that it is away for a moment only; and a
         # storage that fails is found before anything is stopped.
-        call_actor(state.actor, "consolidate", timeout_s=_MOVE_TIMEOUT_S, who=shard_id)
-        try:
-            # Closing folds the rest. The journal may lie on the old node's own disk.
-            is_folded = call_actor(state.actor, "stop", timeout_s=_MOVE_TIMEOUT_S, who=shard_id)
-        except MembankError:
-            state.actor.open.remote()
-            raise
-        if not is_folded:
+        self._actors.call(state.actor, "consolidate", timeout_s=_MOVE_TIMEOUT_S, who=shard_id)
+        # Closing folds the rest. The journal may lie on the old node's own disk.
+        if close_shards(self._actors, [shard_id], _MOVE_TIMEOUT_S):
             # Elsewhere, what was acknowledged and is in no slot would be missing.
-            state.actor.open.remote()
+            self._actors.tell(state.actor, "open")
             raise UnavailableError("its journal was not emptied; it stays where that is")
         self._mark_down(state, UnavailableError(f"{shard_id} moves to {node_ip}"))
-        ray.kill(state.actor, no_restart=True)
-        self._wait_for_name(shard_actor_name(self._config.key, shard_id))
+        self._actors.kill(state.actor)
+        self._wait_for_name(shard_id)
         state.settings, state.node_id = settings, node_id
-        state.actor = self._make_actor(settings, node_id)
+        state.actor = self._actors.make(settings, node_id)
 
-    def _wait_for_name(self, name: str) -> None:
+    def _wait_for_name(self, shard_id: str) -> None:
         """Wait until a killed actor has given its name up; making one would find it otherwise."""
         deadline = self._clock() + _MOVE_TIMEOUT_S
-        while True:
-            try:
-                ray.get_actor(name, namespace=NAMESPACE)
-            except ValueError:
-                return
+        while self._actors.find(shard_id) is not None:
             if self._clock() > deadline:
-                raise UnavailableError(f"{name} does not end")
-            time.sleep(0.05)
-
-    def stop(self, timeout_s: float) -> tuple[str, ...]:
-        """Drain and end every shard, by force where it does not end by itself.
-
-        Returns
-        -------
-        tuple[str, ...]
-            Those that may have left acknowledged updates in their journals.
-        """
-        shards = [(shard_id, state.actor) for shard_id, state in self._states.items()]
-        with ThreadPoolExecutor(max(1, len(shards))) as pool:
-            folded = list(pool.map(lambda one: self._stop_one(one[0], one[1], timeout_s), shards))
-        return tuple(
-            shard_id
-            for (shard_id, _), is_folded in zip(shards, folded, strict=True)
-            if not is_folded
-        )
-
-    def _stop_one(self, shard_id: str, actor: Actor, timeout_s: float) -> bool:
-        try:
-            return bool(call_actor(actor, "stop", timeout_s=timeout_s, who=shard_id))
-        except MembankError as err:
-            # Its acknowledged updates are in its journal; the next start there recovers them.
-            _LOG.warning("%s did not stop by itself: %s", shard_id, err)
-            return False
-        finally:
-            ray.kill(actor, no_restart=True)
+                raise UnavailableError(f"{shard_id} does not end")
+            self._sleep(0.05)
 
     def _settings(self, shard_id: str, node_ip: str) -> ShardSettings:
         config = self._config
-        listening = shard_listening(
-            config.host, gateway_ip=ray.util.get_node_ip_address(), node_ip=node_ip
-        )
+        listening = shard_listening(config.host, gateway_ip=self._actors.node_ip, node_ip=node_ip)
         return ShardSettings(
             shard_id=shard_id,
             bank_url=config.bank_url,
@@ -298,25 +308,9 @@ class ShardFleet:
             max_in_flight_bytes=config.max_in_flight_bytes,
         )
 
-    def _make_actor(self, settings: ShardSettings, node_id: str) -> Actor:
-        remote = ray.remote(ShardActor)
-        actor = remote.options(
-            name=shard_actor_name(self._config.key, settings.shard_id),
-            namespace=NAMESPACE,
-            get_if_exists=True,
-            lifetime="detached",
-            max_restarts=-1,
-            max_concurrency=16,
-            num_cpus=0,
-            # Not soft: Ray would put the shard anywhere while it hardly knows the node yet. Where
-            # the node is lost for good, Ray gives up and `_replace_if_dead` finds another.
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=False),
-        ).remote(settings)
-        return cast("Actor", actor)
-
     def _wait_for_nodes(self, deadline: float) -> list[tuple[str, str]]:
         while True:
-            nodes = _alive_nodes()
+            nodes = self._actors.nodes()
             if len(nodes) >= self._config.min_nodes:
                 return nodes
             if self._clock() > deadline:
@@ -324,7 +318,7 @@ class ShardFleet:
                     f"Ray has {len(nodes)} nodes, {self._config.min_nodes} are wanted; start more "
                     "or give a smaller --nodes"
                 )
-            time.sleep(0.2)
+            self._sleep(0.2)
 
     def _wait_for_identity(self, state: _ShardState, deadline: float) -> ShardIdentity:
         while True:
@@ -335,10 +329,18 @@ class ShardFleet:
                     raise
                 # Killed while it started, or its node was not ready for it.
                 self._replace_if_dead(state)
-                time.sleep(0.2)
+                self._sleep(0.2)
+
+    def _open(self, state: _ShardState, deadline: float) -> None:
+        remaining = max(deadline - self._clock(), 0.1)
+        try:
+            self._actors.call(state.actor, "open", timeout_s=remaining, who=state.settings.shard_id)
+        except UnavailableError as err:
+            # Killed meanwhile, or too slow; the wait for its identity finds out.
+            _LOG.debug("%s", err)
 
     def _ask_identity(self, state: _ShardState, timeout_s: float) -> ShardIdentity:
-        answer = call_actor(
+        answer = self._actors.call(
             state.actor, "identity", timeout_s=timeout_s, who=state.settings.shard_id
         )
         if not isinstance(answer, ShardIdentity):
@@ -360,18 +362,18 @@ class ShardFleet:
             state.alive, state.problem = False, str(why)
 
     def _replace_if_dead(self, state: _ShardState) -> None:
-        """Make a new actor where Ray has given up on the old one: its name is free then."""
-        try:
-            ray.get_actor(
-                shard_actor_name(self._config.key, state.settings.shard_id), namespace=NAMESPACE
-            )
-        except ValueError:
-            nodes = dict(_alive_nodes())
-            if state.node_id not in nodes:
-                state.node_id = self._emptiest(list(nodes))
-                state.settings = self._settings(state.settings.shard_id, nodes[state.node_id])
-            _LOG.warning("%s is gone; making it anew", state.settings.shard_id)
-            state.actor = self._make_actor(state.settings, state.node_id)
+        """Make a new actor where the old one will not come back: its name is free then."""
+        shard_id = state.settings.shard_id
+        if self._actors.find(shard_id) is not None:
+            return
+        nodes = dict(self._actors.nodes())
+        if not nodes:
+            raise UnavailableError("Ray has no node that is alive")
+        if state.node_id not in nodes:
+            state.node_id = self._emptiest(list(nodes))
+            state.settings = self._settings(shard_id, nodes[state.node_id])
+        _LOG.warning("%s is gone; making it anew", shard_id)
+        state.actor = self._actors.make(state.settings, state.node_id)
 
     def _emptiest(self, nodes: Sequence[str]) -> str:
         carried = [state.node_id for state in self._states.values()]
@@ -387,35 +389,33 @@ class ShardFleet:
         backoff_s = _REOPEN_BACKOFF_S[min(state.failures, len(_REOPEN_BACKOFF_S) - 1)]
         state.failures += 1
         state.retry_at_s = now + backoff_s
-        state.actor.open.remote()
+        self._actors.tell(state.actor, "open")
 
     def _tell_placement(self) -> None:
         """Give the placement to every shard that has not been told this one in this life."""
         placement = self._table.current()
-        for shard_id, state in self._states.items():
-            identity = state.identity
+        told = self._told
+
+        def tell(state: _ShardState) -> None:
+            shard_id, identity = state.settings.shard_id, state.identity
             if identity is None or not state.alive:
-                continue
+                return
             news = (identity.incarnation, placement.generation)
-            if self._told.get(shard_id) == news:
-                continue
+            if told.get(shard_id) == news:
+                return
             try:
-                call_actor(
+                self._actors.call(
                     state.actor,
                     "set_placement",
                     placement,
                     timeout_s=_PROBE_TIMEOUT_S,
                     who=shard_id,
                 )
-                self._told[shard_id] = news
+                told[shard_id] = news
             except MembankError as err:
                 _LOG.debug("%s was not told the placement: %s", shard_id, err)
 
-
-def _alive_nodes() -> list[tuple[str, str]]:
-    """Return name and address of each node of Ray, in a lasting order."""
-    nodes = [(n["NodeID"], n["NodeManagerAddress"]) for n in ray.nodes() if n["Alive"]]
-    return sorted(nodes, key=lambda node: (node[1], node[0]))
+        in_parallel(tell, list(self._states.values()))
 
 
 def _is_away(err: MembankError) -> bool:
@@ -436,8 +436,3 @@ def _status(shard_id: str, state: _ShardState) -> ShardStatus:
         alive=state.alive,
         problem=state.problem,
     )
-
-
-def shard_actor_name(key: str, shard_id: str) -> str:
-    """Return the name of a shard's actor in Ray."""
-    return f"{key}-{shard_id}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,13 @@ from membank.bank_service.knowledge.transactions import Coordinator
 from membank.bank_service.knowledge.trees import TreeStore
 from membank.bank_service.shard.config import ShardConfig
 from membank.bank_service.store import Bank
-from membank.wire.errors import AlreadyExistsError, NotFoundError, Reason, UnavailableError
+from membank.wire.errors import (
+    AlreadyExistsError,
+    MembankError,
+    NotFoundError,
+    Reason,
+    UnavailableError,
+)
 from membank.wire.format import TreeDocument, decode_tree
 from membank.wire.records import (
     BankInfo,
@@ -24,12 +31,24 @@ from membank.wire.records import (
 )
 from membank.wire.spec import BankSpec
 
+_LOG = logging.getLogger(__name__)
+
 
 class Fleet(ShardDirectory, Protocol):
     """The shards that a gateway speaks for."""
 
     def placement(self) -> Placement:
         """Return the placement in force."""
+
+    def all_serve(self) -> bool:
+        """Say whether every shard answered when it was asked last."""
+
+
+class StartFleet(Protocol):
+    """Starts the shards of a bank."""
+
+    def __call__(self, spec: BankSpec, *, insist: bool) -> Fleet:
+        """Return the shards; with `insist`, all of them serve then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +70,7 @@ class Gateway:
     bank_url
         Where the bank is, or will be.
     start_fleet
-        Starts the shards of a bank; they serve when it returns.
+        Starts the shards of a bank.
     check_spec
         Raises for a bank that the service could not serve, before it is created.
     shard
@@ -65,7 +84,7 @@ class Gateway:
     def __init__(
         self,
         bank_url: str,
-        start_fleet: Callable[[BankSpec], Fleet],
+        start_fleet: StartFleet,
         *,
         check_spec: Callable[[BankSpec], None] = lambda spec: None,
         shard: ShardConfig | None = None,
@@ -80,8 +99,14 @@ class Gateway:
         self._served: _Served | None = None
         self._waiting_for_bank = False
 
-    def open(self) -> bool:
+    def open(self, *, insist: bool = True) -> bool:
         """Serve the bank if there is one; return whether there is.
+
+        Parameters
+        ----------
+        insist
+            Whether all its shards must serve then, and all that was under way be settled. Otherwise
+            those that do are served, and the next operation settles it.
 
         Raises
         ------
@@ -97,8 +122,13 @@ class Gateway:
                         raise
                     self._waiting_for_bank = True
                     return False
-                self._served = self._serve(bank)
+                self._served = self._serve(bank, insist=insist)
             return True
+
+    @property
+    def waits_for_bank(self) -> bool:
+        """Whether there was no bank when it was opened, and none has been created since."""
+        return self._waiting_for_bank and self._served is None
 
     @property
     def has_bank(self) -> bool:
@@ -140,7 +170,7 @@ class Gateway:
         self._check_spec(spec)
         with self._lock:
             if self._served is None:
-                self._served = self._serve(self._create(request, spec, document))
+                self._served = self._serve(self._create(request, spec, document), insist=True)
                 return self._served.bank.spec
             served = self._served
         if _is_made_by(served.bank, request):
@@ -185,14 +215,26 @@ class Gateway:
             metadata={"bank": self._bank_url},
         )
 
-    def _serve(self, bank: Bank) -> _Served:
-        fleet = self._start_fleet(bank.spec)
+    def _serve(self, bank: Bank, *, insist: bool) -> _Served:
+        fleet = self._start_fleet(bank.spec, insist=insist)
         log, trees = RevisionLog(bank), TreeStore(bank)
         shards = ShardGroup(bank.spec, fleet)
         coordinator = Coordinator(bank, shards, log=log, trees=trees)
-        coordinator.recover()
+        # Operations begin with settling what is left. Waiting here for a shard that is away or
+        # closed would keep the others from being served.
+        if insist:
+            coordinator.recover()
+        elif fleet.all_serve():
+            _try_to_recover(coordinator)
         operations = BankOperations(bank, shards, coordinator, log=log, trees=trees)
         return _Served(bank, fleet, log, trees, operations)
+
+
+def _try_to_recover(coordinator: Coordinator) -> None:
+    try:
+        coordinator.recover()
+    except MembankError as err:
+        _LOG.warning("what was under way is settled by the next operation: %s", err)
 
 
 def _is_made_by(bank: Bank, request: AdminRequest) -> bool:

@@ -13,14 +13,11 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from membank.bank_service.cluster import state
+from membank.bank_service.cluster.actors import end_shards, kill_shards, shard_names
+from membank.bank_service.cluster.bank_lock import bank_in_use
 from membank.bank_service.cluster.config import NAMESPACE, UpConfig, default_runtime_dir
-from membank.bank_service.cluster.controller import (
-    ControllerActor,
-    ControllerStatus,
-    bank_in_use,
-    check_spec,
-)
-from membank.bank_service.cluster.fleet import ShardStatus, shard_actor_name
+from membank.bank_service.cluster.controller import ControllerActor
+from membank.bank_service.cluster.fleet import ShardStatus
 from membank.bank_service.cluster.local_ray import (
     LocalRay,
     connected,
@@ -28,6 +25,8 @@ from membank.bank_service.cluster.local_ray import (
     start_ray,
     stop_ray,
 )
+from membank.bank_service.cluster.ray_actors import RayShardActors
+from membank.bank_service.cluster.service import ControllerStatus, check_spec
 from membank.bank_service.cluster.shard_actor import call_actor
 from membank.bank_service.cluster.state import Endpoint
 from membank.bank_service.rpc.server import check_port_free, free_port
@@ -39,6 +38,8 @@ if TYPE_CHECKING:
 
 _STATUS_TIMEOUT_S = 15.0
 _RAY_STOP_S = 5.0
+_STOP_MARGIN_S = 10.0
+"""How much longer than it was given a controller may take to stop, as its gateway drains."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +107,6 @@ def up(config: UpConfig) -> Endpoint:
         if local is not None:
             stop_ray(local, timeout_s=_RAY_STOP_S)
         raise
-    state.save(endpoint, config.runtime_dir)
     return endpoint
 
 
@@ -163,10 +163,33 @@ def down(
     Raises
     ------
     UnavailableError
-        If none is running (NOT_RUNNING).
+        If none is running (NOT_RUNNING), or the Ray of others in which it runs does not answer.
     """
     folder = runtime_dir or default_runtime_dir()
     endpoint = state.find(bank_url, folder)
+    stopped = _stop_joined if endpoint.ray_mark is None else _stop_own
+    return stopped(endpoint, folder, timeout_s)
+
+
+def _stop_joined(endpoint: Endpoint, folder: Path, timeout_s: float) -> ServiceStatus:
+    """Stop a service in a Ray of others."""
+    try:
+        with connected(endpoint.ray_address):
+            stopped = _stop_actors(endpoint, timeout_s)
+    except UnavailableError as err:
+        # It may live on there, and would never be found again without its note.
+        raise UnavailableError(
+            f"{err}; the service of {endpoint.bank_url} may still run there: try again, or, if that "
+            f"Ray is gone for good, remove {state.note_path(endpoint.key, folder)}",
+            reason=err.reason,
+            metadata=err.metadata,
+        ) from err
+    state.forget(endpoint, folder)
+    return stopped
+
+
+def _stop_own(endpoint: Endpoint, folder: Path, timeout_s: float) -> ServiceStatus:
+    """Stop a service and the Ray that was started for it."""
     stopped = _nothing_left(endpoint)
     try:
         _check_ray_lives(endpoint, folder)
@@ -232,55 +255,64 @@ def _start_controller(config: UpConfig, local: LocalRay | None, deadline: float)
     )
     try:
         remaining = max(deadline - time.monotonic(), 1.0)
-        answer = call_actor(controller, "wait_ready", timeout_s=remaining, who="the controller")
+        answer = cast(
+            "ControllerStatus",
+            call_actor(controller, "wait_ready", timeout_s=remaining, who="the controller"),
+        )
+        endpoint = _endpoint(config, local, answer)
+        # A service that nobody can find would run for ever.
+        state.save(endpoint, config.runtime_dir)
     except BaseException:
         _stop_one(controller, config.key, config.num_shards, timeout_s=5.0)
         raise
+    return endpoint
+
+
+def _endpoint(config: UpConfig, local: LocalRay | None, started: ControllerStatus) -> Endpoint:
     return Endpoint(
-        address=cast("ControllerStatus", answer).address,
+        address=started.address,
         bank_url=config.bank_url,
         ray_address=ray.get_runtime_context().gcs_address,
         ray_dir=None if local is None else local.folder,
         ray_mark=None if local is None else local.mark,
         num_shards=config.num_shards,
-        had_bank=cast("ControllerStatus", answer).has_bank,
+        had_bank=started.has_bank,
     )
 
 
 def _stop_actors(endpoint: Endpoint, timeout_s: float) -> ServiceStatus:
+    deadline = time.monotonic() + timeout_s
     controller = _find_controller(endpoint.key)
     if controller is None:
-        _kill_shards(endpoint.key, endpoint.num_shards)
-        return _nothing_left(endpoint)
+        shards = shard_names(endpoint.num_shards)
+        unfolded = end_shards(RayShardActors(endpoint.key), shards, timeout_s)
+        return dataclasses.replace(_nothing_left(endpoint), unfolded=unfolded)
     try:
         stopped = _status(endpoint, controller)
     except MembankError:
         stopped = _nothing_left(endpoint)
-    unfolded = _stop_one(controller, endpoint.key, endpoint.num_shards, timeout_s=timeout_s)
+    remaining = max(deadline - time.monotonic(), 1.0)
+    unfolded = _stop_one(controller, endpoint.key, endpoint.num_shards, timeout_s=remaining)
     return dataclasses.replace(stopped, unfolded=unfolded)
 
 
 def _stop_one(controller: Actor, key: str, num_shards: int, *, timeout_s: float) -> tuple[str, ...]:
+    actors, shards = RayShardActors(key), shard_names(num_shards)
     try:
         answer = call_actor(
-            controller, "stop", timeout_s, timeout_s=timeout_s + 10.0, who="the controller"
+            controller,
+            "stop",
+            timeout_s,
+            timeout_s=timeout_s + _STOP_MARGIN_S,
+            who="the controller",
         )
         return cast("tuple[str, ...]", answer)
     except MembankError:
         # It does not answer, or is being started again; it is killed, and so are its shards.
-        return tuple(f"shard-{index}" for index in range(num_shards))
+        return tuple(shards)
     finally:
         ray.kill(controller, no_restart=True)
-        _kill_shards(key, num_shards)
-
-
-def _kill_shards(key: str, num_shards: int) -> None:
-    for index in range(num_shards):
-        try:
-            actor = ray.get_actor(shard_actor_name(key, f"shard-{index}"), namespace=NAMESPACE)
-        except ValueError:
-            continue
-        ray.kill(actor, no_restart=True)
+        kill_shards(actors, shards)
 
 
 def _status(endpoint: Endpoint, controller: Actor) -> ServiceStatus:
@@ -325,4 +357,12 @@ def _not_running(endpoint: Endpoint) -> UnavailableError:
 
 
 def _nothing_left(endpoint: Endpoint) -> ServiceStatus:
-    return ServiceStatus(endpoint=endpoint, has_bank=False, revision=0, controller_pid=0, shards=())
+    """Return what is known of a service of which nothing answers: no shard stopped in order."""
+    return ServiceStatus(
+        endpoint=endpoint,
+        has_bank=False,
+        revision=0,
+        controller_pid=0,
+        shards=(),
+        unfolded=tuple(shard_names(endpoint.num_shards)),
+    )

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
@@ -54,16 +54,15 @@ class ShardActor:
 
     # `_staged` is used by the one coordinator alone.
 
-    def __init__(self, settings: ShardSettings) -> None:
+    def __init__(
+        self,
+        settings: ShardSettings,
+        start: Callable[[ShardSettings], ShardServer] | None = None,
+    ) -> None:
         logging.basicConfig(level=logging.INFO)
+        begin = start or _start_here
         self._keeper = ShardKeeper(
-            settings.shard_id,
-            lambda: _start_server(
-                settings,
-                node=ray.util.get_node_ip_address(),
-                node_id=ray.get_runtime_context().get_node_id(),
-            ),
-            returns=bool(settings.service),
+            settings.shard_id, lambda: begin(settings), returns=bool(settings.service)
         )
         self._staged = StagedOperations()
         self.open()
@@ -147,7 +146,7 @@ class ShardActor:
         return self._keeper.server()
 
 
-def _start_server(settings: ShardSettings, *, node: str, node_id: str) -> ShardServer:
+def _start_here(settings: ShardSettings) -> ShardServer:
     # Here and not above: the controller imports this module and has no use for torch.
     import torch
 
@@ -155,10 +154,29 @@ def _start_server(settings: ShardSettings, *, node: str, node_id: str) -> ShardS
 
     # Several shards share the cores of a machine; a thread pool in each only thrashes.
     torch.set_num_threads(1)
-    return ShardServer(settings, node=node, node_id=node_id)
+    return ShardServer(
+        settings,
+        node=ray.util.get_node_ip_address(),
+        node_id=ray.get_runtime_context().get_node_id(),
+    )
 
 
-class RayShardHandle:
+class ActorCall(Protocol):
+    """What `call_actor` is."""
+
+    def __call__(
+        self,
+        actor: object,
+        method: str,
+        *arguments: object,
+        options: Mapping[str, object] | None = None,
+        timeout_s: float,
+        who: str,
+    ) -> object:
+        """Call a method of an actor, wait and return its result."""
+
+
+class ShardActorHandle:
     """A `ShardHandle` whose shard lives in an actor.
 
     Parameters
@@ -169,6 +187,8 @@ class RayShardHandle:
         Returns the actor; asked for every call, as an actor may be replaced.
     spec
         Spec of the bank.
+    call
+        Calls an actor, as `call_actor` does.
     num_restarts
         Returns how often the shard came back, which it does not know itself.
     timeout_s
@@ -181,12 +201,14 @@ class RayShardHandle:
         actor: Callable[[], object],
         spec: BankSpec,
         *,
+        call: ActorCall,
         num_restarts: Callable[[], int] = lambda: 0,
         timeout_s: float = 120.0,
     ) -> None:
         self._shard_id = shard_id
         self._actor = actor
         self._spec = spec
+        self._call_actor = call
         self._num_restarts = num_restarts
         self._timeout_s = timeout_s
 
@@ -257,7 +279,7 @@ class RayShardHandle:
         return dataclasses.replace(stats, num_restarts=self._num_restarts())
 
     def _call(self, method: str, *arguments: object, **options: object) -> object:
-        return call_actor(
+        return self._call_actor(
             self._actor(),
             method,
             *arguments,

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from membank.bank_service.cluster.config import bank_key, default_runtime_dir
-from membank.wire.errors import InvalidArgumentError, Reason, UnavailableError
+from membank.wire.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    Reason,
+    UnavailableError,
+)
 
 _SUFFIX = ".service.json"
 
@@ -42,18 +47,32 @@ class Endpoint:
 
 
 def save(endpoint: Endpoint, runtime_dir: Path) -> None:
-    """Note a running service."""
-    runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = _path(endpoint.key, runtime_dir)
+    """Note a running service.
+
+    Raises
+    ------
+    FailedPreconditionError
+        If it cannot be noted there (BAD_CONFIG).
+    """
+    path = note_path(endpoint.key, runtime_dir)
     scratch = path.with_suffix(".new")
-    scratch.write_text(json.dumps(dataclasses.asdict(endpoint), indent=1))
-    # A reader sees the old note or the new one, never half of it.
-    scratch.replace(path)
+    try:
+        runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        scratch.write_text(json.dumps(dataclasses.asdict(endpoint), indent=1))
+        # A reader sees the old note or the new one, never half of it.
+        scratch.replace(path)
+    except OSError as err:
+        raise FailedPreconditionError(
+            f"cannot note the service in {runtime_dir}, where `membank down` looks for it: "
+            f"{err.strerror or err}; mend that, or choose another place by MEMBANK_RUNTIME_DIR",
+            reason=Reason.BAD_CONFIG,
+            metadata={"folder": str(runtime_dir)},
+        ) from err
 
 
 def forget(endpoint: Endpoint, runtime_dir: Path) -> None:
     """Remove the note of a service."""
-    _path(endpoint.key, runtime_dir).unlink(missing_ok=True)
+    note_path(endpoint.key, runtime_dir).unlink(missing_ok=True)
 
 
 def list_running(runtime_dir: Path | None = None) -> tuple[Endpoint, ...]:
@@ -104,5 +123,6 @@ def find(bank_url: str | None, runtime_dir: Path) -> Endpoint:
     return running[0]
 
 
-def _path(key: str, runtime_dir: Path) -> Path:
+def note_path(key: str, runtime_dir: Path) -> Path:
+    """Return the file that notes the service of a bank."""
     return runtime_dir / f"{key}{_SUFFIX}"

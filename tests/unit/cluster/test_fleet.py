@@ -1,0 +1,184 @@
+"""The shards of a service: opened, looked after side by side, made anew, closed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from local_actors import LocalActors, away
+from membank.bank_service.cluster.actors import close_shards, end_shards
+from membank.bank_service.cluster.config import UpConfig
+from membank.bank_service.cluster.fleet import ShardFleet
+from membank.bank_service.cluster.identity import ShardSettings
+from membank.bank_service.store import Bank
+from membank.wire.errors import MembankError, Reason, UnavailableError
+from membank.wire.spec import BlockRef
+from tiny_bank import create_bank, make_update
+
+SHARDS = ["shard-0", "shard-1"]
+START_S = 5.0
+
+
+class Time:
+    """A clock that stands still but for who sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Storage:
+    """Keeps the shards named in `broken` from opening."""
+
+    def __init__(self) -> None:
+        self.broken: set[str] = set()
+        self.num_starts = 0
+
+    def __call__(self, settings: ShardSettings) -> None:
+        self.num_starts += 1
+        if settings.shard_id in self.broken:
+            raise UnavailableError("the storage failed", reason=Reason.STORE_FAILED)
+
+
+@pytest.fixture
+def bank(tmp_path: Path) -> Bank:
+    return create_bank(tmp_path / "bank")
+
+
+@pytest.fixture
+def storage() -> Storage:
+    return Storage()
+
+
+@pytest.fixture
+def actors(storage: Storage) -> Iterator[LocalActors]:
+    actors = LocalActors(before_start=storage)
+    yield actors
+    actors.end()
+
+
+def fleet_of(bank: Bank, actors: LocalActors, time: Time | None = None) -> ShardFleet:
+    time = time or Time()
+    return ShardFleet(UpConfig(bank_url=bank.url), bank.spec, actors, clock=time, sleep=time.sleep)
+
+
+def served(fleet: ShardFleet) -> list[bool]:
+    return [status.alive for status in fleet.statuses()]
+
+
+def test_a_start_that_failed_is_repeated_on_the_same_actors(
+    bank: Bank, actors: LocalActors, storage: Storage
+) -> None:
+    storage.broken = {"shard-1"}
+    for _ in range(2):
+        with pytest.raises(UnavailableError, match="the storage failed"):
+            fleet_of(bank, actors).start(START_S)
+    assert storage.num_starts == 3, "one that is open is left alone"
+    storage.broken = set()
+    fleet = fleet_of(bank, actors)
+    fleet.start(START_S)
+    assert served(fleet) == [True, True]
+    assert {owner.partition for owner in fleet.placement().owners} == {0, 1}
+
+
+def test_a_shard_that_is_closed_keeps_no_other_one_from_being_served_again(
+    bank: Bank, actors: LocalActors, storage: Storage
+) -> None:
+    fleet_of(bank, actors).start(START_S)
+    actors.kill(actors.find("shard-1"))
+    storage.broken = {"shard-1"}
+    time = Time()
+    again = fleet_of(bank, actors, time)
+    again.start(START_S, insist=False)
+    assert served(again) == [True, False]
+    assert "the storage failed" in again.statuses()[1].problem
+    assert {owner.partition for owner in again.placement().owners} == {0}
+    storage.broken = set()
+    time.now += 60
+    for _ in range(2):
+        again.supervise()
+    assert served(again) == [True, True]
+    assert {owner.partition for owner in again.placement().owners} == {0, 1}
+
+
+def test_shards_are_looked_after_side_by_side(bank: Bank, actors: LocalActors) -> None:
+    fleet = fleet_of(bank, actors)
+    fleet.start(START_S)
+    meet = threading.Barrier(len(SHARDS), timeout=20)
+
+    def before_call(shard_id: str, method: str) -> None:
+        if method == "identity":
+            meet.wait()
+            raise away(shard_id)
+
+    actors.before_call = before_call
+    fleet.supervise()
+    assert served(fleet) == [False, False]
+    assert not meet.broken
+
+
+def test_a_shard_that_is_gone_is_made_anew_once_there_is_a_node(
+    bank: Bank, actors: LocalActors
+) -> None:
+    fleet = fleet_of(bank, actors)
+    fleet.start(START_S)
+    actors.kill(actors.find("shard-0"))
+    nodes, actors.node_list = actors.node_list, []
+    fleet.supervise()
+    assert served(fleet) == [False, True]
+    actors.node_list = [("node-2", nodes[0][1])]
+    for _ in range(2):
+        fleet.supervise()
+    assert served(fleet) == [True, True]
+
+
+def test_a_service_of_too_few_nodes_says_so(bank: Bank, actors: LocalActors) -> None:
+    actors.node_list = []
+    with pytest.raises(UnavailableError, match="Ray has 0 nodes"):
+        fleet_of(bank, actors).start(START_S)
+
+
+def test_shards_that_are_let_go_fold_and_stay_closed(bank: Bank, actors: LocalActors) -> None:
+    fleet = fleet_of(bank, actors)
+    fleet.start(START_S)
+    shard = actors.servers["shard-0"].shard
+    shard.push(make_update(shard, [BlockRef(1, 0)], "u0"))
+    fleet.let_go(UnavailableError("another one has the bank"), 1.0)
+    assert [status.problem for status in fleet.statuses()] == ["another one has the bank"] * 2
+    assert shard.is_folded
+    for shard_id in SHARDS:
+        with pytest.raises(MembankError):
+            actors.call(actors.find(shard_id), "identity", timeout_s=1.0, who=shard_id)
+
+
+def test_only_shards_that_say_so_have_left_nothing(
+    bank: Bank, actors: LocalActors, storage: Storage
+) -> None:
+    storage.broken = {"shard-1"}
+    fleet_of(bank, actors).start(START_S, insist=False)
+    shards = [*SHARDS, "shard-2"]
+    assert close_shards(actors, shards, 1.0) == ("shard-1", "shard-2")
+    assert end_shards(actors, shards, 1.0) == ("shard-1", "shard-2")
+    assert [actors.find(shard_id) for shard_id in shards] == [None] * 3
+
+
+def test_a_shard_that_does_not_answer_is_ended_all_the_same(
+    bank: Bank, actors: LocalActors
+) -> None:
+    fleet_of(bank, actors).start(START_S)
+
+    def before_call(shard_id: str, method: str) -> None:
+        if shard_id == "shard-0":
+            raise away(shard_id)
+
+    actors.before_call = before_call
+    assert end_shards(actors, SHARDS, 1.0) == ("shard-0",)
+    assert actors.find("shard-0") is None

@@ -1,0 +1,242 @@
+"""A controller's work without Ray: claim, gateway and shards, over restarts and replacement."""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from local_actors import LocalActors
+from membank.bank_service.cluster.claim import BankClaim, read_claim, require_claim
+from membank.bank_service.cluster.config import UpConfig
+from membank.bank_service.cluster.identity import ShardSettings
+from membank.bank_service.cluster.service import Service
+from membank.bank_service.store import Bank, open_objects
+from membank.client import BankClient
+from membank.wire.errors import (
+    CorruptionError,
+    FailedPreconditionError,
+    MembankError,
+    Reason,
+    UnavailableError,
+)
+from membank.wire.format.layout import manifest_key
+from membank.wire.spec import BlockRef
+from storage_faults import Outage
+from tiny_bank import make_update, tiny_spec
+
+A = BlockRef(1, 0)
+NEVER_S = 60.0
+SHARDS = ("shard-0", "shard-1")
+
+
+class Host:
+    """A machine with one service on it, whose controller may be started again."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.config = UpConfig(
+            bank_url=url,
+            port=0,
+            journal_dir=folder / "journals",
+            lease_s=0.0,
+            service_id=folder.name,
+            rebalance=False,
+            start_timeout_s=10.0,
+        )
+        self.actors = LocalActors()
+        self.storage = Outage(open_objects(url))
+        self._services: list[Service] = []
+
+    def service(self, *, is_restart: bool = False, beat_every_s: float = NEVER_S) -> Service:
+        service = Service(
+            self.config,
+            self.actors,
+            is_restart=is_restart,
+            open_storage=lambda url: self.storage,
+            beat_every_s=beat_every_s,
+        )
+        self._services.append(service)
+        return service
+
+    def end(self) -> None:
+        for service in self._services:
+            service.stop(1.0)
+        self.actors.end()
+
+    def push(self, request_id: str) -> None:
+        shard = self.actors.servers["shard-0"].shard
+        shard.push(make_update(shard, [A], request_id))
+
+
+@pytest.fixture
+def url() -> str:
+    return f"memory://{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def bank(url: str) -> Bank:
+    return Bank.create(url, tiny_spec())
+
+
+@pytest.fixture
+def host(url: str, tmp_path: Path) -> Iterator[Host]:
+    host = Host(url, tmp_path / "one")
+    yield host
+    host.end()
+
+
+def take_over(url: str) -> BankClaim:
+    """Claim the bank as another service does to which this one was silent."""
+    return BankClaim.take(
+        open_objects(url),
+        service="other",
+        host="elsewhere",
+        endpoint="other:1",
+        beat_every_s=NEVER_S,
+        sleep=lambda seconds: None,
+    )
+
+
+def is_closed(host: Host, shard_id: str) -> bool:
+    try:
+        host.actors.call(host.actors.find(shard_id), "identity", timeout_s=1.0, who=shard_id)
+    except MembankError:
+        return True
+    return False
+
+
+def test_a_service_that_lost_its_claim_closes_its_shards_whatever_became_of_the_other(
+    bank: Bank, host: Host
+) -> None:
+    service = host.service(beat_every_s=0.01)
+    service.start()
+    host.push("u0")
+    host.storage.is_down = True
+    take_over(bank.url).release()  # its start failed, and no manifest of its ever came
+    host.storage.is_down = False
+    while not service.status().problem:  # the test's timeout bounds it
+        pass
+    service.supervise()
+    assert [is_closed(host, shard_id) for shard_id in SHARDS] == [True, True]
+    assert [shard.alive for shard in service.status().shards] == [False, False]
+    assert host.actors.servers["shard-0"].shard.is_folded
+    with (
+        pytest.raises(FailedPreconditionError) as caught,
+        BankClient.connect(service.status().address) as client,
+    ):
+        client.info()
+    assert caught.value.reason is Reason.BANK_IN_USE
+    assert service.stop(5.0) == ()
+    # The next one need not know that this one was there.
+    take_over(bank.url).release()
+
+
+def test_a_controller_that_comes_back_to_another_s_claim_closes_the_shards(
+    bank: Bank, host: Host
+) -> None:
+    host.service().start()
+    take_over(bank.url).release()
+    again = host.service(is_restart=True)
+    again.start()
+    assert again.status().problem
+    again.supervise()
+    assert [is_closed(host, shard_id) for shard_id in SHARDS] == [True, True]
+    with pytest.raises(FailedPreconditionError):
+        require_claim(bank.objects, host.config.service_id)
+
+
+def test_a_controller_that_comes_back_serves_the_shards_that_open(bank: Bank, host: Host) -> None:
+    host.service().start()
+    host.actors.kill(host.actors.find("shard-1"))
+    number = bank.manifest_numbers(1)[-1]
+    bank.objects.put(manifest_key(1, number), b"not a manifest")
+    again = host.service(is_restart=True)
+    again.start()
+    status = again.status()
+    assert status.has_bank
+    assert [shard.alive for shard in status.shards] == [True, False]
+    with BankClient.connect(status.address) as client:
+        assert client.fetch_blocks([A]).versions == {A: 0}
+    # Whoever starts it for the first time is told instead.
+    assert again.stop(5.0) == ("shard-1",)
+    with pytest.raises(CorruptionError):
+        host.service().start()
+
+
+def test_a_bank_whose_shards_failed_is_created_by_the_next_attempt(host: Host) -> None:
+    failures = [UnavailableError("the storage failed", reason=Reason.STORE_FAILED)] * 3
+
+    def before_start(settings: ShardSettings) -> None:
+        if failures:
+            raise failures.pop()
+
+    host.actors.before_start = before_start
+    service = host.service()
+    service.start()
+    with BankClient.connect(service.status().address) as client:
+        client.create_bank(tiny_spec())
+        assert client.fetch_blocks([A]).versions == {A: 0}
+    assert failures == []
+
+
+def test_a_service_without_a_bank_leaves_nothing_unfolded(host: Host) -> None:
+    service = host.service()
+    service.start()
+    assert service.stop(5.0) == ()
+    assert read_claim(open_objects(host.config.bank_url)) is None
+
+
+def test_a_controller_that_has_not_found_its_shards_yet_stops_them_all_the_same(
+    bank: Bank, host: Host
+) -> None:
+    host.service().start()
+    host.push("u0")
+    host.storage.is_down = True
+    again = host.service(is_restart=True)
+    with pytest.raises(UnavailableError):
+        again.start()
+    assert host.actors.find("shard-0") is not None
+    assert again.stop(5.0) == ()
+    assert [host.actors.find(shard_id) for shard_id in SHARDS] == [None, None]
+    # Of those that were ended without it, nobody knows.
+    assert host.service(is_restart=True).stop(5.0) == SHARDS
+
+
+def test_a_controller_that_comes_back_keeps_its_claim_although_it_cannot_listen(
+    bank: Bank, host: Host
+) -> None:
+    host.service().start()
+    before = read_claim(bank.objects)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        again = Service(
+            UpConfig(
+                bank_url=bank.url,
+                port=taken.getsockname()[1],
+                service_id=host.config.service_id,
+            ),
+            host.actors,
+            is_restart=True,
+            beat_every_s=NEVER_S,
+        )
+        with pytest.raises(FailedPreconditionError) as caught:
+            again.start()
+    assert caught.value.reason is Reason.PORT_IN_USE
+    after = read_claim(bank.objects)
+    assert before is not None
+    assert after is not None
+    assert (after.service, after.beat) == (before.service, before.beat + 1)
+
+
+def test_a_service_that_cannot_listen_claims_nothing(bank: Bank, host: Host) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        config = UpConfig(bank_url=bank.url, port=taken.getsockname()[1], service_id="x")
+        with pytest.raises(FailedPreconditionError):
+            Service(config, host.actors, is_restart=False).start()
+    assert read_claim(bank.objects) is None
