@@ -10,6 +10,7 @@ from threading import Lock
 
 from membank.bank_service.shard.config import ShardConfig
 from membank.bank_service.shard.lease import boot_clock
+from membank.bank_service.shard.loaders import Loaders
 from membank.bank_service.shard.maintenance import InlineMaintenance, Maintenance
 from membank.bank_service.shard.residency import Residency
 from membank.bank_service.shard.update_rule import UpdateRule
@@ -44,6 +45,8 @@ class ShardContext:
     """Seconds since 1970-01-01 UTC."""
     open_log_file: Callable[[Path], LogFile] = PosixLogFile
     """Makes the files of journals."""
+    loaders: Loaders = field(default_factory=Loaders)
+    """Load contents from storage side by side."""
     state_lock: Lock = field(default_factory=Lock)
     """Guards what all partitions know of blocks, and the revision in force; never held during
     input or output."""

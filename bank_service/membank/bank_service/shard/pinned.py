@@ -176,16 +176,16 @@ class PinnedReader:
         entries: Sequence[Entry],
         wanted: Callable[[int, Entry], bool],
     ) -> list[LoadedBlock]:
-        loaded = []
-        for position, (ref, entry) in enumerate(zip(refs, entries, strict=True)):
+        def load(position: int) -> LoadedBlock:
+            ref, entry = refs[position], entries[position]
             if not wanted(position, entry):
-                loaded.append(LoadedBlock(entry, {}, 0))
-                continue
+                return LoadedBlock(entry, {}, 0)
             store = self._partition_of(ref).store
             content = store.load_content(ref, BlockRecord(entry), (Role.WEIGHT,))
             arrays = {Role.WEIGHT: read_only(content.weight)}
-            loaded.append(LoadedBlock(entry, arrays, content.weight_crc))
-        return loaded
+            return LoadedBlock(entry, arrays, content.weight_crc)
+
+        return self._context.loaders.map(load, range(len(refs)))
 
 
 def _erased(entry: Entry) -> Entry:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from membank.bank_service.shard.content import BlockRecord, read_only
+from membank.bank_service.shard.content import BlockRecord, Content, read_only
 from membank.bank_service.shard.context import ShardContext
 from membank.bank_service.shard.partition import Partition
 from membank.wire.errors import CorruptionError, Reason, UnavailableError
@@ -13,6 +13,7 @@ from membank.wire.format import Entry
 from membank.wire.spec import Array, BlockRef, Role
 
 _ATTEMPTS = 16
+_NOTHING = Content({}, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class _Capture:
     partition: Partition
     record: BlockRecord
     arrays: dict[Role, Array]
+    weight_crc: int
 
 
 class BlockReader:
@@ -102,9 +104,13 @@ class BlockReader:
                 record = partition.record(ref)
                 self._context.residency.touch(ref)
                 # The views are taken here because a removal may wipe the content right after.
-                resident = record.content.arrays if record.content is not None else {}
-                arrays = {role: read_only(resident[role]) for role in roles if role in resident}
-                captures.append(_Capture(partition, record, arrays))
+                resident = record.content or _NOTHING
+                arrays = {
+                    role: read_only(resident.arrays[role])
+                    for role in roles
+                    if role in resident.arrays
+                }
+                captures.append(_Capture(partition, record, arrays, resident.weight_crc))
         return number, captures
 
     def _load(
@@ -115,27 +121,35 @@ class BlockReader:
         wanted: Callable[[int, Entry], bool],
     ) -> list[LoadedBlock] | None:
         """Return the captured blocks with their content, or None if one of them moved on."""
-        loaded = []
-        for position, (ref, capture) in enumerate(zip(refs, captures, strict=True)):
-            record = capture.record
-            if not wanted(position, record.entry):
-                loaded.append(LoadedBlock(record.entry, {}, 0))
-                continue
-            if len(capture.arrays) < len(roles):
-                try:
-                    content = capture.partition.store.load_content(ref, record, roles)
-                except CorruptionError:
-                    if self._moved_on(ref, capture):
-                        return None
-                    raise
-                capture.partition.keep(ref, record, content)
-                capture.arrays = {role: read_only(content.arrays[role]) for role in roles}
-                crc = content.weight_crc
-            else:
-                assert record.content is not None
-                crc = record.content.weight_crc
-            loaded.append(LoadedBlock(record.entry, capture.arrays, crc))
-        return loaded
+        is_wanted = [
+            wanted(position, capture.record.entry) for position, capture in enumerate(captures)
+        ]
+        absent = [
+            (ref, capture)
+            for ref, capture, asked in zip(refs, captures, is_wanted, strict=True)
+            if asked and len(capture.arrays) < len(roles)
+        ]
+        if not all(self._context.loaders.map(lambda pair: self._fill(*pair, roles), absent)):
+            return None
+        return [
+            LoadedBlock(capture.record.entry, capture.arrays, capture.weight_crc)
+            if asked
+            else LoadedBlock(capture.record.entry, {}, 0)
+            for capture, asked in zip(captures, is_wanted, strict=True)
+        ]
+
+    def _fill(self, ref: BlockRef, capture: _Capture, roles: Sequence[Role]) -> bool:
+        """Load a captured block's content; False = it moved on."""
+        try:
+            content = capture.partition.store.load_content(ref, capture.record, roles)
+        except CorruptionError:
+            if self._moved_on(ref, capture):
+                return False
+            raise
+        capture.partition.keep(ref, capture.record, content)
+        capture.arrays = {role: read_only(content.arrays[role]) for role in roles}
+        capture.weight_crc = content.weight_crc
+        return True
 
     def _moved_on(self, ref: BlockRef, capture: _Capture) -> bool:
         with self._context.state_lock:

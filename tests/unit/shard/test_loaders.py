@@ -1,0 +1,62 @@
+"""What waits for storage waits together."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from membank.bank_service.shard import Shard
+from membank.bank_service.shard.loaders import Loaders
+from membank.bank_service.store import Bank
+from membank.wire.errors import CorruptionError
+from tiny_bank import UnsyncedObjects, create_bank, file_bytes, make_update
+
+
+@given(st.lists(st.integers(), max_size=40))
+def test_results_are_in_the_order_of_the_items(items: list[int]) -> None:
+    assert Loaders().map(lambda item: item + 1, items) == [item + 1 for item in items]
+
+
+def test_an_error_reaches_the_caller() -> None:
+    with pytest.raises(ZeroDivisionError):
+        Loaders().map(lambda item: 1 // item, [1, 0, 2])
+
+
+class _Rendezvous(UnsyncedObjects):
+    """Answers a read of a slot only while another one is under way."""
+
+    barrier = threading.Barrier(2, timeout=30)
+
+    def get(self, key: str) -> bytes:
+        if "/c." in key:
+            self.barrier.wait()
+        return super().get(key)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    create_bank(tmp_path)
+    shard = Shard.open(UnsyncedObjects(tmp_path))
+    shard.push(make_update(shard, list(shard.spec.blocks())[:2], "u"))
+    shard.close()
+    return tmp_path
+
+
+def test_blocks_of_one_fetch_are_read_side_by_side(root: Path) -> None:
+    shard = Shard.open(Bank.open(_Rendezvous(root)))
+    fetched = shard.fetch(list(shard.spec.blocks())[:2])
+    assert [block.header.version for block in fetched.blocks] == [1, 1]
+    shard.close()
+
+
+def test_a_damaged_block_fails_the_fetch(root: Path) -> None:
+    shard = Shard.open(UnsyncedObjects(root))
+    name = next(name for name in file_bytes(root) if name.endswith("weight/c.0.0.0.0.0"))
+    (root / name).write_bytes(b"x")
+    with pytest.raises(CorruptionError):
+        shard.fetch(list(shard.spec.blocks()))
+    shard.close()
