@@ -133,10 +133,11 @@ class ShardMachine(RuleBasedStateMachine):
             return (False, block.version, reason)
         assert block.content is not None
         after = BlockOptimizer(SPEC).apply(
-            gradient.ref.level, block.content, block.step, gradient.values, 1.0
+            gradient.ref.level, block.content.arrays, block.step, gradient.values, 1.0
         )
+        assert after is not None
         self.model[gradient.ref] = Expected(
-            block.version + 1, block.state, block.step + 1, after, block.updates + 1
+            block.version + 1, block.state, block.step + 1, Content(after, 0), block.updates + 1
         )
         return (True, block.version + 1, None)
 

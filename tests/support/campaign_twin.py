@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from campaign_bank import SPEC, Image
-from membank.bank_service.shard.content import Content, initial_content, zero_state
+from membank.bank_service.shard.content import initial_content, zero_state
 from membank.bank_service.shard.optimizer import BlockOptimizer
 from membank.wire.spec import Array, BlockRef, BlockState, Role
 from tiny_bank import gradient_for
@@ -27,9 +27,9 @@ class Twin:
             for role, data in zip(SPEC.roles, image.arrays, strict=True)
         }
         gradient = gradient_for(SPEC, ref, number)
-        after = self._optimizer.apply(ref.level, Content(arrays, 0), image.step, gradient, 1.0)
+        after = self._optimizer.apply(ref.level, arrays, image.step, gradient, 1.0)
         assert after is not None
-        return Image(state=image.state, step=image.step + 1, arrays=_bytes(after.arrays))
+        return Image(state=image.state, step=image.step + 1, arrays=_bytes(after))
 
 
 def initial_image(ref: BlockRef) -> Image:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from membank.bank_service.shard.content import Content, content_crcs, initial_content, zero_state
+from membank.bank_service.shard.content import content_crcs, initial_content, zero_state
 from membank.bank_service.shard.optimizer import BlockOptimizer, as_array, as_tensor, convert
 from membank.wire.spec import Array, BankSpec, BlockRef, OptimizerKind, OptimizerSpec, Role
 from tiny_bank import gradient_for, tiny_spec
@@ -38,9 +38,8 @@ def _spec(name: str, dtype: str = "float32") -> BankSpec:
     )
 
 
-def _start(spec: BankSpec) -> Content:
-    initial = initial_content(spec, REF)
-    return Content({**initial.arrays, **zero_state(spec, REF)}, initial.weight_crc)
+def _start(spec: BankSpec) -> dict[Role, Array]:
+    return {**initial_content(spec, REF).arrays, **zero_state(spec, REF)}
 
 
 def _torch_optimizer(spec: BankSpec, weight: torch.nn.Parameter) -> torch.optim.Optimizer:
@@ -62,7 +61,7 @@ def _torch_optimizer(spec: BankSpec, weight: torch.nn.Parameter) -> torch.optim.
 def test_ten_steps_are_those_of_torch(name: str) -> None:
     spec = _spec(name)
     content = _start(spec)
-    parameter = torch.nn.Parameter(torch.from_numpy(content.weight.copy()))
+    parameter = torch.nn.Parameter(torch.from_numpy(content[Role.WEIGHT].copy()))
     reference = _torch_optimizer(spec, parameter)
     optimizer = BlockOptimizer(spec)
     for step in range(10):
@@ -72,7 +71,7 @@ def test_ten_steps_are_those_of_torch(name: str) -> None:
         content = after
         parameter.grad = torch.from_numpy(gradient.copy())
         reference.step()
-        _assert_close(content.weight, parameter.detach().numpy())
+        _assert_close(content[Role.WEIGHT], parameter.detach().numpy())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -82,12 +81,12 @@ def test_narrow_weights_are_updated_in_float32_and_rounded_once(dtype: str) -> N
     gradient = gradient_for(spec, REF, 1)
     after = BlockOptimizer(spec).apply(1, content, 0, gradient, 1.0)
     assert after is not None
-    parameter = torch.nn.Parameter(torch.from_numpy(content.weight.astype(np.float32)))
+    parameter = torch.nn.Parameter(torch.from_numpy(content[Role.WEIGHT].astype(np.float32)))
     parameter.grad = torch.from_numpy(gradient.copy())
     _torch_optimizer(spec, parameter).step()
     expected = parameter.detach().to(getattr(torch, dtype))
-    assert torch.equal(as_tensor(after.weight), expected)
-    assert after.arrays[Role.EXP_AVG].dtype == np.float32
+    assert torch.equal(as_tensor(after[Role.WEIGHT]), expected)
+    assert after[Role.EXP_AVG].dtype == np.float32
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -98,7 +97,7 @@ def test_narrow_gradients_are_widened(dtype: str) -> None:
     two = BlockOptimizer(spec).apply(1, _start(spec), 0, narrow.astype(np.float32), 1.0)
     assert one is not None
     assert two is not None
-    np.testing.assert_array_equal(one.weight, two.weight)
+    np.testing.assert_array_equal(one[Role.WEIGHT], two[Role.WEIGHT])
 
 
 def test_the_scale_multiplies_the_rate() -> None:
@@ -109,21 +108,21 @@ def test_the_scale_multiplies_the_rate() -> None:
     half = optimizer.apply(1, content, 0, gradient, 0.5)
     assert still is not None
     assert half is not None
-    np.testing.assert_array_equal(still.weight, content.weight)
-    weight = content.weight.astype(np.float32)
+    np.testing.assert_array_equal(still[Role.WEIGHT], content[Role.WEIGHT])
+    weight = content[Role.WEIGHT].astype(np.float32)
     expected = weight - 0.05 * (gradient.astype(np.float32) + 0.01 * weight)
-    _assert_close(half.weight, expected)
+    _assert_close(half[Role.WEIGHT], expected)
 
 
 def test_the_present_content_is_not_touched() -> None:
     spec = _spec("adamw")
     content = _start(spec)
-    before = content_crcs(spec, content.arrays)
+    before = content_crcs(spec, content)
     after = BlockOptimizer(spec).apply(1, content, 0, gradient_for(spec, REF, 5), 1.0)
     assert after is not None
-    assert content_crcs(spec, content.arrays) == before
-    for role, array in after.arrays.items():
-        assert not np.shares_memory(array, content.arrays[role])
+    assert content_crcs(spec, content) == before
+    for role, array in after.items():
+        assert not np.shares_memory(array, content[role])
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -153,8 +152,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(name: str) -> None:
         optimizer=SPECS[name],
     )
     ref = BlockRef(1, 0)
-    content = initial_content(spec, ref)
-    content = Content({**content.arrays, **zero_state(spec, ref)}, content.weight_crc)
+    content = {**initial_content(spec, ref).arrays, **zero_state(spec, ref)}
     results: list[Array] = []
     before = torch.get_num_threads()
     try:
@@ -162,7 +160,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(name: str) -> None:
             torch.set_num_threads(threads)
             after = BlockOptimizer(spec).apply(1, content, 3, gradient_for(spec, ref, 1), 1.0)
             assert after is not None
-            results.append(after.weight)
+            results.append(after[Role.WEIGHT])
     finally:
         torch.set_num_threads(before)
     np.testing.assert_array_equal(results[0], results[1])

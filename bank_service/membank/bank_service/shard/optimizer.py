@@ -8,6 +8,7 @@ or float16 are widened to float32, updated, and rounded once.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -16,8 +17,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 from torch.utils.dlpack import from_dlpack
 
-from membank.bank_service.shard.content import Content, new_array
-from membank.wire.crc import crc32c
+from membank.bank_service.shard.content import new_array
 from membank.wire.spec import Array, BankSpec, OptimizerKind, Role
 
 TORCH_DTYPES = {
@@ -48,16 +48,21 @@ class BlockOptimizer:
         self._spec = spec
 
     def apply(
-        self, level: int, content: Content, step: int, gradient: Array, learning_rate_scale: float
-    ) -> Content | None:
-        """Return the content after one gradient; `content` stays as it is.
+        self,
+        level: int,
+        before: Mapping[Role, Array],
+        step: int,
+        gradient: Array,
+        learning_rate_scale: float,
+    ) -> dict[Role, Array] | None:
+        """Return weight and optimizer state after one gradient; `before` stays as it is.
 
         Parameters
         ----------
         level
             Level of the block; it decides the learning rate.
-        content
-            Present content, with optimizer state.
+        before
+            Present weight and optimizer state.
         step
             Gradient steps taken before this one.
         gradient
@@ -67,13 +72,13 @@ class BlockOptimizer:
 
         Returns
         -------
-        Content or None
+        dict[Role, Array] or None
             In fresh arrays; None where the result would hold a number that is not finite.
         """
         spec = self._spec
         rate = spec.levels[level - 1].learning_rate * learning_rate_scale
         # Not clones made by torch: its allocator's memory fits nothing else (see `new_array`).
-        arrays = {role: _copied(content.arrays[role], _FLOAT32) for role in spec.roles}
+        arrays = {role: _copied(before[role], _FLOAT32) for role in spec.roles}
         weight, *state = map(as_tensor, arrays.values())
         self._step(weight, as_tensor(gradient).to(torch.float32), state, step, rate)
         if spec.numpy_dtype != _FLOAT32:
@@ -82,7 +87,7 @@ class BlockOptimizer:
         # looking at the results is enough, and finds overflow too.
         if not all(_is_finite(as_tensor(array)) for array in arrays.values()):
             return None
-        return Content(arrays, crc32c(arrays[Role.WEIGHT]))
+        return arrays
 
     def _step(
         self,

@@ -59,14 +59,15 @@ class UpdateRule:
         tuple[Entry, Content] or None
             None where the result would hold a number that is not finite.
         """
-        after = self._optimizer.apply(ref.level, content, before.step, values, scale)
-        if after is None:
+        arrays = self._optimizer.apply(ref.level, content.arrays, before.step, values, scale)
+        if arrays is None:
             return None
+        crcs = content_crcs(self._spec, arrays)
         entry = Entry(
             slot=NO_SLOT,
             version=before.version + 1,
             step=before.step + 1,
             updates=before.updates + 1,
-            crcs=content_crcs(self._spec, after.arrays),
+            crcs=crcs,
         )
-        return entry, after
+        return entry, Content(arrays, crcs[0])
