@@ -37,10 +37,6 @@ class Content:
         """Bytes in memory."""
         return sum(array.nbytes for array in self.arrays.values())
 
-    def is_complete(self, spec: BankSpec) -> bool:
-        """Say whether the optimizer state is there too."""
-        return len(self.arrays) == len(spec.roles)
-
     def wipe(self) -> None:
         """Overwrite with zeros what no reader holds, and let go of everything.
 

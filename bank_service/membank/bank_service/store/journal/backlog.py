@@ -1,4 +1,4 @@
-"""What was appended and not shipped yet: how much, and since when."""
+"""Since when there is something that was appended and not shipped yet."""
 
 from __future__ import annotations
 
@@ -12,23 +12,17 @@ _MAX_ENTRIES = 1024
 @dataclass(frozen=True, slots=True)
 class _Entry:
     last_lsn: int
-    num_bytes: int
     since: float
     num_added: int
 
     def joined(self, later: _Entry) -> _Entry:
-        return _Entry(
-            later.last_lsn,
-            self.num_bytes + later.num_bytes,
-            self.since,
-            self.num_added + later.num_added,
-        )
+        return _Entry(later.last_lsn, self.since, self.num_added + later.num_added)
 
 
 class Backlog:
-    """Counts bytes by LSN, in bounded memory. Safe to use from threads.
+    """Knows the times of additions by LSN, in bounded memory. Safe to use from threads.
 
-    What is told is exact until there are many entries; then it is coarser, and never too small.
+    What is told is exact until there are many entries; then it is coarser, and never too late.
     """
 
     def __init__(self) -> None:
@@ -43,15 +37,9 @@ class Backlog:
         with self._lock:
             return self._entries[0].since if self._entries else None
 
-    @property
-    def num_bytes(self) -> int:
-        """Its bytes, at most."""
-        with self._lock:
-            return sum(entry.num_bytes for entry in self._entries)
-
-    def add(self, last_lsn: int, num_bytes: int, since: float) -> None:
+    def add(self, last_lsn: int, since: float) -> None:
         """Take note of frames up to `last_lsn`, later than all before."""
-        entry = _Entry(last_lsn, num_bytes, since, 1)
+        entry = _Entry(last_lsn, since, 1)
         with self._lock:
             if self._entries and self._entries[-1].num_added < self._grain:
                 entry = self._entries.pop().joined(entry)

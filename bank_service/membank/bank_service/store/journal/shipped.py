@@ -50,7 +50,7 @@ from threading import Lock
 
 from membank.bank_service.store.journal.backlog import Backlog
 from membank.bank_service.store.journal.contract import Frame, FrameKind, Ownership, Payload
-from membank.bank_service.store.journal.frames import corrupt, num_bytes_of
+from membank.bank_service.store.journal.frames import corrupt
 from membank.bank_service.store.journal.local import LocalJournal
 from membank.bank_service.store.journal.objects import ObjectJournal
 from membank.wire.errors import InternalError, MembankError, NotFoundError, Reason, UnavailableError
@@ -64,10 +64,6 @@ class ShipLag:
 
     seconds: float
     """Age of the oldest frame that was not shipped; 0 = there is none."""
-    num_frames: int
-    """How many there are."""
-    num_bytes: int
-    """Bytes of their payloads; at most, where they are from before the opening."""
 
 
 class ShippedJournal:
@@ -169,14 +165,14 @@ class ShippedJournal:
         self._remote_rules = self._drops_remote = False
         self._is_begun = True
         if self._local.last_lsn > self._remote.last_lsn:
-            self._backlog.add(self._local.last_lsn, self._local.num_bytes, self._clock())
+            self._backlog.add(self._local.last_lsn, self._clock())
 
     def append(self, kind: FrameKind, payloads: Sequence[Payload]) -> int:
         # docstring inherited
         self.require_usable()
         since = self._clock()
         lsn = self._local.append(kind, payloads)
-        self._backlog.add(lsn, sum(num_bytes_of(payload) for payload in payloads), since)
+        self._backlog.add(lsn, since)
         return lsn
 
     def ship(self) -> None:
@@ -202,15 +198,7 @@ class ShippedJournal:
     def lag(self) -> ShipLag:
         """Return what would be lost with the machine now."""
         since = self._backlog.since
-        return ShipLag(
-            seconds=0.0 if since is None else max(self._clock() - since, 0.0),
-            num_frames=max(self._local.last_lsn - max(self._remote.last_lsn, self._trim_to), 0),
-            num_bytes=self._backlog.num_bytes,
-        )
-
-    def unshipped_since(self) -> float | None:
-        """Return when the oldest unshipped frame was appended, by the clock; None = no such."""
-        return self._backlog.since
+        return ShipLag(seconds=0.0 if since is None else max(self._clock() - since, 0.0))
 
     def trim(self, lsn: int) -> None:
         """Remove every frame up to `lsn` (see `Journal.trim`), first the local ones.
