@@ -40,6 +40,8 @@ class LocalActors:
         self.before_call = before_call
         self.node_list = [("node-1", "127.0.0.1")]
         self.servers: dict[str, ShardServer] = {}
+        self.waits: dict[str, float] = {}
+        """How long the last call of each method would have been waited for."""
         self._actors: dict[str, LocalActor] = {}
 
     @property
@@ -80,6 +82,7 @@ class LocalActors:
         who: str,
     ) -> object:
         assert isinstance(actor, LocalActor)
+        self.waits[method] = timeout_s
         self.before_call(actor.shard_id, method)
         if self._actors.get(actor.shard_id) is not actor:
             raise away(actor.shard_id)

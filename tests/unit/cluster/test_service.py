@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from membank.bank_service.cluster.claim import BankClaim, read_claim, require_cl
 from membank.bank_service.cluster.config import UpConfig
 from membank.bank_service.cluster.identity import ShardSettings
 from membank.bank_service.cluster.service import Service
-from membank.bank_service.store import Bank, open_objects
+from membank.bank_service.store import Bank, Data, open_objects
 from membank.client import BankClient
 from membank.wire.errors import (
     CorruptionError,
@@ -187,6 +189,25 @@ def test_a_service_without_a_bank_leaves_nothing_unfolded(host: Host) -> None:
     service.start()
     assert service.stop(5.0) == ()
     assert read_claim(open_objects(host.config.bank_url)) is None
+
+
+def test_the_time_to_stop_is_one_deadline_for_gateway_shards_and_claim(
+    bank: Bank, host: Host
+) -> None:
+    mended = threading.Event()
+
+    class Hangs(Outage):
+        def put(self, key: str, data: Data, *, durable: bool = False) -> None:
+            mended.wait()
+
+    host.storage = Hangs(bank.objects)
+    service = host.service()
+    service.start()
+    began = time.monotonic()
+    assert service.stop(1.5) == ()
+    assert host.actors.waits["stop"] <= 1.3
+    assert time.monotonic() - began < 5.0
+    mended.set()
 
 
 def test_a_controller_that_has_not_found_its_shards_yet_stops_them_all_the_same(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from dataclasses import replace
 
 import ray
@@ -73,9 +74,9 @@ class ControllerActor:
         """
         self._stopping.set()
         # A start that hangs must not keep shards and claim from being given back.
-        under_way_s = timeout_s * _UNDER_WAY_SHARE
-        self._thread.join(under_way_s)
-        return self._service.stop(timeout_s - under_way_s)
+        deadline = time.monotonic() + timeout_s
+        self._thread.join(timeout_s * _UNDER_WAY_SHARE)
+        return self._service.stop(deadline - time.monotonic())
 
     def _run(self) -> None:
         while not self._stopping.is_set():

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 _STATUS_TIMEOUT_S = 15.0
 _RAY_STOP_S = 5.0
+_GIVE_UP_S = 10.0
+"""How long a start that failed may take to give back what it has: shards, and the claim."""
 _STOP_MARGIN_S = 10.0
 """How much longer than it was given a controller may take to stop, as its gateway drains."""
 
@@ -263,7 +265,7 @@ def _start_controller(config: UpConfig, local: LocalRay | None, deadline: float)
         # A service that nobody can find would run for ever.
         state.save(endpoint, config.runtime_dir)
     except BaseException:
-        _stop_one(controller, config.key, config.num_shards, timeout_s=5.0)
+        _stop_one(controller, config.key, config.num_shards, timeout_s=_GIVE_UP_S)
         raise
     return endpoint
 
