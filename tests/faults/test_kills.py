@@ -56,8 +56,10 @@ def test_local_bank_survives_kills(tmp_path: Path) -> None:
     tally = _besiege(_local(tmp_path / "siege"), 15, promises=LOCAL_PROMISES)
 
     assert tally.failures == []
-    assert tally.kills == 15
-    assert tally.requests["update acknowledged"] > 15
+    assert tally.kills >= 15
+    assert not tally.is_vacuous
+    assert tally.machines_lost == 1
+    assert tally.gradients_gone < tally.shipped
 
 
 @pytest.mark.s3
@@ -68,8 +70,10 @@ def test_bank_in_a_bucket_survives_kills(tmp_path: Path, s3_place: S3Place) -> N
     tally = _besiege(setting, 8, S3_PACE, S3_PROMISES)
 
     assert tally.failures == []
-    assert tally.kills == 8
-    assert tally.requests["update acknowledged"] > 8
+    assert tally.kills >= 8
+    assert not tally.is_vacuous
+    assert tally.machines_lost == 1
+    assert tally.gradients_gone < tally.shipped
 
 
 def test_campaign_finds_updates_that_were_acknowledged_before_they_were_written(

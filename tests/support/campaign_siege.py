@@ -154,7 +154,7 @@ class Siege:
         """What clients asked and were told."""
         self._remains = Remains(setting, self.history, tally)
         self._line = self._new_line()
-        numbers = Numbers()
+        self._numbers = numbers = Numbers()
         self._clients: list[Client] = [
             Operator("op", self._new_line(), self.history, self._child_rng(), numbers),
             Reader("reader", self._new_line(), self.history, self._child_rng()),
@@ -374,7 +374,10 @@ class Siege:
         ]
         for timer in timers:
             timer.start()
-        self._clients[-1].live(stop)
+        # Not one of the clients: what is acknowledged here was not there to be killed.
+        pusher = Pusher("last", self._new_line(), self.history, self._child_rng(), self._numbers)
+        pusher.live(stop)
+        self._tally.shipped += pusher.counts["gradient acknowledged"]
         return least
 
     @contextmanager

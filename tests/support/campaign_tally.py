@@ -39,8 +39,10 @@ class Tally:
     """Starts without the journals and locks of the life before, as on another machine."""
     machines_lost: int = 0
     """Machines that were lost with the journals of which copies were in the bank's storage."""
+    shipped: int = 0
+    """Gradients that were acknowledged in the seconds before that, beside all others."""
     gradients_gone: int = 0
-    """Gradients that were acknowledged right before that and are gone, as promised."""
+    """Those of them that are gone, as promised."""
     requests: Counter[str] = field(default_factory=Counter)
     """What became of requests."""
     wrong: Counter[Wrong] = field(default_factory=Counter)
@@ -76,6 +78,7 @@ class Tally:
             "kills_by_durability": _ordered(self.durability),
             "starts_elsewhere": self.machines,
             "machines_lost": self.machines_lost,
+            "gradients_before_that": self.shipped,
             "gradients_gone_with_them": self.gradients_gone,
             "requests": _ordered(self.requests),
             "failures": self.failures,
