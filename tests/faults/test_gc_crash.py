@@ -142,7 +142,7 @@ def ends_of(it: Opened) -> Ends:
             if not number:
                 continue
             store = PartitionStore(it.bank, history.partition)
-            for ref, entry in store.manifest(number).entries.items():
+            for ref, entry in store.manifests.read(number).entries.items():
                 store.load_content(ref, BlockRecord(entry), SPEC.roles)
                 entries[ref] = (entry.version, entry.step, entry.crcs)
         found[record.revision] = entries

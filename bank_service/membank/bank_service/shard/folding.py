@@ -231,7 +231,7 @@ class Folding:
         except (ResourceExhaustedError, FailedPreconditionError):
             # The space may be needed. Where the manifest may exist in spite of the error, as after
             # any other error, its slots must stay.
-            if store.is_unpublished(self._state.manifest.owner):
+            if store.manifests.is_unpublished(self._state.manifest.owner):
                 store.release((ref.level, slot) for ref, slot in slots.items())
             raise
 
@@ -276,8 +276,8 @@ class Folding:
         with state.folding:
             return PartitionHistory(
                 partition=state.number,
-                history_from=state.store.history_from,
-                ends=state.store.ends(),
+                history_from=state.store.manifests.history_from,
+                ends=state.store.manifests.ends(),
             )
 
     def collect(self, *, history_from: int, dry_run: bool) -> PartitionGarbage:
@@ -289,9 +289,9 @@ class Folding:
                 raise state.fenced
             floor = self._give_up_history(history_from, dry_run=dry_run)
             coming = None
-            if dry_run and (floor > state.revision or not state.store.is_newest_alive):
+            if dry_run and (floor > state.revision or not state.store.manifests.is_newest_alive):
                 coming = self._coming(floor)
-            elif not state.store.is_newest_alive and state.held is None:
+            elif not state.store.manifests.is_newest_alive and state.held is None:
                 # The one with the greatest number stays, so another one has to come.
                 self._put_in_force(self.republish())
             with self._noticing_fence():
@@ -306,10 +306,10 @@ class Folding:
     def _give_up_history(self, history_from: int, *, dry_run: bool) -> int:
         """Promise no more than what settings and caller ask to keep; return what is promised."""
         state = self._state
-        promised = state.store.history_from
+        promised = state.store.manifests.history_from
         asked = history_from if dry_run else min(history_from, state.revision)
-        floor = max(state.store.floor(state.revision), asked)
-        if dry_run or not state.store.would_free(floor):
+        floor = max(state.store.manifests.floor(state.revision), asked)
+        if dry_run or not state.store.manifests.would_free(floor):
             return floor
         if state.held is not None:
             # What the transaction prepared makes a promise of its own.

@@ -161,20 +161,20 @@ class Partition:
             If it is not retained (OBJECT_MISSING).
         """
         with self._state.folding:
-            if not self.store.is_retained(number):
+            if not self.store.manifests.is_retained(number):
                 raise NotFoundError(
                     f"manifest {number} of partition {self.number} is not retained; "
                     "choose a later revision, or a snapshot",
                     reason=Reason.OBJECT_MISSING,
                     metadata={"partition": str(self.number), "manifest": str(number)},
                 )
-            return self.store.manifest(number)
+            return self.store.manifests.read(number)
 
     def count_slots(self, refs: Sequence[BlockRef]) -> int:
         """Return how many slots hold versions of `refs`; one to come counts for a dirty block."""
         with self._state.folding:
             dirty = sum(self._state.record(ref).is_dirty for ref in refs)
-            return self.store.num_slots(refs) + dirty
+            return self.store.num_slots(refs, self.manifest.owner) + dirty
 
     def hold(self, revision: int) -> None:
         """Hold updates back until `release` or `finish`; a consolidation under way ends first."""

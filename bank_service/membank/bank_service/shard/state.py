@@ -110,7 +110,7 @@ class PartitionState:
 
     def _ask(self) -> None:
         try:
-            self.store.require_sole_owner(self.manifest.owner)
+            self.store.manifests.require_sole_owner(self.manifest.owner)
         except UnavailableError as err:
             if err.reason is Reason.FENCED:
                 self.fenced = err
