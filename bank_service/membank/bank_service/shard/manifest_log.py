@@ -136,8 +136,8 @@ class ManifestLog:
                 reason=Reason.MANIFEST_CORRUPT,
                 metadata={"key": revision_key(current.revision)},
             )
-        # The manifest that an earlier commit names may have been retired.
-        since = max((m.revision for m in self._stored.values() if self._is_named(m)), default=0)
+        # What an older commit names cannot be the present state, and may have been retired.
+        since = 0 if current is None else current.revision
         named = self._bank.named_manifest(revision, self._partition, since=since)
         if named and (named not in self._stored or current is None):
             key = manifest_key(self._partition, named)
@@ -147,9 +147,6 @@ class ManifestLog:
                 reason=Reason.MANIFEST_CORRUPT,
                 metadata={"key": key},
             )
-
-    def _is_named(self, manifest: StoredManifest) -> bool:
-        return manifest.prepared and self.counts(manifest) is True
 
     # ---- publishing
 
@@ -363,7 +360,7 @@ class ManifestLog:
             return True
         if manifest.number in self._given_up:
             return False
-        record = self._bank.record(manifest.revision)
+        record = self._bank.outline(manifest.revision)
         if record is None:
             return None
         return record.committed and record.manifests.get(self._partition) == manifest.number

@@ -106,7 +106,7 @@ def open_partitions(
 
     def begin(item: tuple[int, tuple[Path, str]]) -> Takeover:
         number, (folder, identity) = item
-        takeover = take_over(context, number, folder, identity)
+        takeover = take_over(context, number, folder, identity, revision)
         undo.callback(takeover.journals.close)
         return takeover
 
@@ -121,7 +121,9 @@ def open_partitions(
     return {partition.number: partition for partition in opened}
 
 
-def take_over(context: ShardContext, number: int, folder: Path, lock: str) -> Takeover:
+def take_over(
+    context: ShardContext, number: int, folder: Path, lock: str, revision: int
+) -> Takeover:
     """Become the owner of partition `number`.
 
     Parameters
@@ -134,6 +136,8 @@ def take_over(context: ShardContext, number: int, folder: Path, lock: str) -> Ta
         Directory of its journal.
     lock
         Identity of the lock on `folder`, which the caller holds.
+    revision
+        Newest committed revision of the bank, as of before the manifests are read.
 
     Raises
     ------
@@ -159,6 +163,8 @@ def take_over(context: ShardContext, number: int, folder: Path, lock: str) -> Ta
     manifest = store.publish(
         replace(
             before,
+            # So the next opening need not look at what was committed until now.
+            revision=max(before.revision, revision),
             epoch=ownership.epoch,
             owner=ownership.owner,
             lock=lock,
