@@ -41,6 +41,7 @@ def store_benches(folder: Path, scale: Scale = FULL, *, s3_url: str | None = Non
     run = MemoryRun(folder / "memory", scale)
     return [
         *(ReadBench(folder, size, cache, scale) for size in sizes for cache in PageCache),
+        *(ReadBench(folder, size, PageCache.WARM, scale, check_both=True) for size in sizes),
         *(JournalBench(folder, size, level, scale)
           for size in sizes for level in (Durability.PROCESS, Durability.HOST)),
         JournalBench(folder, BLOCK_128KB, Durability.PROCESS, scale, alone=True),
