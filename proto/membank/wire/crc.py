@@ -27,6 +27,14 @@ def as_uint8(buffer: Buffer) -> npt.NDArray[np.uint8]:
     return np.frombuffer(buffer, dtype=np.uint8)
 
 
+def flat_view(array: Array) -> memoryview:
+    """View the bytes of an array; no copy, if it is C-contiguous."""
+    try:
+        return array.data.cast("B")
+    except (TypeError, ValueError):  # strided, or of ml_dtypes
+        return as_uint8(array).data
+
+
 def crc32c(buffer: Buffer, *, start: int = 0) -> int:
     """Return the CRC-32C of `buffer`, continuing from `start` (0 = afresh)."""
     return _extender()(buffer, start)

@@ -31,10 +31,9 @@ class _Rendezvous(UnsyncedObjects):
 
     barrier = threading.Barrier(2, timeout=30)
 
-    def get(self, key: str) -> bytes:
-        if "/c." in key:
-            self.barrier.wait()
-        return super().get(key)
+    def get_checked(self, key: str, num_bytes: int) -> tuple[memoryview, int]:
+        self.barrier.wait()
+        return super().get_checked(key, num_bytes)
 
 
 @pytest.fixture

@@ -210,6 +210,10 @@ class Gate(UnsyncedObjects):
         self.before("get", key)
         return super().get(key)
 
+    def get_checked(self, key: str, num_bytes: int) -> tuple[memoryview, int]:
+        self.before("get", key)
+        return super().get_checked(key, num_bytes)
+
     def delete(self, key: str) -> None:
         self.before("delete", key)
         super().delete(key)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from membank.wire.crc import Buffer, Extender, crc32c, extend_portably, join_crc32c
+from membank.wire.crc import Buffer, Extender, crc32c, extend_portably, flat_view, join_crc32c
 
 
 def _fast() -> Extender:
@@ -121,3 +121,14 @@ def test_a_known_crc_is_joined_to_what_comes_before(
     join: Callable[[int, bytes, int], int], first: bytes, second: bytes
 ) -> None:
     assert join(crc32c(first), second, crc32c(second)) == crc32c(first + second)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "uint8"])
+def test_a_flat_view_is_of_the_bytes(dtype: str) -> None:
+    array = np.arange(12).reshape(3, 4).astype(dtype)
+    for part in (array, array[:, 1:], array[:0]):
+        view = flat_view(part)
+        assert (view.ndim, view.itemsize) == (1, 1)
+        assert view.tobytes() == part.tobytes()
+    flat_view(array)[:1] = bytes([7])
+    assert array.tobytes()[0] == 7

@@ -9,7 +9,7 @@ from pathlib import Path
 from membank.bank_service.shard.optimizer import kernel_fingerprint
 from membank.bank_service.shard.update_frame import AppliedBlock, encode_update
 from membank.bank_service.store.journal import FrameKind, LocalJournal, Ownership, Payload
-from membank.bank_service.store.journal.frames import encode_batch, num_bytes_of
+from membank.bank_service.store.journal.frames import encode_batch
 from membank.wire.format import NO_SLOT, Entry
 from membank.wire.records import Update, UpdateResult
 
@@ -67,8 +67,7 @@ class JournalRig:
     def buffer_bytes(self, batch: Sequence[StagedUpdate]) -> list[int]:
         """Return the lengths of the buffers that appending `batch` writes, in their order."""
         payloads = [self._payload(staged) for staged in batch]
-        buffers = encode_batch(FrameKind.UPDATE, self._journal.last_lsn, payloads)
-        return [num_bytes_of([buffer]) for buffer in buffers]
+        return list(map(len, encode_batch(FrameKind.UPDATE, self._journal.last_lsn, payloads)))
 
     def clear(self) -> None:
         """Remove everything that was appended."""

@@ -21,7 +21,7 @@ import numpy as np
 import orjson
 
 from membank.bank_service.store.journal import Checked, Frame, FrameKind
-from membank.wire.crc import as_uint8
+from membank.wire.crc import flat_view
 from membank.wire.errors import Reason
 from membank.wire.format import NO_SLOT, Entry
 from membank.wire.records import Update, UpdateResult
@@ -106,7 +106,7 @@ def encode_update(
 
 
 def _piece(array: Array, crc: int | None) -> memoryview | Checked:
-    data = as_uint8(array).data
+    data = flat_view(array)
     return data if crc is None else Checked(data, crc)
 
 

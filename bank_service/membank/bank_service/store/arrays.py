@@ -8,7 +8,8 @@ copy and a third of a millisecond more. Whether the codecs are those is checked 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from threading import Lock
 from typing import NamedTuple
 
@@ -16,7 +17,8 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
-from membank.bank_service.store.objects import ObjectStore, Viewable
+from membank.bank_service.store.objects import Checking, ObjectStore, Viewable
+from membank.wire.crc import crc32c
 from membank.wire.errors import CorruptionError, NotFoundError, Reason
 from membank.wire.format import NO_SLOT, decode_slot, encode_slot
 from membank.wire.format.layout import array_prefix, slot_key
@@ -59,7 +61,7 @@ class SlotArrays:
 
     def __init__(self, objects: ObjectStore, spec: BankSpec, partition: int) -> None:
         self._objects = objects
-        self._get = objects.get_view if isinstance(objects, Viewable) else objects.get
+        self._get_checked = _checked_read(objects)
         self._spec = spec
         self._partition = partition
         self._lock = Lock()
@@ -141,21 +143,16 @@ class SlotArrays:
             If the slot is missing or not what the manifest names.
         """
         key = slot_key(self._partition, level, role, slot)
+        dtype, shape = self._spec.role_dtype(role), self._spec.block_shape(level)
         try:
-            chunk = self._get(key)
+            chunk, actual = self._get_checked(key, math.prod(shape) * dtype.itemsize)
         except NotFoundError as err:
             raise CorruptionError(
                 f"{key} is missing; restore the file from a copy or roll the block back",
                 reason=Reason.SLOT_CORRUPT,
                 metadata={"key": key},
             ) from err
-        return decode_slot(
-            chunk,
-            dtype=self._spec.role_dtype(role),
-            shape=self._spec.block_shape(level),
-            crc=crc,
-            key=key,
-        )
+        return decode_slot(chunk, dtype=dtype, shape=shape, crc=crc, key=key, actual=actual)
 
     def delete(self, level: int, slot: int, roles: Sequence[Role] = tuple(Role)) -> None:
         """Remove `roles` of a slot; no effect where they are not stored."""
@@ -213,6 +210,18 @@ class SlotArrays:
             dimension_names=("slot", "layer", "part", "row", "column"),
         )
         return documents["zarr.json"].to_bytes()
+
+
+def _checked_read(objects: ObjectStore) -> Callable[[str, int], tuple[bytes | memoryview, int]]:
+    if isinstance(objects, Checking):
+        return objects.get_checked
+    get = objects.get_view if isinstance(objects, Viewable) else objects.get
+
+    def get_checked(key: str, num_bytes: int) -> tuple[bytes | memoryview, int]:
+        chunk = get(key)
+        return chunk, crc32c(memoryview(chunk)[:num_bytes])  # a view; nothing is copied
+
+    return get_checked
 
 
 def _bad_metadata(key: str, problem: str) -> CorruptionError:

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 
+from membank.bank_service.store.checked_read import read_checked
 from membank.bank_service.store.objects import Data, check_key, storage_error
 from membank.wire.errors import MembankError
 
@@ -84,6 +85,14 @@ class LocalObjects:
         path = self._path(key)
         try:
             return _read(path)
+        except OSError as err:
+            raise self._error(err, key, reading=True) from err
+
+    def get_checked(self, key: str, num_bytes: int) -> tuple[memoryview, int]:
+        # docstring inherited
+        path = self._path(key)
+        try:
+            return read_checked(path, num_bytes)
         except OSError as err:
             raise self._error(err, key, reading=True) from err
 
@@ -217,7 +226,7 @@ def _raise_unless_absent(err: OSError) -> None:
 
 
 def write_fully(handle: int, buffers: Sequence[bytes | memoryview]) -> None:
-    """Write `buffers` one after the other to a file descriptor, whatever the kernel takes at once.
+    """Write `buffers`, flat ones, to a file descriptor, whatever the kernel takes at once.
 
     Raises
     ------
@@ -227,7 +236,7 @@ def write_fully(handle: int, buffers: Sequence[bytes | memoryview]) -> None:
     for start in range(0, len(buffers), _IOV_MAX):
         some = buffers[start : start + _IOV_MAX]
         written = os.writev(handle, some)
-        if written < sum(map(_num_bytes, some)):
+        if written < sum(map(len, some)):
             _write_rest(handle, some, written)
 
 
@@ -240,10 +249,6 @@ def _write_rest(handle: int, buffers: Sequence[bytes | memoryview], written: int
             return
         views[0] = views[0][written:]
         written = os.writev(handle, views)
-
-
-def _num_bytes(buffer: bytes | memoryview) -> int:
-    return len(buffer) if isinstance(buffer, bytes) else buffer.nbytes
 
 
 _IOV_MAX = os.sysconf("SC_IOV_MAX")

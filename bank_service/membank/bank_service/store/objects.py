@@ -93,6 +93,14 @@ class Viewable(Protocol):
 
 
 @runtime_checkable
+class Checking(Protocol):
+    """What a store may offer beside its verbs: a checksum of what it reads, while it reads."""
+
+    def get_checked(self, key: str, num_bytes: int) -> tuple[memoryview, int]:
+        """Return an object as `ObjectStore.get` does, and the CRC-32C of its first `num_bytes`."""
+
+
+@runtime_checkable
 class VersionKeeping(Protocol):
     """What a store may offer beside its verbs, so that one that keeps versions can be refused."""
 

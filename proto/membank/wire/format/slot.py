@@ -11,7 +11,7 @@ import struct
 
 import numpy as np
 
-from membank.wire.crc import as_uint8, crc32c
+from membank.wire.crc import crc32c, flat_view
 from membank.wire.errors import CorruptionError, Reason
 from membank.wire.spec import Array
 
@@ -37,7 +37,7 @@ def encode_slot(array: Array, crc: int) -> list[bytes | memoryview]:
     list[bytes | memoryview]
         The chunk, in pieces that follow one another.
     """
-    return [as_uint8(array).data, _TRAILER.pack(crc)]
+    return [flat_view(array), _TRAILER.pack(crc)]
 
 
 def decode_slot(
@@ -47,6 +47,7 @@ def decode_slot(
     shape: tuple[int, ...],
     crc: int,
     key: str,
+    actual: int | None = None,
 ) -> Array:
     """Decode one block and check it.
 
@@ -60,6 +61,8 @@ def decode_slot(
         CRC-32C that the manifest names.
     key
         Key of the chunk, for the error.
+    actual
+        CRC-32C of the block's bytes in `chunk`, where whoever read them has computed it already.
 
     Returns
     -------
@@ -77,7 +80,7 @@ def decode_slot(
         problem = f"{len(chunk)} bytes, expected {num_bytes + _TRAILER.size}"
     else:
         body = np.frombuffer(chunk, np.uint8, count=num_bytes)
-        actual = crc32c(body)
+        actual = crc32c(body) if actual is None else actual
         (stored,) = _TRAILER.unpack_from(chunk, num_bytes)
         if not actual == stored == crc:
             # All three are compared: content and trailer may agree and yet be another block's.

@@ -18,7 +18,7 @@ class Checked(NamedTuple):
 
 
 Payload = Sequence[bytes | memoryview | Checked]
-"""Content of one frame, in pieces that are written one after the other."""
+"""Content of one frame, in pieces that are written one after the other: bytes, or flat views of them."""
 
 
 class FrameKind(IntEnum):

@@ -107,7 +107,7 @@ def encode_frame(kind: FrameKind, lsn: int, payload: Payload) -> list[bytes | me
         else:
             data = piece
             crc = crc32c(data, start=crc)
-        length += len(data) if isinstance(data, bytes) else data.nbytes
+        length += len(data)
         buffers.append(data)
     if length > MAX_FRAME_BYTES:
         raise InvalidArgumentError(
@@ -162,12 +162,6 @@ def encode_head(head: SegmentHead) -> bytes:
 def encode_continued(last_lsn: int) -> bytes:
     """Return the frame that ends a segment whose last frame is `last_lsn`."""
     return b"".join(encode_frame(FrameKind.CONTINUED, last_lsn, []))
-
-
-def num_bytes_of(payload: Payload) -> int:
-    """Return the length of a payload, or of the buffers of a frame."""
-    pieces = (piece.data if isinstance(piece, Checked) else piece for piece in payload)
-    return sum(len(data) if isinstance(data, bytes) else data.nbytes for data in pieces)
 
 
 def read_frames(name: str, data: bytes | memoryview, *, offset: int = 0) -> Iterator[Frame]:

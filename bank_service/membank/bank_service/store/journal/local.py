@@ -31,7 +31,6 @@ from membank.bank_service.store.journal.frames import (
     encode_batch,
     encode_continued,
     encode_head,
-    num_bytes_of,
     scan,
 )
 from membank.bank_service.store.journal.log_file import LogFile, PosixLogFile
@@ -220,7 +219,7 @@ class LocalJournal:
             if segment.num_bytes >= self._segment_bytes and segment.last > segment.base:
                 segment = self._roll(segment.ownership, segment.last)
             self._write(segment, buffers)
-            segment.add(segment.last + len(payloads), num_bytes_of(buffers))
+            segment.add(segment.last + len(payloads), sum(map(len, buffers)))
             return segment.last
 
     def trim(self, lsn: int) -> None:
