@@ -42,6 +42,9 @@ class _Gate:
         self.num_appends = 0
         self.num_syncs = 0
         self.error: OSError | None = None
+        """What a write that has waited ends with."""
+        self.later_error: OSError | None = None
+        """What one ends with that need not wait."""
 
     def open_file(self, path: Path) -> LogFile:
         gate = self
@@ -49,6 +52,8 @@ class _Gate:
         class GatedFile(PosixLogFile):
             def append(self, buffers: Sequence[bytes | memoryview]) -> None:
                 if gate.is_open.is_set():
+                    if gate.later_error is not None:
+                        raise gate.later_error
                     super().append(buffers)
                     return
                 gate.num_appends += 1
@@ -198,6 +203,21 @@ def test_a_batch_that_cannot_be_journalled_fails_whole_and_changes_nothing(bank:
     gate.error = None
     for update in updates:
         assert not shard.push(update).duplicate
+    shard.close()
+
+
+def test_what_is_refused_for_what_a_batch_makes_shares_its_fate(tmp_path: Path) -> None:
+    spec = replace(tiny_spec(num_partitions=1), max_staleness=0)
+    gate = _Gate()
+    shard = Shard.open(create_bank(tmp_path, spec), open_log_file=gate.open_file)
+    gate.later_error = OSError(28, "no space")
+    refs = {"first": C, "accepted": A, "stale by it": A}
+    updates = [make_update(shard, [ref], name) for name, ref in refs.items()]
+    errors = [future.exception() for future in _push_all(shard, gate, updates)]
+    assert [type(error) for error in errors] == [type(None), *[ResourceExhaustedError] * 2]
+    gate.later_error = None
+    (result,) = shard.push(updates[2]).results
+    assert (result.accepted, result.version) == (True, 1)
     shard.close()
 
 

@@ -72,13 +72,13 @@ def test_nothing_is_acknowledged_after_an_owner_said_that_all_is_folded(
 
 
 class _Undeletable(UnsyncedObjects):
-    """Refuses to remove what lies under a prefix, a number of times."""
+    """Refuses to remove what has some part in its key, a number of times."""
 
-    prefix = "partitions/0000/log/"
+    part = "/log/"
     left = 0
 
     def delete(self, key: str) -> None:
-        if self.left and key.startswith(self.prefix):
+        if self.left and self.part in key:
             self.left -= 1
             raise UnavailableError(f"{key}: no answer", reason=Reason.STORE_FAILED)
         super().delete(key)
@@ -103,5 +103,24 @@ def test_deleted_content_leaves_the_shipped_log_before_it_is_called_destroyed(
         except MembankError:
             continue
         break
+    assert [key for key in objects.list("") if weight in objects.get(key)] == []
+    shard.close()
+
+
+def test_a_shard_goes_on_by_itself_with_a_removal_that_failed(tmp_path: Path) -> None:
+    create_bank(tmp_path)
+    objects = _Undeletable(tmp_path)
+    bank = Bank.open(objects)
+    shard = Shard.open(bank, config=ShardConfig(lease_s=0))
+    shard.push(make_update(shard, [A], "u0"))
+    shard.consolidate()
+    weight = full_state(shard)[A][3][Role.WEIGHT]
+    # The coordinator dies after its record; the shard finds that out by itself.
+    bank.decide(commit_record(bank, 1, shard.prepare(1, [Erase(ref=A)])))
+    objects.part, objects.left = "/level-", 1
+    with pytest.raises(MembankError):
+        shard.settle(0.0)
+    assert [key for key in objects.list("") if weight in objects.get(key)]
+    shard.settle(0.0)
     assert [key for key in objects.list("") if weight in objects.get(key)] == []
     shard.close()

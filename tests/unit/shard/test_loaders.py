@@ -26,6 +26,26 @@ def test_an_error_reaches_the_caller() -> None:
         Loaders().map(lambda item: 1 // item, [1, 0, 2])
 
 
+def test_a_call_that_finds_all_threads_at_work_does_not_wait_for_them() -> None:
+    loaders = Loaders()
+    at_work, go = threading.Semaphore(0), threading.Event()
+
+    def load(item: int) -> int:
+        at_work.release()
+        assert go.wait(30)
+        return item
+
+    large = threading.Thread(target=lambda: loaders.map(load, range(100)))
+    large.start()
+    for _ in range(8):
+        assert at_work.acquire(timeout=30)
+    assert loaders.map(lambda item: -item, range(3)) == [0, -1, -2]
+    go.set()
+    large.join()
+    loaders.close()
+    assert loaders.map(lambda item: -item, range(3)) == [0, -1, -2]
+
+
 class _Rendezvous(UnsyncedObjects):
     """Answers a read of a slot only while another one is under way."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 import threading
@@ -384,6 +385,11 @@ def test_a_retry_may_leave_out_what_was_withheld_since(shard: Shard) -> None:
     assert again.duplicate
     assert again.results == first.results[:1]
     assert [status.version for status in shard.describe([A, C])] == [1, 1]
+
+
+def test_a_numpy_number_is_a_learning_rate_scale(shard: Shard) -> None:
+    update = dataclasses.replace(make_update(shard, [A], "r"), learning_rate_scale=np.float64(0.5))
+    assert shard.push(update).results[0].accepted
 
 
 def test_concurrent_fetches_and_updates_agree(bank: Bank) -> None:

@@ -21,6 +21,7 @@ from membank.wire.errors import (
 from membank.wire.format import Manifest, RevisionRecord, TreeDocument
 from membank.wire.records import Snapshot
 from membank.wire.spec import BlockRef
+from storage_faults import Interleaved
 from tiny_bank import UnsyncedObjects, create_bank, file_bytes, tiny_spec
 
 
@@ -112,6 +113,33 @@ def test_what_another_creation_replaces_before_it_loses_is_put_right(
 
     _create(_Meeting(tmp_path, "bank.json", meanwhile), "winner", labelled=labelled)
     assert _creator(tmp_path) == ("winner", "winner" if labelled else None)
+
+
+def test_what_a_creation_replaced_before_it_lost_is_put_back(tmp_path: Path) -> None:
+    winner, loser = Interleaved(UnsyncedObjects(tmp_path)), Interleaved(UnsyncedObjects(tmp_path))
+    looked, may_go = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        looked.set()
+        assert may_go.wait(30)
+
+    def lose() -> None:
+        # It has seen that there is no bank, and is about to take the record there for leftovers.
+        loser.before("put", "revisions/", wait)
+        with pytest.raises(AlreadyExistsError):
+            Bank.create(loser, tiny_spec(), principal="loser")
+
+    losing = threading.Thread(target=lose)
+
+    def let_it_look() -> None:
+        losing.start()
+        assert looked.wait(30)
+
+    winner.before("put_if_absent", "bank.json", let_it_look)
+    Bank.create(winner, tiny_spec(), principal="winner")
+    may_go.set()
+    losing.join()
+    assert _creator(tmp_path)[0] == "winner"
 
 
 def test_create_leaves_an_existing_bank_alone(tmp_path: Path) -> None:

@@ -289,10 +289,11 @@ class Folding:
                 raise state.fenced
             floor = self._give_up_history(history_from, dry_run=dry_run)
             coming = None
-            if dry_run and (floor > state.revision or not state.store.manifests.is_newest_alive):
+            # The manifest with the greatest number stays, so another one has to come.
+            is_topped = state.held is None and not state.store.manifests.is_newest_alive
+            if dry_run and (is_topped or floor > state.revision):
                 coming = self._coming(floor)
-            elif not state.store.manifests.is_newest_alive and state.held is None:
-                # The one with the greatest number stays, so another one has to come.
+            elif is_topped:
                 self._put_in_force(self.republish())
             with self._noticing_fence():
                 items = state.store.garbage(floor, state.manifest.owner, coming)
@@ -328,7 +329,7 @@ class Folding:
             entries = EntryTable.of(state.manifest.entries)
             dirty = state.table.dirty() if is_later else {}
         return StoredManifest(
-            number=state.manifest.number + 1,
+            number=state.store.manifests.next_number,
             revision=max(revision, state.revision),
             prepared=is_later,
             history_from=revision,

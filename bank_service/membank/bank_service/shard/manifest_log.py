@@ -238,6 +238,11 @@ class ManifestLog:
         return self._bank.read_manifest(self._partition, number)
 
     @property
+    def next_number(self) -> int:
+        """Number of the manifest to be published next."""
+        return self._next_number
+
+    @property
     def numbers(self) -> list[int]:
         """Numbers of the stored manifests, ascending."""
         return sorted(self._stored)

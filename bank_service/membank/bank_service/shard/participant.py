@@ -17,6 +17,7 @@ from membank.wire.errors import (
     ConflictError,
     CorruptionError,
     FailedPreconditionError,
+    MembankError,
     Reason,
     UnavailableError,
 )
@@ -137,7 +138,18 @@ class Participant:
             for revision in sorted({h.revision for h in self._holds() if h.since <= limit}):
                 self._record_abort(revision)
                 settled.append(revision)
+            self._finish_removals()
         return tuple(settled)
+
+    def _finish_removals(self) -> None:
+        """Go on with the destruction of deleted content that failed when nobody was there to repeat it."""
+        for partition in self._partitions.values():
+            if partition.held is not None:
+                continue
+            try:
+                partition.finish_removal()
+            except MembankError as err:
+                _LOG.warning("deleted blocks of partition %d are there: %s", partition.number, err)
 
     def _record_abort(self, revision: int) -> None:
         """Decide against `revision`, unless somebody has decided, and follow the decision.

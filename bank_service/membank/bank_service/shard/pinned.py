@@ -176,16 +176,17 @@ class PinnedReader:
         entries: Sequence[Entry],
         wanted: Callable[[int, Entry], bool],
     ) -> list[LoadedBlock]:
-        def load(position: int) -> LoadedBlock:
+        def load(position: int) -> None:
             ref, entry = refs[position], entries[position]
-            if not wanted(position, entry):
-                return LoadedBlock(entry, {}, 0)
             store = self._partition_of(ref).store
             content = store.load_content(ref, BlockRecord(entry), (Role.WEIGHT,))
             arrays = {Role.WEIGHT: read_only(content.weight)}
-            return LoadedBlock(entry, arrays, content.weight_crc)
+            loaded[position] = LoadedBlock(entry, arrays, content.weight_crc)
 
-        return self._context.loaders.map(load, range(len(refs)))
+        loaded = [LoadedBlock(entry, {}, 0) for entry in entries]
+        positions = [place for place, entry in enumerate(entries) if wanted(place, entry)]
+        self._context.loaders.map(load, positions)
+        return loaded
 
 
 def _erased(entry: Entry) -> Entry:

@@ -106,9 +106,7 @@ def open_partitions(
 
     def begin(item: tuple[int, tuple[Path, str]]) -> Takeover:
         number, (folder, identity) = item
-        takeover = take_over(context, number, folder, identity, revision)
-        undo.callback(takeover.journals.close)
-        return takeover
+        return take_over(context, number, folder, identity, revision, undo)
 
     # Side by side: behind a network, an opening is a dozen round trips for each partition.
     with ThreadPoolExecutor(_OPENING_THREADS, thread_name_prefix="membank-open") as pool:
@@ -122,7 +120,7 @@ def open_partitions(
 
 
 def take_over(
-    context: ShardContext, number: int, folder: Path, lock: str, revision: int
+    context: ShardContext, number: int, folder: Path, lock: str, revision: int, undo: ExitStack
 ) -> Takeover:
     """Become the owner of partition `number`.
 
@@ -138,6 +136,8 @@ def take_over(
         Identity of the lock on `folder`, which the caller holds.
     revision
         Newest committed revision of the bank, as of before the manifests are read.
+    undo
+        Gets what releases the journals.
 
     Raises
     ------
@@ -153,6 +153,7 @@ def take_over(
     loaded = store.load_manifests()
     before = _as_of_owner(loaded.current or _empty_manifest(number), loaded.last_published)
     journals = open_journals(context, number, folder, before, loaded.bases)
+    undo.callback(journals.close)
     ownership = Ownership(
         epoch=max(journals.epoch, before.epoch) + 1, owner=uuid.uuid4().hex, onto=before.nonce
     )

@@ -356,6 +356,7 @@ class Shard:
         with self._locks:
             for partition in self._partitions.values():
                 self._locks.callback(partition.close, consolidate=consolidate)
+        self._context.loaders.close()
 
     def _read(self, refs: tuple[BlockRef, ...]) -> Iterator[BlockContent]:
         for ref in refs:

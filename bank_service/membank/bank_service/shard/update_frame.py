@@ -95,7 +95,8 @@ def encode_update(
     head = {
         "request_id": update.request_id,
         "step": update.step,
-        "scale": update.learning_rate_scale,
+        # A number of numpy's is one too, for anybody but orjson.
+        "scale": float(update.learning_rate_scale),
         "kernel": kernel,
         "results": [result_to_json(result) for result in results],
         "blocks": [_block_to_json(block) for block in blocks],

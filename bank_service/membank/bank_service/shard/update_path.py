@@ -47,7 +47,7 @@ class _Batch:
     records: dict[BlockRef, BlockRecord] = field(default_factory=dict)
     results: dict[str, tuple[UpdateResult, ...]] = field(default_factory=dict)
     accepted: list[tuple[Call, list[_Staged]]] = field(default_factory=list)
-    repeats: list[tuple[Call, tuple[UpdateResult, ...]]] = field(default_factory=list)
+    followers: list[tuple[Call, tuple[UpdateResult, ...]]] = field(default_factory=list)
     payloads: list[Payload] = field(default_factory=list)
 
 
@@ -180,7 +180,7 @@ class UpdatePath:
         except Exception as err:
             if isinstance(err, UnavailableError) and err.reason is Reason.FENCED:
                 self._state.fenced = err
-            for call, _ in [*batch.accepted, *batch.repeats]:
+            for call, _ in [*batch.accepted, *batch.followers]:
                 call.error = err
             return
         self._install(batch)
@@ -195,14 +195,18 @@ class UpdatePath:
         if request_id in batch.results:
             # A retry that came before its first attempt was journalled; it shares its fate.
             call.is_repeat = True
-            batch.repeats.append((call, answer_of(request_id, batch.results[request_id], refs)))
+            batch.followers.append((call, answer_of(request_id, batch.results[request_id], refs)))
             return
         self._state.journal.require_usable()
         staged = [self._stage(batch, call.update, gradient) for gradient in call.gradients]
         results = tuple(item.result if isinstance(item, _Staged) else item for item in staged)
         accepted = [item for item in staged if isinstance(item, _Staged)]
         if not accepted:
-            call.results = results
+            if batch.payloads:
+                # Refused for what the batch makes of the blocks, which may yet fail.
+                batch.followers.append((call, results))
+            else:
+                call.results = results
             return
         batch.payloads.append(
             encode_update(
@@ -244,7 +248,7 @@ class UpdatePath:
         for call, _ in batch.accepted:
             call.results = batch.results[call.update.request_id]
             state.requests.add(call.update.request_id, call.results)
-        for call, results in batch.repeats:
+        for call, results in batch.followers:
             call.results = results
         state.context.hub.publish(
             [

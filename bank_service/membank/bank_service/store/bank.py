@@ -442,16 +442,21 @@ def _publish_first(objects: ObjectStore, documents: Mapping[str, bytes], spec: b
     `bank.json` comes last and decides which of two creations it is that happened: whatever a crash
     leaves before it is no bank and is replaced.
     """
+    replaced: dict[str, bytes] = {}
     for key, data in documents.items():
         try:
             publish(objects, key, data)
         except AlreadyExistsError as err:
             if _exists(objects, SPEC_KEY):
                 raise _bank_exists(objects) from err
+            replaced[key] = objects.get(key)
             objects.put(key, data, durable=True)
     try:
         publish(objects, SPEC_KEY, spec)
     except AlreadyExistsError as err:
+        for key, data in replaced.items():
+            # No leftovers, then: they belong to the bank that was made meanwhile.
+            objects.put(key, data, durable=True)
         raise _bank_exists(objects) from err
     if tree_key(0) not in documents:
         objects.delete(tree_key(0))
