@@ -7,17 +7,18 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from local_actors import LocalActors
+from local_actors import LocalActors, away
 from membank.bank_service.cluster.claim import BankClaim, read_claim, require_claim
 from membank.bank_service.cluster.config import UpConfig
 from membank.bank_service.cluster.identity import ShardSettings
 from membank.bank_service.cluster.service import Service
 from membank.bank_service.store import Bank, Data, open_objects
-from membank.client import BankClient
+from membank.client import BankClient, ClientConfig, RetryConfig
 from membank.wire.errors import (
     CorruptionError,
     FailedPreconditionError,
@@ -208,6 +209,37 @@ def test_the_time_to_stop_is_one_deadline_for_gateway_shards_and_claim(
     assert host.actors.waits["stop"] <= 1.3
     assert time.monotonic() - began < 5.0
     mended.set()
+
+
+def test_a_call_that_hangs_at_the_gateway_takes_no_time_from_the_shards(
+    bank: Bank, host: Host
+) -> None:
+    service = host.service()
+    service.start()
+    host.push("u0")
+    came, mended = threading.Event(), threading.Event()
+
+    def before_call(shard_id: str, method: str) -> None:
+        if method == "stats":
+            came.set()
+            mended.wait(20.0)
+            raise away(shard_id)
+
+    def ask(address: str) -> None:
+        once = ClientConfig(retry=RetryConfig(max_attempts=1))
+        with suppress(MembankError), BankClient.connect(address, config=once) as client:
+            client.stats()
+
+    host.actors.before_call = before_call
+    asking = threading.Thread(target=ask, args=[service.status().address])
+    asking.start()
+    came.wait()
+    shard = host.actors.servers["shard-0"].shard
+    assert service.stop(3.0) == ()
+    assert shard.is_folded
+    assert host.actors.waits["stop"] > 1.0, "more than is left when nothing is left"
+    mended.set()
+    asking.join()
 
 
 def test_a_controller_that_has_not_found_its_shards_yet_stops_them_all_the_same(

@@ -145,7 +145,7 @@ def status(*, bank_url: str | None = None, runtime_dir: Path | None = None) -> S
 def down(
     *, bank_url: str | None = None, runtime_dir: Path | None = None, timeout_s: float = 30.0
 ) -> ServiceStatus:
-    """Stop a service: calls under way are finished, shards closed, its own Ray ended.
+    """Stop a service: calls under way are given a moment, shards closed, its own Ray ended.
 
     Parameters
     ----------

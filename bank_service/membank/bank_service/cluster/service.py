@@ -37,7 +37,9 @@ from membank.wire.spec import BankSpec
 _LOCK_PATIENCE_S = 10.0
 _LET_GO_EVERY_S = 3.0
 _LET_GO_TIMEOUT_S = 60.0
-# Of the time that a stop may take, what is kept for giving the claim back.
+# Of the time that a stop may take, what calls at the gateway are given to finish, and what is kept
+# for giving the claim back.
+_GATEWAY_SHARE = 1 / 6
 _CLAIM_SHARE = 1 / 6
 _LEAST_WAIT_S = 1.0
 
@@ -170,7 +172,8 @@ class Service:
         """
         deadline = self._clock() + timeout_s
         if self._server is not None:
-            self._server.stop()
+            # A call may wait for a shard for minutes, which the shards need to fold their journals.
+            self._server.stop(within_s=timeout_s * _GATEWAY_SHARE)
         # By name: a controller that came back may not have got so far as to look for them.
         is_none_made = self._fleet is None and self._gateway.waits_for_bank
         remaining = deadline - self._clock() - timeout_s * _CLAIM_SHARE

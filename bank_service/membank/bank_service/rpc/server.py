@@ -143,12 +143,20 @@ class BankServer:
         _LOG.info("listening on %s", join_address(config.host, self._port))
         return join_address(config.host, self._port)
 
-    def stop(self) -> None:
-        """Refuse new calls, let those under way finish within `drain_s`, then cancel them."""
+    def stop(self, *, within_s: float | None = None) -> None:
+        """Refuse new calls, let those under way finish for a while, then cancel them.
+
+        Parameters
+        ----------
+        within_s
+            Longest wait; what a cancelled call does in here may go on for long after. None =
+            `drain_s`, and then until no call does anything.
+        """
+        drain_s = self._config.drain_s
         self._health.enter_graceful_shutdown()
         self._on_drain()
-        self._server.stop(self._config.drain_s).wait()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._server.stop(drain_s if within_s is None else min(drain_s, within_s)).wait()
+        self._pool.shutdown(wait=within_s is None, cancel_futures=True)
 
     def _bind(self, address: str) -> int:
         cert, key = self._config.tls_cert, self._config.tls_key
