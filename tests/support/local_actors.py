@@ -16,7 +16,7 @@ class LocalActor:
     """One actor."""
 
     shard_id: str
-    actor: ShardActor
+    actor: object
 
 
 class LocalActors:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from local_actors import LocalActors, away
-from membank.bank_service.cluster.actors import close_shards, end_shards
+from local_actors import LocalActor, LocalActors, away
+from membank.bank_service.cluster.actors import (
+    close_shards,
+    end_service,
+    end_shards,
+    shard_names,
+)
 from membank.bank_service.cluster.config import UpConfig
 from membank.bank_service.cluster.fleet import ShardFleet
 from membank.bank_service.cluster.identity import ShardSettings
@@ -170,6 +176,45 @@ def test_only_shards_that_say_so_have_left_nothing(
     assert [actors.find(shard_id) for shard_id in shards] == [None] * 3
 
 
+class Many:
+    """Actors of shards of which each answers only while all the others are asked."""
+
+    node_ip = "127.0.0.1"
+
+    def __init__(self, num_shards: int) -> None:
+        self._meet = threading.Barrier(num_shards, timeout=20)
+
+    def nodes(self) -> list[tuple[str, str]]:
+        return []
+
+    def make(self, settings: ShardSettings, node_id: str) -> object:
+        raise AssertionError(settings)
+
+    def find(self, shard_id: str) -> object | None:
+        return shard_id
+
+    def kill(self, actor: object) -> None: ...
+
+    def tell(self, actor: object, method: str) -> None: ...
+
+    def call(
+        self,
+        actor: object,
+        method: str,
+        *arguments: object,
+        options: Mapping[str, object] | None = None,
+        timeout_s: float,
+        who: str,
+    ) -> object:
+        with suppress(threading.BrokenBarrierError):
+            self._meet.wait()
+        return not self._meet.broken
+
+
+def test_many_shards_are_closed_in_the_time_of_one() -> None:
+    assert close_shards(Many(100), shard_names(100), 1.0) == ()
+
+
 def test_a_shard_that_does_not_answer_is_ended_all_the_same(
     bank: Bank, actors: LocalActors
 ) -> None:
@@ -182,3 +227,15 @@ def test_a_shard_that_does_not_answer_is_ended_all_the_same(
     actors.before_call = before_call
     assert end_shards(actors, SHARDS, 1.0) == ("shard-0",)
     assert actors.find("shard-0") is None
+
+
+def test_shards_whose_controller_does_not_answer_fold_all_the_same(
+    bank: Bank, actors: LocalActors
+) -> None:
+    fleet_of(bank, actors).start(START_S)
+    shard = actors.servers["shard-0"].shard
+    shard.push(make_update(shard, [BlockRef(1, 0)], "u0"))
+    dead = LocalActor("controller", object())
+    assert end_service(actors, dead, SHARDS, 1.0) == ()
+    assert shard.is_folded
+    assert [actors.find(shard_id) for shard_id in SHARDS] == [None, None]

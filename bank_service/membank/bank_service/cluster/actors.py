@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 from membank.bank_service.cluster.identity import ShardSettings
 from membank.wire.errors import MembankError
@@ -15,13 +15,16 @@ T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
 
-_PARALLEL_CALLS = 32
+_STOP_MARGIN_S = 10.0
+"""How much longer than it was given a controller may take to stop: it has little left of its time
+where it was busy, and gives shards and claim a moment in any case."""
 
 
 class ShardActors(Protocol):
     """The actors of one service's shards, by the shards' names. Safe to use from threads.
 
-    An actor runs a `ShardActor`; it is started again when its process dies.
+    An actor runs a `ShardActor`; it is started again when its process dies. The controller is an
+    actor as well, and is called and killed like a shard's.
     """
 
     @property
@@ -52,7 +55,34 @@ class ShardActors(Protocol):
         timeout_s: float,
         who: str,
     ) -> object:
-        """Call a method of an actor, wait and return its result (see `call_actor`)."""
+        """Call a method of an actor, wait and return its result.
+
+        Parameters
+        ----------
+        actor
+            The actor.
+        method
+            Name of the method.
+        *arguments, options
+            Its arguments, by position and by name.
+        timeout_s
+            Longest wait.
+        who
+            Name of the actor, for errors.
+
+        Returns
+        -------
+        object
+            The result.
+
+        Raises
+        ------
+        UnavailableError
+            If the actor is dead, restarting or too slow (SHARD_UNAVAILABLE); whether the call took
+            effect is unknown.
+        MembankError
+            If the method raised one.
+        """
 
 
 def shard_names(num_shards: int) -> list[str]:
@@ -64,7 +94,8 @@ def in_parallel(action: Callable[[A], T], items: Sequence[A]) -> list[T]:
     """Return what `action` returns for each item; they wait for actors side by side."""
     if not items:
         return []
-    with ThreadPoolExecutor(min(len(items), _PARALLEL_CALLS)) as pool:
+    # One thread for each: of fewer, each would wait for several actors in turn.
+    with ThreadPoolExecutor(len(items)) as pool:
         return list(pool.map(action, items))
 
 
@@ -114,6 +145,47 @@ def end_shards(actors: ShardActors, shards: Sequence[str], timeout_s: float) -> 
     """
     try:
         return close_shards(actors, shards, timeout_s)
+    finally:
+        kill_shards(actors, shards)
+
+
+def end_service(
+    actors: ShardActors, controller: object, shards: Sequence[str], timeout_s: float
+) -> tuple[str, ...]:
+    """Have a controller end its service; where it does not, end the shards without it.
+
+    Parameters
+    ----------
+    actors
+        Where all of them run.
+    controller
+        The controller; it is killed in any case.
+    shards
+        Names of the shards.
+    timeout_s
+        Longest wait for the controller, but for a margin, and again for shards that it left.
+
+    Returns
+    -------
+    tuple[str, ...]
+        Those that may have left acknowledged updates in their journals (see `close_shards`).
+    """
+    try:
+        try:
+            answer = actors.call(
+                controller,
+                "stop",
+                timeout_s,
+                timeout_s=timeout_s + _STOP_MARGIN_S,
+                who="the controller",
+            )
+        finally:
+            # Before the shards: it would make them anew.
+            actors.kill(controller)
+        return cast("tuple[str, ...]", answer)
+    except MembankError as err:
+        _LOG.warning("the controller did not stop in order: %s", err)
+        return end_shards(actors, shards, timeout_s)
     finally:
         kill_shards(actors, shards)
 

@@ -175,7 +175,7 @@ class ShardFleet:
                     shard_id,
                     functools.partial(getattr, state, "actor"),
                     self._spec,
-                    call=self._actors.call,
+                    actors=self._actors,
                     num_restarts=functools.partial(getattr, state, "num_restarts"),
                 ),
             )

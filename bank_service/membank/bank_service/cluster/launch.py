@@ -7,13 +7,13 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from membank.bank_service.cluster import state
-from membank.bank_service.cluster.actors import end_shards, kill_shards, shard_names
+from membank.bank_service.cluster.actors import end_service, end_shards, shard_names
 from membank.bank_service.cluster.bank_lock import bank_in_use
 from membank.bank_service.cluster.config import NAMESPACE, UpConfig, default_runtime_dir
 from membank.bank_service.cluster.controller import ControllerActor
@@ -27,21 +27,15 @@ from membank.bank_service.cluster.local_ray import (
 )
 from membank.bank_service.cluster.ray_actors import RayShardActors
 from membank.bank_service.cluster.service import ControllerStatus, check_spec
-from membank.bank_service.cluster.shard_actor import call_actor
 from membank.bank_service.cluster.state import Endpoint
 from membank.bank_service.rpc.server import check_port_free, free_port
 from membank.bank_service.store import Bank
 from membank.wire.errors import MembankError, NotFoundError, Reason, UnavailableError
 
-if TYPE_CHECKING:
-    Actor = ray.actor.ActorHandle[ControllerActor]
-
 _STATUS_TIMEOUT_S = 15.0
 _RAY_STOP_S = 5.0
 _GIVE_UP_S = 10.0
 """How long a start that failed may take to give back what it has: shards, and the claim."""
-_STOP_MARGIN_S = 10.0
-"""How much longer than it was given a controller may take to stop, as its gateway drains."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,8 +148,9 @@ def down(
     runtime_dir
         Where services are noted; None = `default_runtime_dir`.
     timeout_s
-        How long gateway and shards are given before they are killed. What was acknowledged is
-        recovered at the next start in either case.
+        How long gateway and shards are given before they are killed; the shards as long again where
+        the controller does not answer. What was acknowledged is recovered at the next start in
+        either case.
 
     Returns
     -------
@@ -255,17 +250,18 @@ def _start_controller(config: UpConfig, local: LocalRay | None, deadline: float)
         )
         .remote(config),
     )
+    actors = RayShardActors(config.key)
     try:
         remaining = max(deadline - time.monotonic(), 1.0)
         answer = cast(
             "ControllerStatus",
-            call_actor(controller, "wait_ready", timeout_s=remaining, who="the controller"),
+            actors.call(controller, "wait_ready", timeout_s=remaining, who="the controller"),
         )
         endpoint = _endpoint(config, local, answer)
         # A service that nobody can find would run for ever.
         state.save(endpoint, config.runtime_dir)
     except BaseException:
-        _stop_one(controller, config.key, config.num_shards, timeout_s=_GIVE_UP_S)
+        end_service(actors, controller, shard_names(config.num_shards), _GIVE_UP_S)
         raise
     return endpoint
 
@@ -285,42 +281,24 @@ def _endpoint(config: UpConfig, local: LocalRay | None, started: ControllerStatu
 def _stop_actors(endpoint: Endpoint, timeout_s: float) -> ServiceStatus:
     deadline = time.monotonic() + timeout_s
     controller = _find_controller(endpoint.key)
+    actors, shards = RayShardActors(endpoint.key), shard_names(endpoint.num_shards)
     if controller is None:
-        shards = shard_names(endpoint.num_shards)
-        unfolded = end_shards(RayShardActors(endpoint.key), shards, timeout_s)
+        unfolded = end_shards(actors, shards, timeout_s)
         return dataclasses.replace(_nothing_left(endpoint), unfolded=unfolded)
     try:
         stopped = _status(endpoint, controller)
     except MembankError:
         stopped = _nothing_left(endpoint)
     remaining = max(deadline - time.monotonic(), 1.0)
-    unfolded = _stop_one(controller, endpoint.key, endpoint.num_shards, timeout_s=remaining)
+    unfolded = end_service(actors, controller, shards, remaining)
     return dataclasses.replace(stopped, unfolded=unfolded)
 
 
-def _stop_one(controller: Actor, key: str, num_shards: int, *, timeout_s: float) -> tuple[str, ...]:
-    actors, shards = RayShardActors(key), shard_names(num_shards)
-    try:
-        answer = call_actor(
-            controller,
-            "stop",
-            timeout_s,
-            timeout_s=timeout_s + _STOP_MARGIN_S,
-            who="the controller",
-        )
-        return cast("tuple[str, ...]", answer)
-    except MembankError:
-        # It does not answer, or is being started again; it is killed, and so are its shards.
-        return tuple(shards)
-    finally:
-        ray.kill(controller, no_restart=True)
-        kill_shards(actors, shards)
-
-
-def _status(endpoint: Endpoint, controller: Actor) -> ServiceStatus:
+def _status(endpoint: Endpoint, controller: object) -> ServiceStatus:
+    actors = RayShardActors(endpoint.key)
     answer = cast(
         "ControllerStatus",
-        call_actor(controller, "status", timeout_s=_STATUS_TIMEOUT_S, who="the controller"),
+        actors.call(controller, "status", timeout_s=_STATUS_TIMEOUT_S, who="the controller"),
     )
     return ServiceStatus(
         endpoint=endpoint,
@@ -332,9 +310,9 @@ def _status(endpoint: Endpoint, controller: Actor) -> ServiceStatus:
     )
 
 
-def _find_controller(key: str) -> Actor | None:
+def _find_controller(key: str) -> object | None:
     try:
-        return cast("Actor", ray.get_actor(_controller_name(key), namespace=NAMESPACE))
+        return cast("object", ray.get_actor(_controller_name(key), namespace=NAMESPACE))
     except ValueError:
         return None
 

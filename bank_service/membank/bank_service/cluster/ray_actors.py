@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
 import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from membank.bank_service.cluster.config import NAMESPACE
 from membank.bank_service.cluster.identity import ShardSettings
-from membank.bank_service.cluster.shard_actor import ShardActor, call_actor
+from membank.bank_service.cluster.shard_actor import ShardActor
+from membank.wire.errors import InternalError, MembankError, Reason, UnavailableError
 
 if TYPE_CHECKING:
     Actor = ray.actor.ActorHandle[ShardActor]
@@ -84,7 +86,22 @@ class RayShardActors:
         who: str,
     ) -> object:
         # docstring inherited
-        return call_actor(actor, method, *arguments, options=options, timeout_s=timeout_s, who=who)
+        try:
+            reference = getattr(actor, method).remote(*arguments, **(options or {}))
+            return ray.get(reference, timeout=timeout_s)
+        except RayTaskError as err:
+            cause = err.cause
+            if isinstance(cause, MembankError):
+                raise cause from None
+            raise InternalError(f"{who}: {cause!r}") from err
+        except GetTimeoutError as err:
+            raise _unavailable(f"{who} did not answer within {timeout_s:g} s") from err
+        except RayError as err:
+            raise _unavailable(f"{who} is down and being started again; retry") from err
 
     def _name(self, shard_id: str) -> str:
         return f"{self._key}-{shard_id}"
+
+
+def _unavailable(message: str) -> UnavailableError:
+    return UnavailableError(message, reason=Reason.SHARD_UNAVAILABLE)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
+from membank.bank_service.cluster.actors import ShardActors
 from membank.bank_service.cluster.identity import ShardIdentity, ShardSettings
 from membank.bank_service.cluster.shard_keeper import ShardKeeper
 from membank.bank_service.cluster.staging import (
@@ -26,12 +26,6 @@ from membank.bank_service.shard.contract import (
     PartitionGarbage,
     PartitionHistory,
     Prepared,
-)
-from membank.wire.errors import (
-    InternalError,
-    MembankError,
-    Reason,
-    UnavailableError,
 )
 from membank.wire.format import RevisionRecord
 from membank.wire.records import Placement, ShardStats
@@ -161,21 +155,6 @@ def _start_here(settings: ShardSettings) -> ShardServer:
     )
 
 
-class ActorCall(Protocol):
-    """What `call_actor` is."""
-
-    def __call__(
-        self,
-        actor: object,
-        method: str,
-        *arguments: object,
-        options: Mapping[str, object] | None = None,
-        timeout_s: float,
-        who: str,
-    ) -> object:
-        """Call a method of an actor, wait and return its result."""
-
-
 class ShardActorHandle:
     """A `ShardHandle` whose shard lives in an actor.
 
@@ -187,8 +166,8 @@ class ShardActorHandle:
         Returns the actor; asked for every call, as an actor may be replaced.
     spec
         Spec of the bank.
-    call
-        Calls an actor, as `call_actor` does.
+    actors
+        Where it runs.
     num_restarts
         Returns how often the shard came back, which it does not know itself.
     timeout_s
@@ -201,14 +180,14 @@ class ShardActorHandle:
         actor: Callable[[], object],
         spec: BankSpec,
         *,
-        call: ActorCall,
+        actors: ShardActors,
         num_restarts: Callable[[], int] = lambda: 0,
         timeout_s: float = 120.0,
     ) -> None:
         self._shard_id = shard_id
         self._actor = actor
         self._spec = spec
-        self._call_actor = call
+        self._actors = actors
         self._num_restarts = num_restarts
         self._timeout_s = timeout_s
 
@@ -279,7 +258,7 @@ class ShardActorHandle:
         return dataclasses.replace(stats, num_restarts=self._num_restarts())
 
     def _call(self, method: str, *arguments: object, **options: object) -> object:
-        return self._call_actor(
+        return self._actors.call(
             self._actor(),
             method,
             *arguments,
@@ -287,56 +266,3 @@ class ShardActorHandle:
             timeout_s=self._timeout_s,
             who=f"shard {self._shard_id}",
         )
-
-
-def call_actor(
-    actor: object,
-    method: str,
-    *arguments: object,
-    options: Mapping[str, object] | None = None,
-    timeout_s: float,
-    who: str,
-) -> object:
-    """Call a method of an actor, wait and return its result.
-
-    Parameters
-    ----------
-    actor
-        Handle of the actor.
-    method
-        Name of the method.
-    *arguments, options
-        Its arguments, by position and by name.
-    timeout_s
-        Longest wait.
-    who
-        Name of the actor, for errors.
-
-    Returns
-    -------
-    object
-        The result.
-
-    Raises
-    ------
-    UnavailableError
-        If the actor is dead, restarting or too slow; whether the call took effect is unknown.
-    MembankError
-        If the method raised one.
-    """
-    try:
-        reference = getattr(actor, method).remote(*arguments, **(options or {}))
-        return ray.get(reference, timeout=timeout_s)
-    except RayTaskError as err:
-        cause = err.cause
-        if isinstance(cause, MembankError):
-            raise cause from None
-        raise InternalError(f"{who}: {cause!r}") from err
-    except GetTimeoutError as err:
-        raise _unavailable(f"{who} did not answer within {timeout_s:g} s") from err
-    except RayError as err:
-        raise _unavailable(f"{who} is down and being started again; retry") from err
-
-
-def _unavailable(message: str) -> UnavailableError:
-    return UnavailableError(message, reason=Reason.SHARD_UNAVAILABLE)
