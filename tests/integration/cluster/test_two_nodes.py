@@ -12,7 +12,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from membank.bank_service.cluster import UpConfig, down, status, up
+from membank.bank_service.cluster import UpConfig, down, list_running, status, up
 from membank.client import BankClient
 from membank.wire.errors import FailedPreconditionError, Reason
 from membank.wire.spec import BankSpec, BlockRef, LevelSpec
@@ -116,6 +116,25 @@ def test_shards_spread_over_the_nodes_and_come_back(cluster: Cluster, tmp_path: 
     finally:
         down(runtime_dir=config.runtime_dir)
     check_no_trace(cluster)
+
+
+def test_a_process_in_another_ray_stops_no_service_and_forgets_none(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    config = UpConfig(bank_url=str(tmp_path / "bank"), port=0, runtime_dir=tmp_path / "run")
+    endpoint = up(config)
+    try:
+        ray.init(address=cluster.address, namespace="membank", log_to_driver=False)
+        try:
+            with pytest.raises(FailedPreconditionError, match="connected to the Ray"):
+                down(runtime_dir=config.runtime_dir)
+        finally:
+            ray.shutdown()
+        assert list_running(config.runtime_dir) == (endpoint,)
+        with BankClient.connect(endpoint.address) as client:
+            client.create_bank(SPEC)
+    finally:
+        assert down(runtime_dir=config.runtime_dir).unfolded == ()
 
 
 def check_no_trace(cluster: Cluster) -> None:

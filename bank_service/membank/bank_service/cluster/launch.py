@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 import ray
+from ray.exceptions import ActorAlreadyExistsError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from membank.bank_service.cluster import state
@@ -193,13 +194,13 @@ def _stop_own(endpoint: Endpoint, folder: Path, timeout_s: float) -> ServiceStat
         with connected(endpoint.ray_address):
             stopped = _stop_actors(endpoint, timeout_s)
     except UnavailableError:
-        # Its Ray is gone or does not answer; what is left of it is ended below.
+        # Its Ray is gone or does not answer; what is left of it is ended below. After any other
+        # error it runs on, and is found by the next attempt.
         pass
-    finally:
-        if endpoint.ray_mark is not None and endpoint.ray_dir is not None:
-            local = LocalRay(endpoint.ray_address, endpoint.ray_dir, endpoint.ray_mark)
-            stop_ray(local, timeout_s=_RAY_STOP_S)
-        state.forget(endpoint, folder)
+    if endpoint.ray_mark is not None and endpoint.ray_dir is not None:
+        local = LocalRay(endpoint.ray_address, endpoint.ray_dir, endpoint.ray_mark)
+        stop_ray(local, timeout_s=_RAY_STOP_S)
+    state.forget(endpoint, folder)
     return stopped
 
 
@@ -226,8 +227,6 @@ def _check_bank(config: UpConfig) -> None:
 
 
 def _start_controller(config: UpConfig, local: LocalRay | None, deadline: float) -> Endpoint:
-    if _find_controller(config.key) is not None:
-        raise bank_in_use(config.bank_url)
     config = dataclasses.replace(
         config,
         # Chosen here, so that a controller that is started again listens where the first one did.
@@ -235,21 +234,7 @@ def _start_controller(config: UpConfig, local: LocalRay | None, deadline: float)
         # Also here: the settings may be used again, for another service.
         service_id=uuid.uuid4().hex,
     )
-    node_id = ray.get_runtime_context().get_node_id()
-    controller = cast(
-        "Actor",
-        ray.remote(ControllerActor)
-        .options(
-            name=_controller_name(config.key),
-            namespace=NAMESPACE,
-            lifetime="detached",
-            max_restarts=-1,
-            max_concurrency=8,
-            num_cpus=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=True),
-        )
-        .remote(config),
-    )
+    controller = _make_controller(config)
     actors = RayShardActors(config.key)
     try:
         remaining = max(deadline - time.monotonic(), 1.0)
@@ -264,6 +249,28 @@ def _start_controller(config: UpConfig, local: LocalRay | None, deadline: float)
         end_service(actors, controller, shard_names(config.num_shards), _GIVE_UP_S)
         raise
     return endpoint
+
+
+def _make_controller(config: UpConfig) -> object:
+    node_id = ray.get_runtime_context().get_node_id()
+    try:
+        return cast(
+            "object",
+            ray.remote(ControllerActor)
+            .options(
+                name=_controller_name(config.key),
+                namespace=NAMESPACE,
+                lifetime="detached",
+                max_restarts=-1,
+                max_concurrency=8,
+                num_cpus=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=True),
+            )
+            .remote(config),
+        )
+    except ActorAlreadyExistsError as err:
+        # Ray says so alone: whoever looked before could be overtaken by another `up`.
+        raise bank_in_use(config.bank_url) from err
 
 
 def _endpoint(config: UpConfig, local: LocalRay | None, started: ControllerStatus) -> Endpoint:

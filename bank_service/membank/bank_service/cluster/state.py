@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from membank.wire.errors import (
     Reason,
     UnavailableError,
 )
+
+_LOG = logging.getLogger(__name__)
 
 _SUFFIX = ".service.json"
 
@@ -71,8 +74,23 @@ def save(endpoint: Endpoint, runtime_dir: Path) -> None:
 
 
 def forget(endpoint: Endpoint, runtime_dir: Path) -> None:
-    """Remove the note of a service."""
-    note_path(endpoint.key, runtime_dir).unlink(missing_ok=True)
+    """Remove the note of a service.
+
+    Raises
+    ------
+    FailedPreconditionError
+        If it cannot be removed (BAD_CONFIG).
+    """
+    path = note_path(endpoint.key, runtime_dir)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as err:
+        raise FailedPreconditionError(
+            f"{endpoint.bank_url} is not served any more; cannot remove {path}, which says that it is: "
+            f"{err.strerror or err}; remove it by hand",
+            reason=Reason.BAD_CONFIG,
+            metadata={"folder": str(runtime_dir)},
+        ) from err
 
 
 def list_running(runtime_dir: Path | None = None) -> tuple[Endpoint, ...]:
@@ -95,6 +113,9 @@ def list_running(runtime_dir: Path | None = None) -> tuple[Endpoint, ...]:
             found.append(Endpoint(**json.loads(path.read_text())))
         except (FileNotFoundError, ValueError, TypeError):
             continue  # removed just now, or written by another version: not ours to run
+        except OSError as err:
+            # Of another user, perhaps; it must not keep the others from being found.
+            _LOG.warning("%s is passed over: it cannot be read: %s", path, err.strerror or err)
     return tuple(found)
 
 
