@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -10,12 +11,15 @@ from dataclasses import dataclass
 from membank.client.config import ClientConfig
 from membank.client.retrying import backoff_s, is_retryable
 from membank.client.shards import ShardMap
+from membank.client.transport import WatchAnswer
 from membank.wire.errors import MembankError, UnavailableError
 from membank.wire.records import BlockEvent
 from membank.wire.spec import BankSpec, BlockRef
 
 _MAX_QUEUED = 64
 """Answers of shards that wait for the watcher; then the shards wait, and drop in the end."""
+
+_spans = itertools.count(1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,20 +55,31 @@ async def watch_shards(
     config
         Retries and deadlines.
     """
-    watch = _Watch(shards, spec, refs, admin_only=admin_only, config=config)
+    watch = ShardWatch(shards, spec, refs, admin_only=admin_only, config=config)
     try:
         watch.follow_placement(is_gap=False)
         while True:
-            item = await watch.queue.get()
-            if isinstance(item, MembankError):
-                raise item
-            yield item
+            yield await watch.next()
     finally:
         await watch.close()
 
 
-class _Watch:
-    """One task per shard, which feed one queue."""
+class ShardWatch:
+    """One task per shard, which feed one queue.
+
+    Parameters
+    ----------
+    shards
+        Where the shards are.
+    spec
+        Spec of the bank.
+    refs
+        The blocks; empty = all.
+    admin_only
+        True leaves out changes by gradient updates.
+    config
+        Retries and deadlines.
+    """
 
     def __init__(
         self,
@@ -75,7 +90,7 @@ class _Watch:
         admin_only: bool,
         config: ClientConfig,
     ) -> None:
-        self.queue: asyncio.Queue[Changes | MembankError] = asyncio.Queue(_MAX_QUEUED)
+        self._queue: asyncio.Queue[Changes | MembankError] = asyncio.Queue(_MAX_QUEUED)
         self._shards = shards
         self._spec = spec
         self._refs = refs
@@ -86,15 +101,41 @@ class _Watch:
         self._ended: list[asyncio.Task[None]] = []
         self._not_on_yet: set[str] = set()
         self._is_on = False
+        # Shards that are to be heard and are not, and the name of the time in which all were.
+        self._silent: set[str] = set()
+        self._span = next(_spans)
+
+    @property
+    def span(self) -> int | None:
+        """Names the stretch of time in which no change is missed; None = some may be, now.
+
+        It ends as soon as a stream breaks or drops a change, while `next` tells of a gap once it is
+        mended and has come to its turn.
+        """
+        return None if self._silent or not self._parts else self._span
+
+    def follow_news(self) -> None:
+        """Watch the shards of a placement that somebody else has learnt."""
+        if not self._refs and self._shards.endpoints() != set(self._parts):
+            self.follow_placement(is_gap=True)
+
+    async def next(self) -> Changes:
+        """Return the next changes; errors as for `AsyncBankClient.watch`."""
+        item = await self._queue.get()
+        if isinstance(item, MembankError):
+            raise item
+        return item
 
     def follow_placement(self, *, is_gap: bool) -> None:
         """Watch the shards that serve the blocks now, and no others."""
         parts = self._group()
         if not self._is_on:
             self._not_on_yet = (self._not_on_yet & set(parts)) | (set(parts) - set(self._parts))
+        self._silent &= set(parts)
         for endpoint, part in parts.items():
             if self._parts.get(endpoint) != part:
                 self._end(endpoint)
+                self._miss(endpoint)
                 task = asyncio.create_task(self._follow(endpoint, part, is_gap=is_gap))
                 self._tasks[endpoint] = task
         for endpoint in set(self._tasks) - set(parts):
@@ -129,16 +170,19 @@ class _Watch:
                 async with aclosing(answers):
                     async for answer in answers:
                         num_failures = 0
+                        self._note(endpoint, answer)
                         await self._say_on(endpoint, is_gap=is_gap)
                         is_gap = False
                         if self._is_on and (answer.events or answer.num_dropped):
                             item = Changes(events=answer.events, is_gap=answer.num_dropped > 0)
-                            await self.queue.put(item)
+                            await self._queue.put(item)
             except MembankError as err:
                 error = err
+            if asyncio.current_task() is self._tasks.get(endpoint):
+                self._miss(endpoint)
             num_failures += 1
             if not is_retryable(error) or num_failures >= self._config.retry.max_attempts:
-                await self.queue.put(error)
+                await self._queue.put(error)
                 return
             await asyncio.sleep(backoff_s(self._config.retry, num_failures))
             is_gap = True
@@ -146,15 +190,26 @@ class _Watch:
             if asyncio.current_task() is not self._tasks.get(endpoint):
                 return
 
+    def _note(self, endpoint: str, answer: WatchAnswer) -> None:
+        """Begin a new span where changes before this answer were missed."""
+        if endpoint in self._silent or answer.num_dropped:
+            self._silent.discard(endpoint)
+            self._span = next(_spans)
+
+    def _miss(self, endpoint: str) -> None:
+        """End the span: changes at `endpoint` are not heard for now."""
+        self._silent.add(endpoint)
+        self._span = next(_spans)
+
     async def _say_on(self, endpoint: str, *, is_gap: bool) -> None:
         if self._is_on:
             if is_gap:
-                await self.queue.put(Changes(is_gap=True))
+                await self._queue.put(Changes(is_gap=True))
             return
         self._not_on_yet.discard(endpoint)
         if not self._not_on_yet:
             self._is_on = True
-            await self.queue.put(Changes())
+            await self._queue.put(Changes())
 
     async def _find_shards_again(self, error: MembankError) -> None:
         seen = self._shards.num_refreshes
@@ -165,4 +220,4 @@ class _Watch:
             # Some partition has no shard now; its watch goes on trying.
             return
         except MembankError as err:
-            await self.queue.put(err)
+            await self._queue.put(err)

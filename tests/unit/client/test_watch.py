@@ -12,7 +12,15 @@ from fake_bank import SPEC, FakeBank
 from fake_service import FakeService
 from faults import Fault
 from in_process import InProcessNetwork
-from membank.client import AsyncBankClient, Changes, ClientConfig, RetryConfig
+from membank.client import (
+    AsyncBankClient,
+    Changes,
+    ClientConfig,
+    RetryConfig,
+    grpc_connector,
+)
+from membank.client.shards import ShardMap
+from membank.client.watching import ShardWatch
 from membank.wire.errors import InternalError, UnavailableError
 from membank.wire.spec import BlockRef, BlockState
 
@@ -113,6 +121,31 @@ async def test_says_that_there_was_a_gap(
         assert await anext(changes) == Changes(is_gap=True)
         withhold(bank, ACROSS[0])
         assert await changed(changes, 1) == {ACROSS[0]}
+
+
+async def test_a_span_ends_with_the_stream_and_another_begins_with_the_next(
+    bank: FakeBank, service: FakeService
+) -> None:
+    shards = ShardMap(service.endpoint, grpc_connector(CONFIG), grace_s=1.0)
+    await shards.refresh(timeout_s=10.0)
+    watch = ShardWatch(shards, SPEC, (), admin_only=False, config=CONFIG)
+    spans = [watch.span]
+    watch.follow_placement(is_gap=False)
+    spans.append(watch.span)
+    assert await watch.next() == Changes()
+    spans.append(watch.span)
+    withhold(bank, ACROSS[0])
+    await watch.next()
+    spans.append(watch.span)
+    bank.shards[0].subscriptions[0].close()
+    assert await watch.next() == Changes(is_gap=True)
+    spans.append(watch.span)
+    before, opening, first, same, second = spans
+    assert (before, opening) == (None, None)
+    assert first is not None
+    assert (same == first, second in (None, first)) == (True, False)
+    await watch.close()
+    await shards.close()
 
 
 async def test_counts_only_failures_in_a_row(bank: FakeBank, service: FakeService) -> None:
