@@ -4,7 +4,15 @@
 """
 
 from membank.client.blocks import BlockSource
-from membank.client.config import ClientConfig, RetryConfig, Secret, TlsConfig
+from membank.client.cached_blocks import CacheStats
+from membank.client.config import (
+    CacheConfig,
+    ClientConfig,
+    Eviction,
+    RetryConfig,
+    Secret,
+    TlsConfig,
+)
 from membank.client.core import AsyncBankClient
 from membank.client.grpc_transport import GrpcTransport, grpc_connector
 from membank.client.memory import FetchedBlocks, Memory
@@ -31,10 +39,13 @@ __all__ = [
     "AsyncBankClient",
     "BankClient",
     "BlockSource",
+    "CacheConfig",
+    "CacheStats",
     "Changes",
     "ClientConfig",
     "Connector",
     "Embedder",
+    "Eviction",
     "FetchAnswer",
     "FetchedBlocks",
     "GrpcTransport",

@@ -1,10 +1,11 @@
-"""Configuration of the client: deadlines, retries, bounds, TLS and credentials."""
+"""Configuration of the client: deadlines, retries, bounds, cache, TLS and credentials."""
 
 from __future__ import annotations
 
 import hmac
 import math
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import NoReturn
 
@@ -94,6 +95,42 @@ class TlsConfig:
             object.__setattr__(self, "root_certificates", Path(self.root_certificates))
 
 
+class Eviction(StrEnum):
+    """Which block makes room for another one."""
+
+    LRU = "lru"
+    """The one that was asked for longest ago."""
+    LFU = "lfu"
+    """The one that was asked for least often, where it counts less the longer ago that was. A block
+    that has changed is counted anew."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheConfig:
+    """What the client keeps of the blocks that it has fetched (docs/client.md)."""
+
+    max_bytes: int = 1 << 30
+    """Most bytes of weights that are kept, >= 1."""
+    max_staleness_s: float = 0.0
+    """Seconds for which a block is used without asking the service, as long as no change was heard
+    of; finite, >= 0. At 0 it is asked every time, and what has not changed does not travel."""
+    pinned_levels: tuple[int, ...] = ()
+    """Levels (from 1) whose blocks never make room for those of others."""
+    eviction: Eviction = Eviction.LRU
+    """Which block goes first where room is needed."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_bytes >= 1, "max_bytes", self.max_bytes, ">= 1")
+        ok = 0 <= self.max_staleness_s < math.inf
+        _require(ok, "max_staleness_s", self.max_staleness_s, "finite, >= 0")
+        object.__setattr__(self, "pinned_levels", tuple(self.pinned_levels))
+        ok = all(level >= 1 for level in self.pinned_levels)
+        _require(ok, "pinned_levels", self.pinned_levels, "levels, which count from 1")
+        known = tuple(kind.value for kind in Eviction)
+        _require(self.eviction in known, "eviction", self.eviction, ", ".join(known))
+        object.__setattr__(self, "eviction", Eviction(self.eviction))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClientConfig:
     """Configuration of a client. It pickles unless it holds a `token`."""
@@ -111,6 +148,8 @@ class ClientConfig:
     """Deadline of the first answer at `connect`, retries included, in seconds."""
     retry: RetryConfig = field(default_factory=RetryConfig)
     """Retries."""
+    cache: CacheConfig | None = None
+    """What is kept of the blocks that were fetched; None = nothing."""
     tls: TlsConfig | None = None
     """None = no TLS; a credential is then sent to this machine alone."""
     token: Secret | str | None = None

@@ -9,16 +9,19 @@ from typing import Self
 
 from membank.client.admin import AdminCalls
 from membank.client.blocks import BlockSource, ShardedBlocks
+from membank.client.cache_store import BlockStore
+from membank.client.cached_blocks import CachedBlocks, CacheStats
 from membank.client.checks import check_arrays, check_bases, check_scale
-from membank.client.config import ClientConfig
+from membank.client.config import CacheConfig, ClientConfig
 from membank.client.grpc_transport import grpc_connector
+from membank.client.listening import WatchEar
 from membank.client.memory import FetchedBlocks, Memory
 from membank.client.retriever import Embedder
 from membank.client.routing import RoutingCalls
 from membank.client.session import Session, new_request_id
 from membank.client.transaction import Transaction
 from membank.client.transport import Connector, PushAnswer
-from membank.client.watching import Changes, watch_shards
+from membank.client.watching import Changes, ShardWatch, watch_shards
 from membank.wire.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
@@ -49,6 +52,7 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
     def __init__(self, session: Session, *, embedder: Embedder | None = None) -> None:
         super().__init__(session, embedder=embedder)
         self._blocks: BlockSource | None = None
+        self._cache: CachedBlocks | None = None
         self._pinned_revision: int | None = None
 
     @classmethod
@@ -104,6 +108,8 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
 
     async def close(self) -> None:
         """Close the connections; calls that still run end with `UnavailableError`."""
+        if self._cache is not None:
+            await self._cache.close()
         await self._session.shards.close()
 
     async def __aenter__(self) -> Self:
@@ -126,6 +132,11 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
     def config(self) -> ClientConfig:
         """Configuration of the client."""
         return self._session.config
+
+    @property
+    def cache_stats(self) -> CacheStats | None:
+        """What the cache did and holds; None where there is none, or nothing was fetched yet."""
+        return None if self._cache is None else self._cache.stats
 
     @property
     def spec(self) -> BankSpec:
@@ -379,8 +390,24 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
 
     def _source(self, spec: BankSpec) -> BlockSource:
         if self._blocks is None:
-            self._blocks = ShardedBlocks(self._session.shards, spec, self._session.config)
+            self._blocks = ShardedBlocks(self._session.shards, spec, self.config)
+            if self.config.cache is not None:
+                self._blocks = self._cached(self._blocks, spec, self.config.cache)
         return self._blocks
+
+    def _cached(self, blocks: BlockSource, spec: BankSpec, config: CacheConfig) -> CachedBlocks:
+        # Who asks every time need hear only of what must not be held any more.
+        admin_only = config.max_staleness_s == 0
+
+        def open_watch() -> ShardWatch:
+            return ShardWatch(
+                self._session.shards, spec, (), admin_only=admin_only, config=self.config
+            )
+
+        ear = WatchEar(open_watch, self.config.retry)
+        self._cache = CachedBlocks(blocks, config, store=BlockStore(config), ear=ear)
+        self._session.report_listeners.append(self._cache.hear_report)
+        return self._cache
 
     def _check_answer_bytes(self, spec: BankSpec, refs: Sequence[BlockRef], dtype: str) -> None:
         total = sum(map(spec.block_params, (ref.level for ref in refs))) * dtype_of(dtype).itemsize

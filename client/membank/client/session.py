@@ -36,6 +36,8 @@ class Session:
         self.shards = ShardMap(endpoint, connector, grace_s=config.timeout_s)
         self.revision = 0
         """Newest revision that this client has seen; it never reads an older one again."""
+        self.report_listeners: list[Callable[[TransactionReport], None]] = []
+        """Called with what each transaction of this client did."""
 
     def deadline(self, timeout_s: float | None) -> Deadline:
         """Return the deadline of a fetch, push or question."""
@@ -77,8 +79,11 @@ class Session:
         self.revision = max(self.revision, revision)
 
     def noted(self, report: TransactionReport) -> TransactionReport:
-        """Remember the revision of a transaction; return its report."""
+        """Remember what a transaction did, and pass it on; return its report."""
         self.note_revision(report.revision)
+        if not report.dry_run:
+            for listen in self.report_listeners:
+                listen(report)
         return report
 
 

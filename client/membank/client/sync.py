@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
+from membank.client.cached_blocks import CacheStats
 from membank.client.config import ClientConfig
 from membank.client.core import AsyncBankClient
 from membank.client.loop_thread import loop_thread
@@ -117,6 +118,11 @@ class BankClient:
     def spec(self) -> BankSpec:
         """Spec of the bank, as learnt; `NotFoundError` where the service has no bank yet."""
         return self._core.spec
+
+    @property
+    def cache_stats(self) -> CacheStats | None:
+        """What the cache did and holds; None where there is none, or nothing was fetched yet."""
+        return self._core.cache_stats
 
     info = _sync(AsyncBankClient.info)
     tree = _sync(AsyncBankClient.tree)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from membank.client import ClientConfig, RetryConfig, Secret, TlsConfig
+from membank.client import CacheConfig, ClientConfig, Eviction, RetryConfig, Secret, TlsConfig
 from membank.client.deadline import Deadline
 from membank.wire.errors import DeadlineError, InvalidArgumentError
 
@@ -49,6 +49,29 @@ def test_client_config_refuses(fields: dict[str, object]) -> None:
 def test_retry_config_refuses(fields: dict[str, float]) -> None:
     with pytest.raises(InvalidArgumentError):
         RetryConfig(**fields)  # type: ignore[arg-type]  # of several types
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_bytes": 0},
+        {"max_staleness_s": -1.0},
+        {"max_staleness_s": float("nan")},
+        {"max_staleness_s": float("inf")},
+        {"pinned_levels": (1, 0)},
+        {"eviction": "fifo"},
+    ],
+)
+def test_cache_config_refuses(fields: dict[str, object]) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        CacheConfig(**fields)  # type: ignore[arg-type]  # of several types
+    assert next(iter(fields)) in str(caught.value)
+
+
+def test_cache_config_takes_names_and_lists() -> None:
+    config = CacheConfig(eviction="lfu", pinned_levels=[1, 2])  # type: ignore[arg-type]  # as from a file
+    assert (config.eviction, config.pinned_levels) == (Eviction.LFU, (1, 2))
+    assert pickle.loads(pickle.dumps(ClientConfig(cache=config))).cache == config
 
 
 def test_all_bounds_are_finite_by_default() -> None:
