@@ -146,6 +146,50 @@ def test_a_shard_that_is_gone_is_made_anew_once_there_is_a_node(
     assert served(fleet) == [True, True]
 
 
+def test_a_fleet_that_has_ended_makes_and_opens_nothing_any_more(
+    bank: Bank, actors: LocalActors, storage: Storage
+) -> None:
+    fleet = fleet_of(bank, actors)
+    fleet.start(START_S)
+    fleet.end()
+    end_shards(actors, ["shard-0"], 1.0)
+    assert close_shards(actors, ["shard-1"], 1.0) == ()
+    fleet.supervise()
+    assert actors.find("shard-0") is None
+    assert storage.num_starts == len(SHARDS), "the other one stays closed"
+    with pytest.raises(UnavailableError, match="being stopped"):
+        fleet.start(START_S)
+    assert actors.find("shard-0") is None
+
+
+def test_what_an_earlier_service_left_is_folded_and_replaced(
+    bank: Bank, actors: LocalActors
+) -> None:
+    fleet_of(bank, actors).start(START_S)
+    left = actors.find("shard-0")
+    shard = actors.servers["shard-0"].shard
+    shard.push(make_update(shard, [BlockRef(1, 0)], "u0"))
+    fleet = fleet_of(bank, actors)
+    fleet.start(START_S, adopt=False)
+    assert shard.is_folded
+    assert actors.find("shard-0") is not left
+    assert served(fleet) == [True, True]
+
+
+def test_shards_are_told_a_placement_once(bank: Bank, actors: LocalActors) -> None:
+    told = []
+
+    def before_call(shard_id: str, method: str) -> None:
+        if method == "set_placement":
+            told.append(shard_id)
+
+    actors.before_call = before_call
+    fleet = fleet_of(bank, actors)
+    fleet.start(START_S)
+    fleet.supervise()
+    assert sorted(told) == SHARDS
+
+
 def test_a_service_of_too_few_nodes_says_so(bank: Bank, actors: LocalActors) -> None:
     actors.node_list = []
     with pytest.raises(UnavailableError, match="Ray has 0 nodes"):

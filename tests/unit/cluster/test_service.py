@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ from membank.wire.errors import (
     Reason,
     UnavailableError,
 )
-from membank.wire.format.layout import manifest_key
+from membank.wire.format.layout import CLAIMS, manifest_key
 from membank.wire.spec import BlockRef
 from storage_faults import Outage
 from tiny_bank import make_update, tiny_spec
@@ -101,6 +101,21 @@ def take_over(url: str) -> BankClaim:
         beat_every_s=NEVER_S,
         sleep=lambda seconds: None,
     )
+
+
+@contextmanager
+def start_under_way(service: Service, came: threading.Event) -> Iterator[None]:
+    """Start a service in a thread, from when it has come somewhere until it has ended."""
+
+    def start() -> None:
+        with suppress(MembankError):
+            service.start()
+
+    starting = threading.Thread(target=start)
+    starting.start()
+    came.wait()
+    yield
+    starting.join()
 
 
 def is_closed(host: Host, shard_id: str) -> bool:
@@ -240,6 +255,61 @@ def test_a_call_that_hangs_at_the_gateway_takes_no_time_from_the_shards(
     assert host.actors.waits["stop"] > 1.0, "more than is left when nothing is left"
     mended.set()
     asking.join()
+
+
+def test_a_start_under_way_makes_no_shard_anew_after_the_stop(bank: Bank, host: Host) -> None:
+    came, stopped = threading.Event(), threading.Event()
+
+    def before_call(shard_id: str, method: str) -> None:
+        if method == "identity":
+            came.set()
+            stopped.wait(20.0)
+            raise away(shard_id)
+
+    host.actors.before_call = before_call
+    service = host.service()
+    with start_under_way(service, came):
+        service.stop(2.0)
+        stopped.set()
+    assert [host.actors.find(shard_id) for shard_id in SHARDS] == [None, None]
+
+
+def test_a_start_under_way_keeps_no_claim_after_the_stop(bank: Bank, host: Host) -> None:
+    came, stopped = threading.Event(), threading.Event()
+
+    class Slow(Outage):
+        def put_if_absent(self, key: str, data: Data, *, durable: bool = False) -> None:
+            came.set()
+            stopped.wait(20.0)
+            super().put_if_absent(key, data, durable=durable)
+
+    host.storage = Slow(bank.objects)
+    service = host.service()
+    with start_under_way(service, came):
+        service.stop(2.0)
+        stopped.set()
+    assert host.storage.list(CLAIMS) != []
+    assert read_claim(bank.objects) is None
+    assert [host.actors.find(shard_id) for shard_id in SHARDS] == [None, None]
+
+
+def test_a_shard_that_an_earlier_service_left_is_replaced(
+    bank: Bank, host: Host, tmp_path: Path
+) -> None:
+    before = host.service()
+    before.start()
+    left = host.actors.find("shard-0")
+    assert left is not None
+    # Its controller is gone, and its claim; its shards were left.
+    host.storage.is_down = True
+    take_over(bank.url).release()
+    new = Host(bank.url, tmp_path / "new")
+    new.actors = host.actors
+    service = new.service()
+    service.start()
+    assert [shard.alive for shard in service.status().shards] == [True, True]
+    assert host.actors.find("shard-0") is not left
+    assert service.stop(5.0) == ()
 
 
 def test_a_controller_that_has_not_found_its_shards_yet_stops_them_all_the_same(

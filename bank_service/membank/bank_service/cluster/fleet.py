@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from membank.bank_service.cluster.actors import (
     ShardActors,
     close_shards,
+    end_shards,
     in_parallel,
     shard_names,
 )
@@ -101,7 +102,8 @@ class ShardFleet:
         Waits for some seconds.
     """
 
-    # `_lock` guards the states' fields and is never held during a call to an actor.
+    # `_lock` guards the states' fields, and that nothing is made or opened once `_is_ended`; it is
+    # never held while an actor is waited for.
 
     def __init__(
         self,
@@ -124,8 +126,9 @@ class ShardFleet:
         self._told: dict[str, tuple[str, int]] = {}
         self._started = threading.Event()
         self._rebalance_at_s = 0.0
+        self._is_ended = False
 
-    def start(self, timeout_s: float, *, insist: bool = True) -> None:
+    def start(self, timeout_s: float, *, insist: bool = True, adopt: bool = True) -> None:
         """Make the actors, or find them, and have them open their shards.
 
         Parameters
@@ -135,6 +138,9 @@ class ShardFleet:
         insist
             Whether all must serve when this returns. Otherwise a shard that does not is looked
             after by `supervise`, like one that fails later.
+        adopt
+            Whether actors that are there are of this service. Otherwise they are ended first: their
+            settings are others, and the claim on the bank that they may open with is gone.
 
         Raises
         ------
@@ -145,14 +151,17 @@ class ShardFleet:
         """
         deadline = self._clock() + timeout_s
         nodes = self._wait_for_nodes(deadline)
+        if not adopt:
+            self._end_found()
         found = []
         for index, shard_id in enumerate(self._partitions):
             node_id, node_ip = nodes[index % len(nodes)]
             settings = self._settings(shard_id, node_ip)
             actor = self._actors.find(shard_id)
-            state = _ShardState(settings, node_id, actor or self._actors.make(settings, node_id))
             with self._lock:
-                self._states[shard_id] = state
+                self._check_not_ended()
+                made = actor or self._actors.make(settings, node_id)
+                state = self._states[shard_id] = _ShardState(settings, node_id, made)
             if actor is not None:
                 found.append(state)
         if insist:
@@ -204,6 +213,11 @@ class ShardFleet:
             self._rebalance_at_s = self._clock() + _REBALANCE_EVERY_S
             self._rebalance()
 
+    def end(self) -> None:
+        """Make and open nothing any more, also where a start or a look at the shards is under way."""
+        with self._lock:
+            self._is_ended = True
+
     def let_go(self, why: MembankError, timeout_s: float) -> None:
         """Close every shard, folding what it may; nothing is opened again.
 
@@ -217,6 +231,15 @@ class ShardFleet:
         close_shards(self._actors, list(self._partitions), timeout_s)
         for state in self._states.values():
             self._mark_down(state, why)
+
+    def _end_found(self) -> None:
+        """End actors that are there, in order: their journals may lie on disks of their nodes."""
+        found = [shard_id for shard_id in self._partitions if self._actors.find(shard_id)]
+        if found:
+            _LOG.warning("%s are there already, of an earlier service: making them anew", found)
+            end_shards(self._actors, found, _MOVE_TIMEOUT_S)
+        for shard_id in found:
+            self._wait_for_name(shard_id)
 
     def _look_after(self) -> None:
         states = list(self._states.values())
@@ -272,13 +295,27 @@ class ShardFleet:
         # Closing folds the rest. The journal may lie on the old node's own disk.
         if close_shards(self._actors, [shard_id], _MOVE_TIMEOUT_S):
             # Elsewhere, what was acknowledged and is in no slot would be missing.
-            self._actors.tell(state.actor, "open")
+            self._tell_to_open(state)
             raise UnavailableError("its journal was not emptied; it stays where that is")
         self._mark_down(state, UnavailableError(f"{shard_id} moves to {node_ip}"))
         self._actors.kill(state.actor)
         self._wait_for_name(shard_id)
-        state.settings, state.node_id = settings, node_id
-        state.actor = self._actors.make(settings, node_id)
+        self._make(state, settings, node_id)
+
+    def _make(self, state: _ShardState, settings: ShardSettings, node_id: str) -> None:
+        with self._lock:
+            self._check_not_ended()
+            state.actor = self._actors.make(settings, node_id)
+            state.settings, state.node_id = settings, node_id
+
+    def _tell_to_open(self, state: _ShardState) -> None:
+        with self._lock:
+            if not self._is_ended:
+                self._actors.tell(state.actor, "open")
+
+    def _check_not_ended(self) -> None:
+        if self._is_ended:
+            raise UnavailableError("the service is being stopped")
 
     def _wait_for_name(self, shard_id: str) -> None:
         """Wait until a killed actor has given its name up; making one would find it otherwise."""
@@ -333,6 +370,8 @@ class ShardFleet:
 
     def _open(self, state: _ShardState, deadline: float) -> None:
         remaining = max(deadline - self._clock(), 0.1)
+        with self._lock:
+            self._check_not_ended()
         try:
             self._actors.call(state.actor, "open", timeout_s=remaining, who=state.settings.shard_id)
         except UnavailableError as err:
@@ -369,11 +408,12 @@ class ShardFleet:
         nodes = dict(self._actors.nodes())
         if not nodes:
             raise UnavailableError("Ray has no node that is alive")
-        if state.node_id not in nodes:
-            state.node_id = self._emptiest(list(nodes))
-            state.settings = self._settings(shard_id, nodes[state.node_id])
+        settings, node_id = state.settings, state.node_id
+        if node_id not in nodes:
+            node_id = self._emptiest(list(nodes))
+            settings = self._settings(shard_id, nodes[node_id])
         _LOG.warning("%s is gone; making it anew", shard_id)
-        state.actor = self._actors.make(state.settings, state.node_id)
+        self._make(state, settings, node_id)
 
     def _emptiest(self, nodes: Sequence[str]) -> str:
         carried = [state.node_id for state in self._states.values()]
@@ -387,35 +427,34 @@ class ShardFleet:
         if now < state.retry_at_s:
             return
         backoff_s = _REOPEN_BACKOFF_S[min(state.failures, len(_REOPEN_BACKOFF_S) - 1)]
-        state.failures += 1
-        state.retry_at_s = now + backoff_s
-        self._actors.tell(state.actor, "open")
+        with self._lock:
+            state.failures += 1
+            state.retry_at_s = now + backoff_s
+        self._tell_to_open(state)
 
     def _tell_placement(self) -> None:
         """Give the placement to every shard that has not been told this one in this life."""
         placement = self._table.current()
-        told = self._told
+        news = [
+            (shard_id, state.actor, (state.identity.incarnation, placement.generation))
+            for shard_id, state in self._states.items()
+            if state.identity is not None and state.alive
+        ]
+        in_parallel(
+            lambda item: self._tell(*item, placement),
+            [item for item in news if self._told.get(item[0]) != item[2]],
+        )
 
-        def tell(state: _ShardState) -> None:
-            shard_id, identity = state.settings.shard_id, state.identity
-            if identity is None or not state.alive:
-                return
-            news = (identity.incarnation, placement.generation)
-            if told.get(shard_id) == news:
-                return
-            try:
-                self._actors.call(
-                    state.actor,
-                    "set_placement",
-                    placement,
-                    timeout_s=_PROBE_TIMEOUT_S,
-                    who=shard_id,
-                )
-                told[shard_id] = news
-            except MembankError as err:
-                _LOG.debug("%s was not told the placement: %s", shard_id, err)
-
-        in_parallel(tell, list(self._states.values()))
+    def _tell(
+        self, shard_id: str, actor: object, news: tuple[str, int], placement: Placement
+    ) -> None:
+        try:
+            self._actors.call(
+                actor, "set_placement", placement, timeout_s=_PROBE_TIMEOUT_S, who=shard_id
+            )
+            self._told[shard_id] = news
+        except MembankError as err:
+            _LOG.debug("%s was not told the placement: %s", shard_id, err)
 
 
 def _is_away(err: MembankError) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from membank.bank_service.rpc.server import Service as RpcService
 from membank.bank_service.store import ObjectStore, open_objects
 from membank.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from membank.v1.block_service_pb2_grpc import add_BlockServiceServicer_to_server
-from membank.wire.errors import FailedPreconditionError
+from membank.wire.errors import FailedPreconditionError, UnavailableError
 from membank.wire.spec import BankSpec
 
 _LOCK_PATIENCE_S = 10.0
@@ -82,7 +83,7 @@ class Service:
     """
 
     # `start` and `supervise` are called by one thread; the others by any. What `start` sets is
-    # replaced whole.
+    # replaced whole, and `_ended` is looked at after that.
 
     def __init__(
         self,
@@ -106,6 +107,7 @@ class Service:
         self._bank_lock: int | None = None
         self._claim: BankClaim | None = None
         self._let_go_at_s = clock()
+        self._ended = threading.Event()
         self._gateway = Gateway(
             config.bank_url,
             self._start_fleet,
@@ -171,6 +173,11 @@ class Service:
             Shards that may have left acknowledged updates in their journals.
         """
         deadline = self._clock() + timeout_s
+        # A start, or a look at the shards, may be under way. Whatever it makes known from now on, it
+        # gives back itself; what is known already is given back here.
+        self._ended.set()
+        if self._fleet is not None:
+            self._fleet.end()
         if self._server is not None:
             # A call may wait for a shard for minutes, which the shards need to fold their journals.
             self._server.stop(within_s=timeout_s * _GATEWAY_SHARE)
@@ -224,12 +231,19 @@ class Service:
         )
         server.start()
         self._server = server
+        if self._ended.is_set():
+            server.stop(within_s=0.0)
 
     def _start_fleet(self, spec: BankSpec, *, insist: bool) -> ShardFleet:
+        # No other service of the bank is in this Ray, so shards that are there when a new service
+        # starts were left by one that is gone.
+        adopt = self._is_restart or self._fleet is not None
         fleet = ShardFleet(self._config, spec, self._actors)
         # Known before it is started: whatever of it exists is looked after.
         self._fleet = fleet
-        fleet.start(self._config.start_timeout_s, insist=insist)
+        if self._ended.is_set():
+            fleet.end()
+        fleet.start(self._config.start_timeout_s, insist=insist, adopt=adopt)
         return fleet
 
     def _lock_bank(self) -> None:
@@ -252,6 +266,9 @@ class Service:
                 endpoint=self._address(),
                 beat_every_s=self._beat_every_s,
             )
+            if self._ended.is_set():
+                self._claim.release()
+                raise UnavailableError("the service is being stopped")
 
     def _address(self) -> str:
         listening = gateway_listening(self._config.host, self._actors.node_ip)
