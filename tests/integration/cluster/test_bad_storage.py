@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from claim_reader import read_claim
 from command_line import Ended, membank
 from full_disk import SmallDisk, small_disk
 from membank.bank_service.cluster import UpConfig, down, list_running, status, up
-from membank.bank_service.cluster.claim import read_claim
 from membank.bank_service.store import Bank, open_objects
 from membank.client import BankClient
 from membank.wire.errors import Reason, ResourceExhaustedError

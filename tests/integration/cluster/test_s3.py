@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from claim_reader import read_claim
 from membank.bank_service.cluster import Endpoint, UpConfig, down, status, up
-from membank.bank_service.cluster.claim import read_claim
 from membank.bank_service.cluster.local_ray import marked_processes
 from membank.bank_service.store import open_objects
 from membank.client import BankClient, ClientConfig

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from claim_reader import read_claim
 from command_line import membank
 from membank.bank_service.cluster import ServiceStatus, UpConfig, down, list_running, status, up
-from membank.bank_service.cluster.claim import read_claim
 from membank.bank_service.store import open_objects
 from membank.client import BankClient, ClientConfig
 from membank.wire.errors import FailedPreconditionError, MembankError, Reason

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from claim_reader import read_claim
 from local_actors import LocalActors, away
-from membank.bank_service.cluster.claim import BankClaim, read_claim, require_claim
+from membank.bank_service.cluster.claim import BankClaim, require_claim
 from membank.bank_service.cluster.config import UpConfig
 from membank.bank_service.cluster.identity import ShardSettings
 from membank.bank_service.cluster.service import Service

@@ -248,12 +248,6 @@ class BankClaim:
             _LOG.warning("the claim on %s stays, and is found dead: %s", self._objects.url, err)
 
 
-def read_claim(objects: ObjectStore) -> Claim | None:
-    """Return who claims a bank; None = nobody, or a claim that cannot be read."""
-    found = _look(objects).claim
-    return None if found is None or found.ended else found
-
-
 def require_claim(objects: ObjectStore, service: str) -> None:
     """Return if a bank is claimed by `service`.
 
