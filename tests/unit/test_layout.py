@@ -39,7 +39,7 @@ EXTRAS_OF_LEAF: dict[str, tuple[str, ...]] = {
     "trainer": ("trainer", "minilm"),
 }
 # What a leaf uses where it is installed, and does without where not.
-OPTIONAL_OF_LEAF: dict[str, set[str]] = {"wire": {"awscrt"}}
+OPTIONAL_OF_LEAF: dict[str, set[str]] = {"wire": {"awscrt"}, "client": {"fsspec"}}
 # Distributions whose import name is not their own name.
 IMPORT_NAME = {
     "google-crc32c": "google_crc32c",

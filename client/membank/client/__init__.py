@@ -16,6 +16,7 @@ from membank.client.config import (
 from membank.client.core import AsyncBankClient
 from membank.client.grpc_transport import GrpcTransport, grpc_connector
 from membank.client.memory import FetchedBlocks, Memory
+from membank.client.opened import AsyncOpenedBank, OpenedBank, StateRead
 from membank.client.retriever import (
     Embedder,
     LsaEmbedder,
@@ -37,6 +38,7 @@ from membank.client.watching import Changes
 
 __all__ = [
     "AsyncBankClient",
+    "AsyncOpenedBank",
     "BankClient",
     "BlockSource",
     "CacheConfig",
@@ -52,12 +54,14 @@ __all__ = [
     "ImportAnswer",
     "LsaEmbedder",
     "Memory",
+    "OpenedBank",
     "PackInfo",
     "PushAnswer",
     "Retriever",
     "RetryConfig",
     "ScoredPath",
     "Secret",
+    "StateRead",
     "TlsConfig",
     "Transaction",
     "Transport",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
@@ -16,6 +18,7 @@ from membank.client.config import CacheConfig, ClientConfig
 from membank.client.grpc_transport import grpc_connector
 from membank.client.listening import WatchEar
 from membank.client.memory import FetchedBlocks, Memory
+from membank.client.opened import AsyncOpenedBank, open_bank
 from membank.client.retriever import Embedder
 from membank.client.routing import RoutingCalls
 from membank.client.session import Session, new_request_id
@@ -98,6 +101,29 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
             await client.close()
             raise
         return client
+
+    @classmethod
+    async def open(
+        cls,
+        where: str | os.PathLike[str],
+        *,
+        snapshot: str = "",
+        embedder: Embedder | None = None,
+    ) -> AsyncOpenedBank:
+        """Open a bank from its files, read-only, without a service; see `BankClient.open`.
+
+        Parameters
+        ----------
+        where
+            Path or URL of the bank.
+        snapshot
+            Snapshot to read; empty = the present state.
+        embedder
+            Embeds texts for `route`; None = the one that the bank's tree holds (``lsa`` only).
+        """
+        return AsyncOpenedBank(
+            await asyncio.to_thread(open_bank, where, snapshot=snapshot, embedder=embedder)
+        )
 
     async def _greet(self) -> None:
         try:

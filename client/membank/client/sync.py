@@ -13,6 +13,7 @@ from membank.client.cached_blocks import CacheStats
 from membank.client.config import ClientConfig
 from membank.client.core import AsyncBankClient
 from membank.client.loop_thread import loop_thread
+from membank.client.opened import OpenedBank, open_bank
 from membank.client.retriever import Embedder
 from membank.client.transaction import Transaction
 from membank.client.transport import Connector
@@ -87,6 +88,41 @@ class BankClient:
                 )
             )
         )
+
+    @classmethod
+    def open(
+        cls,
+        where: str | os.PathLike[str],
+        *,
+        snapshot: str = "",
+        embedder: Embedder | None = None,
+    ) -> OpenedBank:
+        """Open a bank from its files, read-only, without a service: for notebooks and devices.
+
+        Nothing is written and nobody is kept from writing. Of a bank that is being served, what its
+        shards have consolidated is read: updates that are only in a journal are not seen.
+        `OpenedBank.state` says which state it is; it stays the same.
+
+        Parameters
+        ----------
+        where
+            Path of a directory, which needs numpy alone, or any URL that fsspec serves.
+        snapshot
+            Snapshot to read; empty = the present state.
+        embedder
+            Embeds texts for `route`; None = the one that the bank's tree holds (``lsa`` only).
+
+        Raises
+        ------
+        NotFoundError
+            If there is no bank (NOT_A_BANK), or no such snapshot (UNKNOWN_SNAPSHOT).
+        FailedPreconditionError
+            If a newer membank wrote it (FORMAT_TOO_NEW), or a package is missing to read the URL
+            (MISSING_EXTRA).
+        CorruptionError
+            If a file is damaged or missing; the error names it.
+        """
+        return open_bank(where, snapshot=snapshot, embedder=embedder)
 
     def __enter__(self) -> Self:
         return self
