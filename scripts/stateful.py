@@ -22,6 +22,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from membank.bank_service.bench.machine import environment
+
 MACHINES = ("BankMachine", "ObjectBankMachine")
 STEPS = 50
 BATCH = 25
@@ -149,8 +151,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"processes, {len(outcome.failures)} failures"
     )
     asked.out.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"seed": asked.seed, "jobs": asked.jobs, "seconds": round(seconds, 1)}
-    document = {**settings, **asdict(outcome), "hits": dict(sorted(outcome.hits.items()))}
+    document = {
+        "format": 1,
+        **environment(asked.out.parent),
+        "seed": asked.seed,
+        "jobs": asked.jobs,
+        "seconds": round(seconds, 1),
+        **asdict(outcome),
+        "hits": dict(sorted(outcome.hits.items())),
+    }
     asked.out.write_text(json.dumps(document, indent=1) + "\n")
     return 1 if outcome.failures else 0
 
