@@ -30,12 +30,15 @@ from membank.wire.errors import (
     InvalidArgumentError,
     NotFoundError,
     Reason,
+    ResourceExhaustedError,
     UnavailableError,
 )
 from membank.wire.format import initial_weight
 from membank.wire.records import Snapshot
 from membank.wire.spec import Array, BlockRef, BlockState, Role
+from storage_faults import FaultPlan, FaultyObjects, StorageFault
 from tiny_bank import (
+    UnsyncedObjects,
     commit_record,
     create_bank,
     file_bytes,
@@ -355,6 +358,23 @@ def test_abort_leaves_everything_as_it_was(shard: Shard, bank: Bank, tmp_path: P
     assert _named_files(tmp_path / "bank") == files
     _push(shard, "later", A)
     transact(shard, bank, [SetContent(ref=A, weight=_weight(9))])
+
+
+def test_what_could_not_be_prepared_everywhere_keeps_nobody_waiting(tmp_path: Path) -> None:
+    root, config = tmp_path / "bank", ShardConfig(journal_dir=str(tmp_path / "journals"))
+    create_bank(root)
+    plan = FaultPlan(StorageFault.NO_SPACE)
+    shard = Shard.open(Bank.open(FaultyObjects(UnsyncedObjects(root), plan)), config=config)
+    # In each partition, slots (none here) are synced and a manifest is published; the second one
+    # finds no space.
+    plan.at = plan.num_calls + 4
+    with pytest.raises(ResourceExhaustedError):
+        shard.prepare(1, [SetState(ref=ref, state=BlockState.WITHHELD) for ref in (A, B)])
+    shard.close(consolidate=False)
+    bank = Bank.open(UnsyncedObjects(root))
+    again = Shard.open(bank, config=config)
+    transact(again, bank, [SetContent(ref=A, weight=_weight(9))])
+    again.close()
 
 
 def test_commit_may_be_repeated(shard: Shard, bank: Bank) -> None:

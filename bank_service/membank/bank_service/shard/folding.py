@@ -171,12 +171,14 @@ class Folding:
             # The next owner waits out the lease, or is there already.
             _LOG.info("partition %d was not let go of: %s", state.number, err)
 
-    def drop_prepared(self) -> None:
-        """Remove what was prepared for a transaction that has been decided against.
+    def drop_prepared(self, prepared: Manifest) -> None:
+        """Remove what was prepared for a transaction that will not be committed.
 
-        For the holder of `folding`.
+        It was decided against, or could not be prepared in all partitions. For the holder of
+        `folding`.
         """
         state = self._state
+        state.store.manifests.give_up(prepared.number)
         try:
             # Another one first: the one with the greatest number has to stay.
             self._put_in_force(self.republish())

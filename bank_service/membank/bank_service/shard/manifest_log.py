@@ -76,7 +76,7 @@ class ManifestLog:
         self._stored: dict[int, StoredManifest] = {}
         self._next_number = 1
         self._first_own = 0
-        # Prepared by this owner and there, although its caller was told that it could not be.
+        # Prepared by this owner, whose caller was told that it could not be.
         self._given_up: set[int] = set()
         # Own manifests that a renewal of the lease came across before anybody noted them.
         self._own_seen: set[int] = set()
@@ -197,9 +197,16 @@ class ManifestLog:
             return False
         if found.prepared:
             # Whoever asked for it was told that it failed, so nobody will commit it.
-            self._given_up.add(found.number)
+            self.give_up(found.number)
         self._note(found)
         return True
+
+    def give_up(self, number: int) -> None:
+        """Take note that nobody will commit a prepared manifest, whether or not a record says so.
+
+        It goes once a later one is there; an owner that found it would wait for a decision.
+        """
+        self._given_up.add(number)
 
     def require_sole_owner(self, owner: str) -> None:
         """Return if nobody but `owner` has published a manifest since it took over.

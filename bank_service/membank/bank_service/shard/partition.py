@@ -269,7 +269,7 @@ class Partition:
                 held, state.held = state.held, None
                 state.changed.notify_all()
             if held is not None and held.manifest is not None and drop_prepared:
-                self._folding.drop_prepared()
+                self._folding.drop_prepared(held.manifest)
 
     def finish(self) -> None:
         """After `install`: destroy what was deleted, then let updates pass again."""
