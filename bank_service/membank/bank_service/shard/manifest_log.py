@@ -20,6 +20,7 @@ from membank.wire.errors import (
 )
 from membank.wire.format import Manifest, encode_manifest
 from membank.wire.format.layout import manifest_key, revision_key
+from membank.wire.format.stored import counts
 
 _LISTINGS = 8
 
@@ -368,14 +369,10 @@ class ManifestLog:
 
     def counts(self, manifest: Manifest | StoredManifest) -> bool | None:
         """Say whether a manifest is in force (docs/format.md); None = undecided."""
-        if not manifest.prepared:
-            return True
         if manifest.number in self._given_up:
             return False
-        record = self._bank.outline(manifest.revision)
-        if record is None:
-            return None
-        return record.committed and record.manifests.get(self._partition) == manifest.number
+        record = self._bank.outline(manifest.revision) if manifest.prepared else None
+        return counts(self._partition, manifest, record)
 
 
 def order_of(manifest: Manifest) -> tuple[int, int]:

@@ -71,7 +71,19 @@ class StoredState:
     """The same for the present, which says whether a block may be used."""
 
 
-def counts(partition: int, manifest: Manifest, record: RevisionRecord | None) -> bool | None:
+class Numbered(Protocol):
+    """What decides whether a manifest counts."""
+
+    @property
+    def number(self) -> int:
+        """Its number."""
+
+    @property
+    def prepared(self) -> bool:
+        """True where it counts only if its revision was committed with it."""
+
+
+def counts(partition: int, manifest: Numbered, record: RevisionRecord | None) -> bool | None:
     """Say whether a stored manifest counts; None = undecided.
 
     Parameters
@@ -85,7 +97,7 @@ def counts(partition: int, manifest: Manifest, record: RevisionRecord | None) ->
 
     Notes
     -----
-    `ManifestLog.counts` in the service is this rule, and what an owner knows beside it.
+    An owner knows more: see `ManifestLog.counts` in the service.
     """
     if not manifest.prepared:
         return True
