@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from membank.bank_service.bench.machine import environment
+from membank.cli.machine import environment
 
 MACHINES = ("BankMachine", "ObjectBankMachine")
 STEPS = 50

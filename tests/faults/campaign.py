@@ -26,7 +26,7 @@ from campaign_service import preloaded_context
 from campaign_setting import Promise, Setting
 from campaign_siege import LOCAL_PACE, LOCAL_PROMISES, S3_PACE, S3_PROMISES, Pace, Siege
 from campaign_tally import Tally
-from membank.bank_service.bench.machine import environment
+from membank.cli.machine import environment
 from s3_server import S3Server, open_server, why_no_s3
 
 KILLS_PER_BANK = 25

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from membank.cli.extras import needs_extra
+from membank.cli.machine import environment
 from membank.cli.output import console, err_console, progress_bars, table
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def store(
         benches = select(store_benches(Path(scratch), scale, s3_url=s3), only or ())
         with _shown_progress() as notice:
             rows = run_benches(benches, notice)
-        document = report(rows, Path(scratch), scale)
+        document = report(rows, environment(Path(scratch)), scale)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(document, indent=2) + "\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +10,6 @@ from membank.bank_service.bench.banks import BLOCK_4MB, BLOCK_128KB, Shelf
 from membank.bank_service.bench.consolidation import ConsolidationBench, Plain
 from membank.bank_service.bench.contract import Bench, Row
 from membank.bank_service.bench.journals import JournalBench
-from membank.bank_service.bench.machine import environment
 from membank.bank_service.bench.memory import Memory, MemoryBench, MemoryRun
 from membank.bank_service.bench.opening import OpenBench
 from membank.bank_service.bench.reads import PageCache, ReadBench
@@ -90,11 +89,21 @@ def _run(bench: Bench, done: float, total: float, notice: Notice) -> Row:
     return bench.run(progress)
 
 
-def report(rows: Sequence[Row], folder: Path, scale: Scale) -> dict[str, object]:
-    """Return the document of a run: commit, versions, machine, configuration, rows."""
+def report(rows: Sequence[Row], made_with: Mapping[str, object], scale: Scale) -> dict[str, object]:
+    """Return the document of a run: commit, versions, machine, configuration, rows.
+
+    Parameters
+    ----------
+    rows
+        What was measured.
+    made_with
+        Time, commit, versions and machine, JSON-able.
+    scale
+        How much was measured.
+    """
     return {
         "format": 1,
-        **environment(folder),
+        **made_with,
         "config": asdict(scale),
         "rows": [row.to_json() for row in rows],
     }

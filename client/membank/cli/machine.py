@@ -11,6 +11,7 @@ from pathlib import Path
 
 _PACKAGES = (
     "membank", "numpy", "torch", "zarr", "obstore", "fsspec", "s3fs", "awscrt", "google-crc32c",
+    "grpcio", "protobuf", "ray",
 )  # fmt: skip
 
 
@@ -20,15 +21,15 @@ def environment(folder: Path) -> dict[str, object]:
     Parameters
     ----------
     folder
-        Where the benchmark writes: its file system is part of the result.
+        Where the measured service or benchmark writes: its file system is part of the result.
     """
     return {
         "time_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": commit() or f"membank {_version('membank')}",
+        "commit": commit() or f"membank {version_of('membank')}",
         "versions": {
             "python": platform.python_version(),
             "kernel": platform.release(),
-            **{name: _version(name) for name in _PACKAGES},
+            **{name: version_of(name) for name in _PACKAGES},
         },
         "machine": {
             "architecture": platform.machine(),
@@ -67,13 +68,14 @@ def file_system(folder: Path) -> str | None:
     return max(found)[2] if found else None
 
 
-def _run(command: list[str]) -> str:
-    answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    return answer.stdout.strip()
-
-
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Return the installed version of a distribution; None = it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _run(command: list[str]) -> str:
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    return answer.stdout.strip()
