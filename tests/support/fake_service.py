@@ -150,6 +150,12 @@ class FakeBlockServicer(_Servicer, BlockServiceServicer):
             raise NotFoundError(f"no bank {request.bank}", reason=Reason.UNKNOWN_BANK)
         return convert.info_to_pb(self._bank.info())
 
+    @_rpc
+    def GetSameHostDoor(
+        self, request: block_pb.GetSameHostDoorRequest, context: grpc.ServicerContext
+    ) -> block_pb.GetSameHostDoorResponse:
+        return block_pb.GetSameHostDoorResponse()
+
     @_stream_rpc
     def GetTree(
         self, request: block_pb.GetTreeRequest, context: grpc.ServicerContext

@@ -462,3 +462,47 @@ class WatchBlocksResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["events", b"events", "num_dropped", b"num_dropped"]) -> None: ...
 
 Global___WatchBlocksResponse: typing_extensions.TypeAlias = WatchBlocksResponse
+
+@typing.final
+class GetSameHostDoorRequest(google.protobuf.message.Message):
+    """Asks for the door to shared memory."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BANK_FIELD_NUMBER: builtins.int
+    bank: builtins.str
+    """Name of the bank; empty = the one that is served."""
+    def __init__(
+        self,
+        *,
+        bank: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bank", b"bank"]) -> None: ...
+
+Global___GetSameHostDoorRequest: typing_extensions.TypeAlias = GetSameHostDoorRequest
+
+@typing.final
+class GetSameHostDoorResponse(google.protobuf.message.Message):
+    """Where to knock, and what to show there."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BOOT_ID_FIELD_NUMBER: builtins.int
+    SOCKET_NAME_FIELD_NUMBER: builtins.int
+    TICKET_FIELD_NUMBER: builtins.int
+    boot_id: builtins.str
+    """Identity of the running kernel; the door can be reached where it is the same."""
+    socket_name: builtins.str
+    """Name of a Unix socket in the kernel's abstract namespace; empty = there is no door."""
+    ticket: builtins.bytes
+    """To be shown there once, within some seconds; it stands for the caller and its role."""
+    def __init__(
+        self,
+        *,
+        boot_id: builtins.str = ...,
+        socket_name: builtins.str = ...,
+        ticket: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["boot_id", b"boot_id", "socket_name", b"socket_name", "ticket", b"ticket"]) -> None: ...
+
+Global___GetSameHostDoorResponse: typing_extensions.TypeAlias = GetSameHostDoorResponse

@@ -63,6 +63,11 @@ class BlockServiceStub(object):
                 request_serializer=membank_dot_v1_dot_block__service__pb2.WatchBlocksRequest.SerializeToString,
                 response_deserializer=membank_dot_v1_dot_block__service__pb2.WatchBlocksResponse.FromString,
                 _registered_method=True)
+        self.GetSameHostDoor = channel.unary_unary(
+                '/membank.v1.BlockService/GetSameHostDoor',
+                request_serializer=membank_dot_v1_dot_block__service__pb2.GetSameHostDoorRequest.SerializeToString,
+                response_deserializer=membank_dot_v1_dot_block__service__pb2.GetSameHostDoorResponse.FromString,
+                _registered_method=True)
 
 
 class BlockServiceServicer(object):
@@ -110,6 +115,14 @@ class BlockServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetSameHostDoor(self, request, context):
+        """Tells a caller on the same machine how to fetch and push through shared memory
+        (same_host.proto).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BlockServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -137,6 +150,11 @@ def add_BlockServiceServicer_to_server(servicer, server):
                     servicer.WatchBlocks,
                     request_deserializer=membank_dot_v1_dot_block__service__pb2.WatchBlocksRequest.FromString,
                     response_serializer=membank_dot_v1_dot_block__service__pb2.WatchBlocksResponse.SerializeToString,
+            ),
+            'GetSameHostDoor': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSameHostDoor,
+                    request_deserializer=membank_dot_v1_dot_block__service__pb2.GetSameHostDoorRequest.FromString,
+                    response_serializer=membank_dot_v1_dot_block__service__pb2.GetSameHostDoorResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -278,6 +296,33 @@ class BlockService(object):
             '/membank.v1.BlockService/WatchBlocks',
             membank_dot_v1_dot_block__service__pb2.WatchBlocksRequest.SerializeToString,
             membank_dot_v1_dot_block__service__pb2.WatchBlocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSameHostDoor(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/membank.v1.BlockService/GetSameHostDoor',
+            membank_dot_v1_dot_block__service__pb2.GetSameHostDoorRequest.SerializeToString,
+            membank_dot_v1_dot_block__service__pb2.GetSameHostDoorResponse.FromString,
             options,
             channel_credentials,
             insecure,

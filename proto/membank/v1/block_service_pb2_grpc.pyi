@@ -105,7 +105,23 @@ _BlockServiceWatchBlocksType = typing_extensions.TypeVar(
     ],
 )
 
-class BlockServiceStub(typing.Generic[_BlockServiceGetBankType, _BlockServiceGetTreeType, _BlockServiceFetchBlocksType, _BlockServicePushUpdatesType, _BlockServiceWatchBlocksType]):
+_BlockServiceGetSameHostDoorType = typing_extensions.TypeVar(
+    '_BlockServiceGetSameHostDoorType',
+    grpc.UnaryUnaryMultiCallable[
+        membank.v1.block_service_pb2.GetSameHostDoorRequest,
+        membank.v1.block_service_pb2.GetSameHostDoorResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        membank.v1.block_service_pb2.GetSameHostDoorRequest,
+        membank.v1.block_service_pb2.GetSameHostDoorResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        membank.v1.block_service_pb2.GetSameHostDoorRequest,
+        membank.v1.block_service_pb2.GetSameHostDoorResponse,
+    ],
+)
+
+class BlockServiceStub(typing.Generic[_BlockServiceGetBankType, _BlockServiceGetTreeType, _BlockServiceFetchBlocksType, _BlockServicePushUpdatesType, _BlockServiceWatchBlocksType, _BlockServiceGetSameHostDoorType]):
     """Fetches and updates blocks.
 
     A deviation from resource-oriented naming: the hot path names the bank once and packs block
@@ -134,6 +150,10 @@ class BlockServiceStub(typing.Generic[_BlockServiceGetBankType, _BlockServiceGet
             membank.v1.block_service_pb2.WatchBlocksRequest,
             membank.v1.block_service_pb2.WatchBlocksResponse,
         ],
+        grpc.UnaryUnaryMultiCallable[
+            membank.v1.block_service_pb2.GetSameHostDoorRequest,
+            membank.v1.block_service_pb2.GetSameHostDoorResponse,
+        ],
     ], channel: grpc.Channel) -> None: ...
 
     @typing.overload
@@ -158,6 +178,10 @@ class BlockServiceStub(typing.Generic[_BlockServiceGetBankType, _BlockServiceGet
             membank.v1.block_service_pb2.WatchBlocksRequest,
             membank.v1.block_service_pb2.WatchBlocksResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            membank.v1.block_service_pb2.GetSameHostDoorRequest,
+            membank.v1.block_service_pb2.GetSameHostDoorResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     GetBank: _BlockServiceGetBankType
@@ -180,6 +204,11 @@ class BlockServiceStub(typing.Generic[_BlockServiceGetBankType, _BlockServiceGet
     WatchBlocks: _BlockServiceWatchBlocksType
     """Streams changes of blocks from now on, until the caller cancels."""
 
+    GetSameHostDoor: _BlockServiceGetSameHostDoorType
+    """Tells a caller on the same machine how to fetch and push through shared memory
+    (same_host.proto).
+    """
+
 BlockServiceAsyncStub: typing_extensions.TypeAlias = BlockServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         membank.v1.block_service_pb2.GetBankRequest,
@@ -200,6 +229,10 @@ BlockServiceAsyncStub: typing_extensions.TypeAlias = BlockServiceStub[
     grpc.aio.UnaryStreamMultiCallable[
         membank.v1.block_service_pb2.WatchBlocksRequest,
         membank.v1.block_service_pb2.WatchBlocksResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        membank.v1.block_service_pb2.GetSameHostDoorRequest,
+        membank.v1.block_service_pb2.GetSameHostDoorResponse,
     ],
 ]
 
@@ -254,5 +287,15 @@ class BlockServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[membank.v1.block_service_pb2.WatchBlocksResponse], collections.abc.AsyncIterator[membank.v1.block_service_pb2.WatchBlocksResponse]]:
         """Streams changes of blocks from now on, until the caller cancels."""
+
+    @abc.abstractmethod
+    def GetSameHostDoor(
+        self,
+        request: membank.v1.block_service_pb2.GetSameHostDoorRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[membank.v1.block_service_pb2.GetSameHostDoorResponse, collections.abc.Awaitable[membank.v1.block_service_pb2.GetSameHostDoorResponse]]:
+        """Tells a caller on the same machine how to fetch and push through shared memory
+        (same_host.proto).
+        """
 
 def add_BlockServiceServicer_to_server(servicer: BlockServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

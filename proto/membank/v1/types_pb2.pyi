@@ -178,7 +178,7 @@ class BlockHeader(google.protobuf.message.Message):
     num_bytes: builtins.int
     """Payload size in bytes; 0 where nothing follows."""
     crc32c: builtins.int
-    """CRC-32C of the payload."""
+    """CRC-32C of the payload; where the block is unchanged, of what it would be, 0 = not known."""
     unchanged: builtins.bool
     """True where the caller already holds this version, so that no payload follows."""
     @property

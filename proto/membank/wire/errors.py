@@ -268,15 +268,26 @@ def to_status(error: MembankError) -> grpc.Status:
     grpc.Status
         To be given to ``context.abort_with_status``.
     """
+    return rpc_status.to_status(to_status_proto(error))
+
+
+def to_status_proto(error: MembankError) -> status_pb2.Status:
+    """Encode an error as ``google.rpc.Status``."""
     info = error_details_pb2.ErrorInfo(
         reason=error.reason.value, domain=ERROR_DOMAIN, metadata=error.metadata
     )
     detail = any_pb2.Any()
     detail.Pack(info)
     code = code_pb2.Code.Value(error.code.name)
-    return rpc_status.to_status(
-        status_pb2.Status(code=code, message=error.message, details=[detail])
-    )
+    return status_pb2.Status(code=code, message=error.message, details=[detail])
+
+
+def from_status_proto(status: status_pb2.Status) -> MembankError:
+    """Decode what `to_status_proto` encoded."""
+    name = code_pb2.Code.Name(status.code)
+    leaf = _LEAF_BY_CODE.get(grpc.StatusCode[name], InternalError)
+    reason, metadata = _error_info(status)
+    return leaf(status.message, reason=reason or leaf.default_reason, metadata=metadata)
 
 
 def from_rpc_error(error: grpc.RpcError, *, where: str) -> MembankError:
@@ -297,7 +308,11 @@ def from_rpc_error(error: grpc.RpcError, *, where: str) -> MembankError:
     call: grpc.Call = error  # type: ignore[assignment]  # grpcio raises calls as errors
     code = call.code()
     leaf = _LEAF_BY_CODE.get(code, UnavailableError if _is_cancel(code) else InternalError)
-    reason, metadata = _error_info(call)
+    reason: Reason | None = None
+    metadata: dict[str, str] = {}
+    for key, value in call.trailing_metadata() or ():
+        if key == "grpc-status-details-bin":
+            reason, metadata = _error_info(status_pb2.Status.FromString(value))
     message = call.details() or code.name
     if reason is None:
         reason = _REASON_WITHOUT_DETAILS.get(code, leaf.default_reason)
@@ -309,15 +324,12 @@ def _is_cancel(code: grpc.StatusCode) -> bool:
     return code is grpc.StatusCode.CANCELLED
 
 
-def _error_info(call: grpc.Call) -> tuple[Reason | None, dict[str, str]]:
-    for key, value in call.trailing_metadata() or ():
-        if key != "grpc-status-details-bin":
-            continue
-        for detail in status_pb2.Status.FromString(value).details:
-            info = error_details_pb2.ErrorInfo()
-            if detail.Unpack(info) and info.domain == ERROR_DOMAIN:
-                known = info.reason in Reason.__members__
-                # A newer server may send a reason that this client does not know yet.
-                reason = Reason(info.reason) if known else Reason.UNEXPECTED
-                return reason, dict(info.metadata)
+def _error_info(status: status_pb2.Status) -> tuple[Reason | None, dict[str, str]]:
+    for detail in status.details:
+        info = error_details_pb2.ErrorInfo()
+        if detail.Unpack(info) and info.domain == ERROR_DOMAIN:
+            known = info.reason in Reason.__members__
+            # A newer server may send a reason that this client does not know yet.
+            reason = Reason(info.reason) if known else Reason.UNEXPECTED
+            return reason, dict(info.metadata)
     return None, {}

@@ -30,7 +30,7 @@ class BlockHeader:
     num_bytes: int = 0
     """Bytes of the content; 0 where nothing travels."""
     crc32c: int = 0
-    """CRC-32C of the content's bytes."""
+    """CRC-32C of the content's bytes; of an unchanged block's too, where the service knows it, else 0."""
     unchanged: bool = False
     """True where the caller already holds this version."""
 

@@ -20,6 +20,7 @@ from membank.bank_service.shard.content import (
 from membank.bank_service.shard.partition_store import PartitionStore
 from membank.bank_service.shard.residency import Residency
 from membank.bank_service.shard.table import BlockTable
+from membank.bank_service.store.checked_read import read_checked
 from membank.wire.format import NO_SLOT, Entry, encode_slot, initial_weight
 from membank.wire.spec import Array, BlockRef, Role, dtype_of
 from tiny_bank import create_bank, tiny_spec
@@ -84,13 +85,24 @@ def test_an_array_takes_as_much_memory_as_a_slot_that_was_read() -> None:
     if usable_size is None:
         pytest.skip("this C library does not tell")
     usable_size.argtypes = [ctypes.c_void_p]
-    # Smaller ones come from pools of numpy and of Python.
-    for shape in ((3, 3, 11, 7), (1, 3, 2, 680), (8, 3, 2, 680), (8, 3, 64, 680)):
+    # Smaller ones come from pools of numpy and of Python, larger ones from a pool of ours.
+    for shape in ((3, 3, 11, 7), (1, 3, 2, 680), (3, 3, 2, 680)):
         array = new_array(shape, np.dtype(np.float32))
         slot = b"".join(encode_slot(array, 0))
         # The one begins with its numbers, the other with the head of its object.
         sizes = usable_size(array.ctypes.data), usable_size(id(slot))
         assert sizes[0] == sizes[1] >= array.nbytes
+
+
+def test_a_large_array_takes_the_place_of_a_slot_that_was_read(tmp_path: Path) -> None:
+    # Of a size that no other test uses, so that its segment is this test's own.
+    array = new_array((8, 3, 64, 683), np.dtype(np.float32))
+    path = tmp_path / "slot"
+    path.write_bytes(b"".join(encode_slot(array, 0)))
+    place = array.ctypes.data
+    del array
+    data, _ = read_checked(str(path), 8 * 3 * 64 * 683 * 4)
+    assert np.frombuffer(data, np.uint8).ctypes.data == place
 
 
 def test_a_block_is_loaded_though_a_removal_wiped_what_was_resident(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ METHOD_ROLES: Mapping[str, Role] = MappingProxyType(
         _BLOCK + "GetTree": Role.READER,
         _BLOCK + "FetchBlocks": Role.READER,
         _BLOCK + "WatchBlocks": Role.READER,
+        _BLOCK + "GetSameHostDoor": Role.READER,
         _BLOCK + "PushUpdates": Role.TRAINER,
         _ADMIN + "ListTopics": Role.READER,
         _ADMIN + "DescribeBlocks": Role.READER,

@@ -102,6 +102,13 @@ class BankInfoServicer(BlockServiceServicer):
         # docstring inherited
         raise _not_served_here()
 
+    def GetSameHostDoor(
+        self, request: pb.GetSameHostDoorRequest, context: grpc.ServicerContext
+    ) -> pb.GetSameHostDoorResponse:
+        # docstring inherited
+        check_alive(context)
+        return pb.GetSameHostDoorResponse()
+
 
 class BlockServicer(BankInfoServicer):
     """Serves the blocks of one shard.

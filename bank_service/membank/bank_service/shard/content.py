@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from membank.bank_service.store.block_memory import new_memory
 from membank.wire.crc import crc32c
 from membank.wire.format import NO_SLOT, Entry, initial_weight
 from membank.wire.format.slot import TRAILER_BYTES
@@ -55,7 +56,6 @@ class Content:
 
 
 _OWN_REFERENCES = 2
-_SPARE_BYTES = sys.getsizeof(b"") + TRAILER_BYTES
 
 
 def new_array(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Array:
@@ -64,12 +64,10 @@ def new_array(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Array:
     Notes
     -----
     It takes as much memory as a slot that was read, so that each fits exactly where the other was.
-    With sizes that differ by a few bytes, or with an alignment that leaves scraps, the holes that
-    evicted blocks leave are not filled again: a shard took a third more than its budget.
+    With sizes that differ by a few bytes the holes that evicted blocks leave are not filled again.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
-    memory = np.empty(num_bytes + _SPARE_BYTES, np.uint8)
-    return memory[:num_bytes].view(dtype).reshape(shape)
+    return new_memory(num_bytes + TRAILER_BYTES)[:num_bytes].view(dtype).reshape(shape)
 
 
 def kept(array: Array) -> Array:

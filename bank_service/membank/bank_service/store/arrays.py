@@ -17,8 +17,8 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
+from membank.bank_service.store.checked_read import pooled
 from membank.bank_service.store.objects import Checking, ObjectStore, Viewable
-from membank.wire.crc import crc32c
 from membank.wire.errors import CorruptionError, NotFoundError, Reason
 from membank.wire.format import NO_SLOT, decode_slot, encode_slot
 from membank.wire.format.layout import array_prefix, slot_key
@@ -218,8 +218,7 @@ def _checked_read(objects: ObjectStore) -> Callable[[str, int], tuple[bytes | me
     get = objects.get_view if isinstance(objects, Viewable) else objects.get
 
     def get_checked(key: str, num_bytes: int) -> tuple[bytes | memoryview, int]:
-        chunk = get(key)
-        return chunk, crc32c(memoryview(chunk)[:num_bytes])  # a view; nothing is copied
+        return pooled(get(key), num_bytes)
 
     return get_checked
 

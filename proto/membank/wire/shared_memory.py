@@ -1,0 +1,217 @@
+"""Memory that another process of this machine may read: an arena of anonymous files.
+
+An owner takes arrays out of a `SharedMemory`, fills them and says where they lie (`locate`); a peer
+that is handed the segment's file descriptor maps it read-only (`MappedSegments`) and reads there.
+Nothing has a name in any file system: what both sides have let go of, also by dying, is gone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import threading
+import weakref
+from bisect import bisect_right
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from membank.wire.spec import Array
+
+Bytes = npt.NDArray[np.uint8]
+
+_ALIGNMENT = 64
+"""A cache line. Copies between addresses that differ by 16 modulo the page size, as malloc's and
+mmap's do, take 15 times as long on some processors (``rep movsb`` of glibc)."""
+_SEGMENT_BYTES = 32 << 20
+"""Bytes of a segment that holds several arrays; a larger array has a segment of its own."""
+_MIN_SPARE_BYTES = 64 << 20
+_SPARE_SHARE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an array lies."""
+
+    segment: int
+    """Number of the segment, of this process and never used again."""
+    offset: int
+    """Bytes from the segment's beginning."""
+    descriptor: int
+    """File descriptor of the segment; valid as long as an array of it is alive."""
+
+
+class _Segment:
+    """One anonymous file, cut into slots of one size."""
+
+    def __init__(self, number: int, slot_bytes: int) -> None:
+        self.number = number
+        self.slot_bytes = slot_bytes
+        self.num_slots = max(1, _SEGMENT_BYTES // slot_bytes)
+        self.num_bytes = self.num_slots * slot_bytes
+        self.free = list(range(self.num_slots))
+        self.descriptor = os.memfd_create("membank", os.MFD_CLOEXEC)
+        self._close = weakref.finalize(self, os.close, self.descriptor)
+        os.ftruncate(self.descriptor, self.num_bytes)
+        self.mapping = mmap.mmap(self.descriptor, self.num_bytes)
+        self.address = np.frombuffer(self.mapping, np.uint8).ctypes.data
+
+    @property
+    def is_empty(self) -> bool:
+        return len(self.free) == self.num_slots
+
+    def give_up(self) -> None:
+        """Return the memory, also where a peer has the segment mapped still."""
+        # Not by truncating: a peer that reads there would die of it, and so finds zeros.
+        self.mapping.madvise(mmap.MADV_REMOVE)
+        self._close()
+
+
+class SharedMemory:
+    """Hands out arrays that peers can be shown, and takes their memory back by itself.
+
+    An array's memory is used again when nobody refers to it or to a view of it any more, and is
+    warm then: memory fresh from the system takes four times as long to fill. Arrays of one size lie
+    together, so that each fits exactly where another one was. Safe to use from threads.
+
+    Memory that nobody uses is kept up to an eighth of what is used, and at least 64 MiB.
+    """
+
+    # `_returned` is filled by finalizers, which may run anywhere, also in a thread that holds
+    # `_lock`: a deque takes an item without a lock, and the next `take` empties it.
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._segments: dict[int, _Segment] = {}
+        self._by_size: dict[int, dict[int, _Segment]] = {}
+        self._addresses: list[int] = []
+        self._by_address: list[_Segment] = []
+        self._returned: deque[tuple[_Segment, int]] = deque()
+        self._used_bytes = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all segments, used or not."""
+        with self._lock:
+            return sum(segment.num_bytes for segment in self._segments.values())
+
+    def take(self, num_bytes: int) -> Bytes:
+        """Return an array of `num_bytes` bytes of any content, aligned to 64 bytes.
+
+        Parameters
+        ----------
+        num_bytes
+            Its length, > 0.
+        """
+        slot_bytes = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        with self._lock:
+            self._collect()
+            segment = self._with_room(slot_bytes)
+            slot = segment.free.pop()
+            self._used_bytes += slot_bytes
+            if not segment.free:
+                del self._by_size[slot_bytes][segment.number]
+        memory = np.frombuffer(segment.mapping, np.uint8, num_bytes, slot * slot_bytes)
+        # Views of it refer to it, and not to the mapping: numpy stops where an array's base is
+        # no array. So it dies with the last of them.
+        back = weakref.finalize(memory, self._returned.append, (segment, slot))
+        back.atexit = False
+        return memory
+
+    def locate(self, array: Array) -> Place | None:
+        """Return where a C-contiguous `array` lies; None = not in this memory."""
+        address = array.ctypes.data
+        with self._lock:
+            index = bisect_right(self._addresses, address) - 1
+            if index < 0:
+                return None
+            segment = self._by_address[index]
+        offset = address - segment.address
+        if offset >= segment.num_bytes:
+            return None
+        return Place(segment.number, offset, segment.descriptor)
+
+    def _with_room(self, slot_bytes: int) -> _Segment:
+        open_ones = self._by_size.setdefault(slot_bytes, {})
+        if open_ones:
+            return next(iter(open_ones.values()))
+        segment = _Segment(next(self._numbers), slot_bytes)
+        self._segments[segment.number] = segment
+        open_ones[segment.number] = segment
+        self._index()
+        return segment
+
+    def _collect(self) -> None:
+        """Take over what finalizers returned, and give up segments that are too many."""
+        emptied = []
+        while self._returned:
+            segment, slot = self._returned.popleft()
+            segment.free.append(slot)
+            self._used_bytes -= segment.slot_bytes
+            self._by_size[segment.slot_bytes][segment.number] = segment
+            if segment.is_empty:
+                emptied.append(segment)
+        if not emptied:
+            return
+        spare = max(_MIN_SPARE_BYTES, self._used_bytes // _SPARE_SHARE)
+        idle = [segment for segment in self._segments.values() if segment.is_empty]
+        excess = sum(segment.num_bytes for segment in idle) - spare
+        for segment in idle:
+            if excess <= 0:
+                break
+            excess -= segment.num_bytes
+            del self._segments[segment.number], self._by_size[segment.slot_bytes][segment.number]
+            segment.give_up()
+        self._index()
+
+    def _index(self) -> None:
+        self._by_address = sorted(self._segments.values(), key=lambda segment: segment.address)
+        self._addresses = [segment.address for segment in self._by_address]
+
+
+class MappedSegments:
+    """Segments of a peer, mapped read-only; those that were used last are kept.
+
+    Belongs to one connection to the peer, whose segment numbers it knows. Not safe for threads.
+
+    Parameters
+    ----------
+    max_segments
+        Most mappings that are kept.
+    """
+
+    def __init__(self, max_segments: int = 256) -> None:
+        self._max_segments = max_segments
+        self._mapped: OrderedDict[int, Bytes] = OrderedDict()
+
+    def adopt(self, number: int, descriptor: int) -> None:
+        """Map a segment unless that is done, and close `descriptor`."""
+        try:
+            if number not in self._mapped:
+                size = os.fstat(descriptor).st_size
+                mapping = mmap.mmap(descriptor, size, prot=mmap.PROT_READ)
+                self._mapped[number] = np.frombuffer(mapping, np.uint8)
+        finally:
+            os.close(descriptor)
+        self._mapped.move_to_end(number)
+        while len(self._mapped) > self._max_segments:
+            # Whoever still reads there holds the mapping.
+            self._mapped.popitem(last=False)
+
+    def view(self, number: int, offset: int, num_bytes: int) -> Bytes:
+        """Return bytes of a segment, read-only; they may change at any time.
+
+        Raises
+        ------
+        LookupError
+            If there is no such segment, or it does not hold those bytes.
+        """
+        segment = self._mapped[number]
+        view = segment[offset : offset + num_bytes]
+        if view.size != num_bytes:
+            raise LookupError(f"segment {number} has no {num_bytes} bytes from {offset} on")
+        return view
