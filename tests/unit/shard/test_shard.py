@@ -135,6 +135,17 @@ def test_a_held_version_costs_a_header_only(shard: Shard) -> None:
     assert not other.header.unchanged
 
 
+def test_a_header_of_an_unchanged_block_has_the_checksum_that_is_known(shard: Shard) -> None:
+    _push(shard, "r", A)
+    for dtype in ("float32", "float16"):
+        content = shard.fetch([A], dtype=dtype).blocks[0].header
+        header = shard.fetch([A], held_versions=[1], dtype=dtype).blocks[0].header
+        assert header.unchanged
+        assert header.crc32c == (content.crc32c if dtype == shard.spec.dtype else 0)
+    # What was never written derives from the seed, and nobody has summed it up.
+    assert shard.fetch([B], held_versions=[0]).blocks[0].header.crc32c == 0
+
+
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("asked", ["float32", "bfloat16", "float16"])
 def test_dtype_of_a_fetch(tmp_path: Path, stored: str, asked: str) -> None:

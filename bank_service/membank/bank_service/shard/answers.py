@@ -13,8 +13,14 @@ from membank.wire.records import Block, BlockHeader
 from membank.wire.spec import BlockRef, BlockState, Role, dtype_of
 
 
-def fetched(ref: BlockRef, block: LoadedBlock, dtype: str, *, unchanged: bool) -> Block:
-    """Return a block for a reader: its weight in `dtype`, unless the reader holds this version."""
+def fetched(
+    ref: BlockRef, block: LoadedBlock, dtype: str, *, kept_dtype: str, unchanged: bool
+) -> Block:
+    """Return a block for a reader: its weight in `dtype`, unless the reader holds this version.
+
+    An unchanged one has the CRC that is known without reading it, in the dtype in which it is kept:
+    a version number counts again what a lost machine had counted, and only the CRC tells them apart.
+    """
     entry = block.entry
     header = BlockHeader(
         ref=ref,
@@ -24,6 +30,8 @@ def fetched(ref: BlockRef, block: LoadedBlock, dtype: str, *, unchanged: bool) -
         unchanged=unchanged and entry.state is BlockState.ACTIVE,
     )
     if not block.arrays:
+        if header.unchanged and dtype == kept_dtype and entry.crcs:
+            header = dataclasses.replace(header, crc32c=entry.crcs[0])
         return Block(header=header, weight=None)
     weight = convert(block.arrays[Role.WEIGHT], dtype_of(dtype))
     converted = weight is not block.arrays[Role.WEIGHT]

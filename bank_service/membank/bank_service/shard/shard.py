@@ -237,7 +237,13 @@ class Shard:
                 refs, (Role.WEIGHT,), wanted=wanted, revision=lambda: self._participant.revision
             )
         blocks = tuple(
-            fetched(ref, block, name, unchanged=block.entry.version == version)
+            fetched(
+                ref,
+                block,
+                name,
+                kept_dtype=self.spec.dtype,
+                unchanged=block.entry.version == version,
+            )
             for ref, block, version in zip(refs, loaded, held, strict=True)
         )
         self._require_leases(refs)
