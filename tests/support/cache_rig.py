@@ -9,11 +9,19 @@ from numpy.typing import NDArray
 
 from fake_bank import SPEC, FakeBank
 from in_process import InProcessNetwork
-from membank.client import CacheConfig, ClientConfig, FetchedBlocks, PushAnswer, RetryConfig
+from membank.client import (
+    CacheConfig,
+    ClientConfig,
+    DiskTierConfig,
+    FetchedBlocks,
+    PushAnswer,
+    RetryConfig,
+)
 from membank.client.blocks import ShardedBlocks
 from membank.client.cache_store import BlockStore
 from membank.client.cached_blocks import CachedBlocks
 from membank.client.deadline import Deadline
+from membank.client.disk_tier import DiskTier
 from membank.client.shards import ShardMap
 from membank.wire.records import Block, BlockEvent, Gradient, Update
 from membank.wire.spec import BlockRef, BlockState
@@ -37,23 +45,61 @@ class FakeEar:
 
 
 class CacheRig:
-    """A cache over two shards."""
+    """A cache over two shards, and files where a disk tier is given.
 
-    def __init__(self, max_staleness_s: float = 0.0, max_bytes: int = 1 << 20) -> None:
+    Parameters
+    ----------
+    max_staleness_s
+        As in `CacheConfig`.
+    max_bytes
+        As in `CacheConfig`.
+    disk
+        As in `CacheConfig`.
+    """
+
+    def __init__(
+        self,
+        max_staleness_s: float = 0.0,
+        max_bytes: int = 1 << 20,
+        disk: DiskTierConfig | None = None,
+    ) -> None:
         self.bank = FakeBank()
         self.network = InProcessNetwork(self.bank)
         self.shards = ShardMap(self.network.GATEWAY, self.network, grace_s=1.0)
-        self.ear = FakeEar()
         self.now_s = 100.0
-        config = CacheConfig(max_bytes=max_bytes, max_staleness_s=max_staleness_s)
-        self.store = BlockStore(config)
+        self.config = CacheConfig(max_bytes=max_bytes, max_staleness_s=max_staleness_s, disk=disk)
+        self.start()
+
+    def start(self) -> None:
+        """Begin with a new cache, as another process would."""
+        disk = self.config.disk
+        self.ear = FakeEar()
+        self.disk = None if disk is None else DiskTier(disk, SPEC, clock=lambda: self.now_s)
+        self.store = BlockStore(self.config, None if self.disk is None else self.disk.put)
         self.cache = CachedBlocks(
             ShardedBlocks(self.shards, SPEC, ClientConfig(retry=RETRY)),
-            config,
+            self.config,
             store=self.store,
             ear=self.ear,
+            disk=self.disk,
+            last_removal=self.last_removal,
             clock=lambda: self.now_s,
         )
+
+    async def restart(self) -> None:
+        """End, and begin with a new cache."""
+        await self.cache.close()
+        self.start()
+
+    async def last_removal(self) -> int:
+        return (await self.network(self.network.GATEWAY).get_bank(timeout_s=1.0)).removal_revision
+
+    async def settle(self) -> None:
+        """Wait until nothing is under way to or from the files."""
+        if self.cache._looking is not None:
+            await self.cache._looking
+        if self.disk is not None and self.disk._folder is not None:
+            await self.disk.flush()
 
     async def fetch(
         self,

@@ -72,6 +72,7 @@ class FakeBank:
         self.tree_bytes = tree
         self.tree_revision = 0
         self.revision = 0
+        self.removal_revision = 0
         self.generation = 1
         self.endpoints: dict[str, str] = {}
         self.reports: dict[str, TransactionReport] = {}
@@ -125,7 +126,7 @@ class FakeBank:
             revision=self.revision,
             placement=Placement(generation=self.generation, owners=owners),
             tree_revision=self.tree_revision,
-            removal_revision=0,
+            removal_revision=self.removal_revision,
             server_version="fake",
         )
 
@@ -200,7 +201,10 @@ class FakeBank:
             kept.state = state
 
         refs = list(self.spec.subtree(topic))
-        return self.transact(operation, refs, change, request_id=request_id, dry_run=dry_run)
+        report = self.transact(operation, refs, change, request_id=request_id, dry_run=dry_run)
+        if state is not BlockState.ACTIVE and not dry_run:
+            self.removal_revision = report.revision
+        return report
 
     def export(self, topic: BlockRef) -> bytes:
         refs = [str(ref) for ref in self.spec.subtree(topic)]

@@ -8,12 +8,14 @@ from membank.client.cached_blocks import CacheStats
 from membank.client.config import (
     CacheConfig,
     ClientConfig,
+    DiskTierConfig,
     Eviction,
     RetryConfig,
     Secret,
     TlsConfig,
 )
 from membank.client.core import AsyncBankClient
+from membank.client.disk_tier import DiskStats
 from membank.client.grpc_transport import GrpcTransport, grpc_connector
 from membank.client.memory import FetchedBlocks, Memory
 from membank.client.opened import AsyncOpenedBank, OpenedBank, StateRead
@@ -46,6 +48,8 @@ __all__ = [
     "Changes",
     "ClientConfig",
     "Connector",
+    "DiskStats",
+    "DiskTierConfig",
     "Embedder",
     "Eviction",
     "FetchAnswer",

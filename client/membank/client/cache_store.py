@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,7 +74,9 @@ class KeptBlock:
             # Views of views refer to what is under all of them, so this counts those too.
             owner = self.weight.base
             is_alone &= sys.getrefcount(owner) == _OWN_REFERENCES + 1  # and that of the weight
-        if is_alone and owner.flags.owndata:
+        # Pooled memory is seen through a memoryview of its own.
+        is_pooled = owner.flags.writeable and isinstance(owner.base, memoryview)
+        if is_alone and (owner.flags.owndata or is_pooled):
             owner.flags.writeable = True
             owner.fill(0)
 
@@ -90,6 +92,8 @@ class BlockStore:
     ----------
     config
         Bound and policy.
+    demote
+        Takes a block that memory has no room for, and says whether it has it; None = nobody does.
 
     Notes
     -----
@@ -97,9 +101,13 @@ class BlockStore:
     often, but long ago, goes in the end (LFU with dynamic aging).
     """
 
-    def __init__(self, config: CacheConfig) -> None:
+    def __init__(
+        self, config: CacheConfig, demote: Callable[[Block, Confirmation], bool] | None = None
+    ) -> None:
         self._config = config
+        self._demote = demote or _to_nobody
         self._pinned = frozenset(config.pinned_levels)
+        self._passed_on = frozenset(() if config.disk is None else config.disk.direct_levels)
         self._kept: dict[_Key, KeptBlock] = {}
         # Ranks of the past stay in the heap until they come up or are too many.
         self._ranks: list[tuple[_Rank, _Key]] = []
@@ -129,7 +137,12 @@ class BlockStore:
     def put(self, block: Block, confirmed: Confirmation) -> None:
         """Keep a block with content in the place of an earlier version of it."""
         self.remove((block.ref, block.header.dtype))
-        if block.weight is None or block.weight.nbytes > self._config.max_bytes:
+        if block.weight is None:
+            return
+        if block.ref.level in self._passed_on and self._demote(block, confirmed):
+            return
+        if block.weight.nbytes > self._config.max_bytes:
+            self._demote(block, confirmed)
             return
         kept = KeptBlock(header=block.header, weight=block.weight, confirmed=confirmed)
         self._kept[kept.key] = kept
@@ -169,3 +182,8 @@ class BlockStore:
         self._floor = rank[1]
         self.num_evicted += 1
         self.remove(key)
+        self._demote(kept.block, kept.confirmed)
+
+
+def _to_nobody(block: Block, confirmed: Confirmation) -> bool:
+    return False

@@ -8,8 +8,10 @@ neither a cached block nor a mixture of cached and fetched ones ever straddles a
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -17,12 +19,16 @@ from membank.client.blocks import BlockSource
 from membank.client.cache_store import BlockStore, Confirmation, KeptBlock
 from membank.client.config import CacheConfig
 from membank.client.deadline import Deadline
+from membank.client.disk_tier import DiskStats, DiskTier
 from membank.client.listening import Ear
 from membank.client.memory import FetchedBlocks
 from membank.client.transport import PushAnswer
-from membank.wire.errors import Reason
+from membank.wire.errors import MembankError, Reason
 from membank.wire.records import Block, BlockEvent, TransactionReport, Update
 from membank.wire.spec import BlockRef, BlockState
+
+_LOGGER = logging.getLogger(__name__)
+_NEVER = object()
 
 _STATE_OF_REFUSAL = {
     Reason.BLOCK_WITHHELD: BlockState.WITHHELD,
@@ -35,19 +41,21 @@ class CacheStats:
     """What a cache did since the client was made, and what it holds. Counts are of blocks."""
 
     num_hits: int
-    """Answered from memory."""
+    """Answered without asking, from memory or from the disk."""
     num_confirmed: int
     """Asked for, and still right: a header travelled."""
     num_misses: int
     """Asked for, and something else came than was held: content, or that there is none."""
     num_evicted: int
-    """Made room for others."""
+    """Made room in memory for others."""
     num_blocks: int
-    """Held now."""
+    """Held in memory now."""
     num_bytes: int
-    """Bytes of weights held now."""
+    """Bytes of weights held in memory now."""
     num_bytes_saved: int
     """Bytes of weights that did not travel."""
+    disk: DiskStats | None = None
+    """The disk tier; None where none is configured."""
 
 
 @dataclass(slots=True, eq=False)
@@ -80,6 +88,10 @@ class CachedBlocks:
         Holds the blocks.
     ear
         Hears of changes; is closed with the cache.
+    disk
+        Holds blocks that memory has no room for; is closed with the cache. None = nothing does.
+    last_removal
+        Asks for the newest revision at which something was withheld or deleted; needed with `disk`.
     clock
         Tells the time in seconds.
     """
@@ -91,13 +103,20 @@ class CachedBlocks:
         *,
         store: BlockStore,
         ear: Ear,
+        disk: DiskTier | None = None,
+        last_removal: Callable[[], Awaitable[int]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._inner = inner
         self._config = config
         self._store = store
         self._ear = ear
+        self._disk = disk
+        self._last_removal = last_removal
         self._clock = clock
+        self._known_removal = -1
+        self._looked_in: object = _NEVER
+        self._looking: asyncio.Task[None] | None = None
         self._asking: set[_Asking] = set()
         self._heard_revision = 0
         self._num_doubts = 0
@@ -114,11 +133,17 @@ class CachedBlocks:
             num_blocks=len(self._store),
             num_bytes=self._store.num_bytes,
             num_bytes_saved=self._num_bytes_saved,
+            disk=None if self._disk is None else self._disk.stats,
         )
 
     async def close(self) -> None:
-        """Stop listening and let go of all blocks."""
+        """Stop listening and let go of all blocks; those on the disk stay there."""
         await self._ear.close()
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
+        if self._disk is not None:
+            await self._disk.close()
         self._store.clear()
 
     async def fetch(
@@ -132,12 +157,21 @@ class CachedBlocks:
         deadline: Deadline,
     ) -> FetchedBlocks:
         """Return the blocks `refs`, all of one revision; see the module."""
+        if self._disk is not None:
+            await self._disk.open()
         self._ear.listen(self.hear_event)
+        self._look_for_missed_removals()
         if snapshot:
             return await self._pass_through(
                 refs, held, dtype, min_revision, snapshot=snapshot, deadline=deadline
             )
-        kept = {ref: found for ref in refs if (found := self._store.get(ref, dtype)) is not None}
+        loaded = await self._load(refs, dtype)
+        # What was let go meanwhile is in neither.
+        kept = {
+            ref: found
+            for ref in refs
+            if (found := self._store.get(ref, dtype) or loaded.get(ref)) is not None
+        }
         min_revision = max(min_revision, self._heard_revision)
         if len(kept) == len(refs) and self._may_answer(kept.values(), min_revision):
             return self._answer(kept)
@@ -158,6 +192,8 @@ class CachedBlocks:
 
     async def push(self, update: Update, *, deadline: Deadline) -> PushAnswer:
         """Apply an update; whoever pushed it does not read what was before it."""
+        if self._disk is not None:
+            await self._disk.open()
         try:
             answer = await self._inner.push(update, deadline=deadline)
         except BaseException:
@@ -205,6 +241,42 @@ class CachedBlocks:
                 self._hear(ref, block.version, block.header.state)
         return fetched
 
+    async def _load(self, refs: Sequence[BlockRef], dtype: str) -> dict[BlockRef, KeptBlock]:
+        """Return what the disk has of blocks that are not in memory."""
+        if self._disk is None:
+            return {}
+        wanted = [
+            found
+            for ref in refs
+            if self._store.get(ref, dtype) is None
+            and (found := self._disk.get(ref, dtype)) is not None
+        ]
+        return await self._disk.read(wanted) if wanted else {}
+
+    def _look_for_missed_removals(self) -> None:
+        """Find out, once in each span, whether something on the disk was removed unheard."""
+        span = self._ear.span
+        if self._disk is None or self._last_removal is None or span == self._looked_in:
+            return
+        if self._looking is None or self._looking.done():
+            self._looked_in = span
+            self._looking = asyncio.create_task(self._drop_removed(self._disk, self._last_removal))
+
+    async def _drop_removed(self, disk: DiskTier, ask: Callable[[], Awaitable[int]]) -> None:
+        """Let go of all that was last seen before a removal that may have been missed.
+
+        It is not known of which blocks it was; of others than those the content travels once more.
+        """
+        try:
+            removal = await ask()
+        except MembankError as err:
+            _LOGGER.debug("whether blocks were removed is asked again: %s", err)
+            self._looked_in = _NEVER
+            return
+        if removal > self._known_removal:
+            self._known_removal = removal
+            disk.remove_before(removal)
+
     def _may_answer(self, kept: Iterable[KeptBlock], min_revision: int) -> bool:
         """Say whether blocks may be used together without asking."""
         confirmed = [each.confirmed for each in kept]
@@ -221,7 +293,10 @@ class CachedBlocks:
 
     def _answer(self, kept: Mapping[BlockRef, KeptBlock]) -> FetchedBlocks:
         for each in kept.values():
-            self._store.use(each)
+            if self._store.get(*each.key) is each:
+                self._store.use(each)
+            else:
+                self._store.put(each.block, each.confirmed)
             self._num_hits += 1
             self._num_bytes_saved += each.weight.nbytes
         revision = next(iter(kept.values())).confirmed.revision
@@ -265,6 +340,7 @@ class CachedBlocks:
         if asking.news[block.ref] > block.version:
             return
         confirmed = Confirmation(revision, asking.at_s, asking.stamp)
+        self._take_on_disk(block, confirmed, asking)
         present = self._store.get(block.ref, block.header.dtype)
         if present is None:
             self._store.put(block, confirmed)
@@ -275,6 +351,16 @@ class CachedBlocks:
             # one: a bank that lost a machine may have lost updates.
             self._store.put(block, confirmed)
 
+    def _take_on_disk(self, block: Block, confirmed: Confirmation, asking: _Asking) -> None:
+        """Do with a file what `_take` does with what is in memory."""
+        if self._disk is None or (found := self._disk.get(*_key_of(block))) is None:
+            return
+        offered = asking.kept.get(block.ref)
+        if found.holds(block):
+            self._disk.confirm(found, confirmed)
+        elif block.version >= found.version or (offered and offered.version == found.version):
+            self._disk.remove(found)
+
     def _confirm(self, kept: KeptBlock, confirmed: Confirmation) -> None:
         self._store.use(kept)
         # Answers may overtake one another.
@@ -283,16 +369,28 @@ class CachedBlocks:
 
     def _hear(self, ref: BlockRef, version: int, state: BlockState) -> None:
         """Let go of what is older than a change; overwrite what may not be used any more."""
+        is_withdrawn = state is not BlockState.ACTIVE
         for asking in self._asking:
             if ref in asking.news:
                 asking.news[ref] = max(asking.news[ref], version)
+            asked = asking.kept.get(ref)
+            if is_withdrawn and asked is not None and asked.version <= version:
+                asked.is_withdrawn = True
         for kept in list(self._store.copies(ref)):
-            if state is not BlockState.ACTIVE and kept.version <= version:
+            if is_withdrawn and kept.version <= version:
                 self._store.remove(kept.key)
-                kept.is_withdrawn = True
                 kept.wipe()
             elif kept.version < version:
                 self._store.remove(kept.key)
+        if self._disk is None:
+            return
+        for found in list(self._disk.copies(ref)):
+            if found.version < version or (is_withdrawn and found.version == version):
+                self._disk.remove(found, erase=is_withdrawn)
+
+
+def _key_of(block: Block) -> tuple[BlockRef, str]:
+    return (block.ref, block.header.dtype)
 
 
 def _offered(

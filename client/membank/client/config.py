@@ -106,6 +106,38 @@ class Eviction(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DiskTierConfig:
+    """What the cache keeps in files once its memory has no room for it (docs/client.md)."""
+
+    directory: Path
+    """Directory of one client at a time, made if missing. On a local disk: it is locked, and it is
+    to be faster than the network. A client that comes after another one goes on with its files."""
+    max_bytes: int = 8 << 30
+    """Most bytes that the files have together, >= 1."""
+    levels: tuple[int, ...] = ()
+    """Levels (from 1) whose blocks are kept in files; () = all."""
+    direct_levels: tuple[int, ...] = ()
+    """Levels whose blocks go into files as soon as they are fetched and take no memory from those of
+    other levels; each must be one of `levels`, where these are given."""
+    max_queued_bytes: int = 256 << 20
+    """Most bytes of weights that wait to be written, >= 1; what would exceed it is not kept."""
+    pause_s: float = 30.0
+    """Seconds without writing after a disk was full or failed, finite, >= 0."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "directory", Path(self.directory))
+        _require(self.max_bytes >= 1, "max_bytes", self.max_bytes, ">= 1")
+        _require(self.max_queued_bytes >= 1, "max_queued_bytes", self.max_queued_bytes, ">= 1")
+        _require(0 <= self.pause_s < math.inf, "pause_s", self.pause_s, "finite, >= 0")
+        _require_levels("levels", self.levels)
+        object.__setattr__(self, "levels", tuple(self.levels))
+        _require_levels("direct_levels", self.direct_levels)
+        object.__setattr__(self, "direct_levels", tuple(self.direct_levels))
+        ok = not self.levels or set(self.direct_levels) <= set(self.levels)
+        _require(ok, "direct_levels", self.direct_levels, f"some of levels, {self.levels}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CacheConfig:
     """What the client keeps of the blocks that it has fetched (docs/client.md)."""
 
@@ -118,14 +150,18 @@ class CacheConfig:
     """Levels (from 1) whose blocks never make room for those of others."""
     eviction: Eviction = Eviction.LRU
     """Which block goes first where room is needed."""
+    disk: DiskTierConfig | None = None
+    """Where blocks go that memory has no room for; None = nowhere, they are fetched again."""
 
     def __post_init__(self) -> None:
         _require(self.max_bytes >= 1, "max_bytes", self.max_bytes, ">= 1")
         ok = 0 <= self.max_staleness_s < math.inf
         _require(ok, "max_staleness_s", self.max_staleness_s, "finite, >= 0")
+        _require_levels("pinned_levels", self.pinned_levels)
         object.__setattr__(self, "pinned_levels", tuple(self.pinned_levels))
-        ok = all(level >= 1 for level in self.pinned_levels)
-        _require(ok, "pinned_levels", self.pinned_levels, "levels, which count from 1")
+        if self.disk is not None:
+            ok = set(self.pinned_levels).isdisjoint(self.disk.direct_levels)
+            _require(ok, "pinned_levels", self.pinned_levels, "no level of disk.direct_levels")
         known = tuple(kind.value for kind in Eviction)
         _require(self.eviction in known, "eviction", self.eviction, ", ".join(known))
         object.__setattr__(self, "eviction", Eviction(self.eviction))
@@ -213,6 +249,11 @@ class ClientConfig:
                 reason=Reason.NO_CREDENTIALS,
             )
         return Secret(words[0])
+
+
+def _require_levels(name: str, levels: tuple[int, ...]) -> None:
+    ok = all(level >= 1 for level in levels)
+    _require(ok, name, levels, "levels, which count from 1")
 
 
 def _require_positive(name: str, value: float) -> None:

@@ -15,6 +15,7 @@ from membank.client.cache_store import BlockStore
 from membank.client.cached_blocks import CachedBlocks, CacheStats
 from membank.client.checks import check_arrays, check_bases, check_scale
 from membank.client.config import CacheConfig, ClientConfig
+from membank.client.disk_tier import DiskTier
 from membank.client.grpc_transport import grpc_connector
 from membank.client.listening import WatchEar
 from membank.client.memory import FetchedBlocks, Memory
@@ -430,8 +431,23 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
                 self._session.shards, spec, (), admin_only=admin_only, config=self.config
             )
 
-        ear = WatchEar(open_watch, self.config.retry)
-        self._cache = CachedBlocks(blocks, config, store=BlockStore(config), ear=ear)
+        async def last_removal() -> int:
+            info = await self._session.ask_gateway(
+                lambda gateway, timeout_s: gateway.get_bank(timeout_s=timeout_s),
+                what="last removal of the bank",
+                deadline=self._session.deadline(None),
+            )
+            return info.removal_revision
+
+        disk = None if config.disk is None else DiskTier(config.disk, spec)
+        self._cache = CachedBlocks(
+            blocks,
+            config,
+            store=BlockStore(config, demote=None if disk is None else disk.put),
+            ear=WatchEar(open_watch, self.config.retry),
+            disk=disk,
+            last_removal=last_removal,
+        )
         self._session.report_listeners.append(self._cache.hear_report)
         return self._cache
 

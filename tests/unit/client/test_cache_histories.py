@@ -2,13 +2,17 @@
 
 import asyncio
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cache_rig import CacheRig
-from membank.client import FetchedBlocks
+from fake_bank import SPEC
+from membank.client import DiskTierConfig, FetchedBlocks
+from membank.client.disk_files import TRAILER_BYTES
 from membank.wire.records import BlockEvent
 from membank.wire.spec import BlockRef, BlockState
 
@@ -28,6 +32,12 @@ steps = st.one_of(
     st.tuples(st.just("hear"), st.integers(1, 3)),
     st.tuples(st.just("break"), st.booleans()),
     st.tuples(st.just("wait"), st.integers(1, 4)),
+    st.tuples(st.just("recount"), st.sampled_from(REFS)),
+)
+files_fare = st.one_of(
+    st.tuples(st.just("restart"), st.none()),
+    st.tuples(st.just("settle"), st.none()),
+    st.tuples(st.just("damage"), st.tuples(st.integers(0, 5), st.integers(-1, 1 << 12))),
 )
 
 
@@ -42,8 +52,10 @@ class Moment:
 class History:
     """A cache whose news may be late or lost, beside a record of what was true when."""
 
-    def __init__(self, max_staleness_s: float, max_bytes: int) -> None:
-        self.rig = CacheRig(max_staleness_s=max_staleness_s, max_bytes=max_bytes)
+    def __init__(
+        self, max_staleness_s: float, max_bytes: int, disk: DiskTierConfig | None = None
+    ) -> None:
+        self.rig = CacheRig(max_staleness_s=max_staleness_s, max_bytes=max_bytes, disk=disk)
         self.max_staleness_s = max_staleness_s
         self.moments: list[Moment] = []
         self.on_their_way: list[BlockEvent] = []
@@ -102,14 +114,45 @@ class History:
                 self.rig.ear.span = None if what else len(self.moments) + 1000
             case "wait", int():
                 self.rig.now_s += what
+            case "recount", BlockRef() as ref:
+                # A machine is lost, and an update that nobody saw takes the number of another.
+                held = self.rig.bank.held(ref)
+                held.weight = held.weight + 1
+                self.note()
+            case "restart", None:
+                await self.rig.restart()
+                self.on_their_way.clear()
+            case "settle", None:
+                await self.rig.settle()
+            case "damage", (int() as number, int() as position):
+                await self.rig.settle()
+                self.damage(number, position)
+
+    def files(self) -> list[Path]:
+        assert self.rig.config.disk is not None
+        return sorted(self.rig.config.disk.directory.glob("bank-*/*"))
+
+    def damage(self, number: int, position: int) -> None:
+        """Flip a bit of a file, cut it off or remove it."""
+        for path in self.files()[number : number + 1]:
+            data = bytearray(path.read_bytes())
+            if position < 0:
+                path.unlink()
+            elif position < len(data):
+                data[position] ^= 1
+                path.write_bytes(data)
+            else:
+                path.write_bytes(data[:-1])
 
     def hear(self, event: BlockEvent) -> None:
         self.rig.ear.hear(event)
         kept = self.rig.store.get(event.ref, "float32")
-        if event.state is not BlockState.ACTIVE:
-            assert kept is None or kept.version > event.version
-        else:
-            assert kept is None or kept.version >= event.version
+        found = None if self.rig.disk is None else self.rig.disk.get(event.ref, "float32")
+        for version in (each.version for each in (kept, found) if each is not None):
+            if event.state is not BlockState.ACTIVE:
+                assert version > event.version
+            else:
+                assert version >= event.version
 
     def check(self, fetched: FetchedBlocks, refs: tuple[BlockRef, ...]) -> None:
         assert tuple(fetched) == refs
@@ -150,3 +193,28 @@ def test_answers_were_true_together_and_not_long_ago(
         assert history.rig.store.num_bytes <= max_bytes
 
     asyncio.run(run())
+
+
+@pytest.mark.slow
+@given(
+    program=st.lists(st.one_of(steps, files_fare), max_size=40),
+    max_staleness_s=st.sampled_from([0.0, MAX_STALENESS_S]),
+    max_bytes=st.sampled_from([1, SPEC.weight_bytes(1)]),
+    max_disk_bytes=st.sampled_from([1 << 20, SPEC.weight_bytes(1) + TRAILER_BYTES]),
+)
+def test_so_they_were_with_files_under_it_whatever_became_of_them(
+    program: list[tuple[str, object]], max_staleness_s: float, max_bytes: int, max_disk_bytes: int
+) -> None:
+    async def run(directory: Path) -> None:
+        disk = DiskTierConfig(directory=directory, max_bytes=max_disk_bytes)
+        history = History(max_staleness_s, max_bytes, disk)
+        try:
+            for step, what in program:
+                await history.take(step, what)
+            await history.rig.settle()
+            assert sum(path.stat().st_size for path in history.files()) <= max_disk_bytes
+        finally:
+            await history.rig.cache.close()
+
+    with TemporaryDirectory() as directory:
+        asyncio.run(run(Path(directory)))

@@ -1,10 +1,13 @@
 """Which blocks stay: bounds, ranks, and bytes that are overwritten."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from membank.client import CacheConfig, Eviction
+from membank.client import CacheConfig, DiskTierConfig, Eviction
 from membank.client.cache_store import BlockStore, Confirmation, KeptBlock
+from membank.wire.buffers import MIN_POOLED_BYTES, BufferPool
 from membank.wire.records import Block, BlockHeader
 from membank.wire.spec import BlockRef
 
@@ -74,6 +77,21 @@ class TestRoom:
         assert len(store._ranks) < 100
         put(store, C)
         assert held(store, A, B, C) == [True, False, True]
+
+    def test_what_goes_is_offered_to_the_next_level(self) -> None:
+        offered: list[BlockRef] = []
+
+        def demote(block: Block, confirmed: Confirmation) -> bool:
+            offered.append(block.ref)
+            return True
+
+        disk = DiskTierConfig(directory=Path("unused"), direct_levels=(1,))
+        store = BlockStore(CacheConfig(max_bytes=BLOCK_BYTES, disk=disk), demote)
+        put(store, A, TOP)
+        assert (held(store, A, TOP), offered) == ([True, False], [TOP])
+        put(store, B)
+        store.put(block(C, num_bytes=2 * BLOCK_BYTES), CONFIRMED)
+        assert (held(store, B, C), offered) == ([True, False], [TOP, A, C])
 
     def test_clear(self) -> None:
         store = store_of(2)
@@ -151,6 +169,20 @@ class TestWipe:
         del weight
         kept = self.taken(given)
         del given
+        kept.wipe()
+        assert not kept.weight.any()
+
+    def test_pooled_memory_too(self) -> None:
+        weight = BufferPool(1 << 20).take(MIN_POOLED_BYTES).view(np.float32).reshape(2, -1)
+        weight[:] = 7
+        weight.flags.writeable = False
+        store = store_of(MIN_POOLED_BYTES)
+        store.put(Block(header=BlockHeader(ref=A, version=1), weight=weight), CONFIRMED)
+        kept = store.get(A, "float32")
+        assert kept is not None
+        kept.wipe()
+        assert kept.weight.all()
+        del weight
         kept.wipe()
         assert not kept.weight.any()
 

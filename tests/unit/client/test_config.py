@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from membank.client import CacheConfig, ClientConfig, Eviction, RetryConfig, Secret, TlsConfig
+from membank.client import (
+    CacheConfig,
+    ClientConfig,
+    DiskTierConfig,
+    Eviction,
+    RetryConfig,
+    Secret,
+    TlsConfig,
+)
 from membank.client.deadline import Deadline
 from membank.wire.errors import DeadlineError, InvalidArgumentError
 
@@ -66,6 +74,32 @@ def test_cache_config_refuses(fields: dict[str, object]) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         CacheConfig(**fields)  # type: ignore[arg-type]  # of several types
     assert next(iter(fields)) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_bytes": 0},
+        {"max_queued_bytes": 0},
+        {"pause_s": -1.0},
+        {"pause_s": float("inf")},
+        {"levels": (0,)},
+        {"direct_levels": (-1,)},
+        {"direct_levels": (2,), "levels": (1, 3)},
+    ],
+)
+def test_disk_tier_config_refuses(fields: dict[str, object]) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        DiskTierConfig(directory="cache", **fields)  # type: ignore[arg-type]  # of several types
+    assert next(iter(fields)) in str(caught.value)
+
+
+def test_a_level_is_pinned_in_memory_or_kept_out_of_it() -> None:
+    disk = DiskTierConfig(directory=Path("cache"), direct_levels=(2,))
+    with pytest.raises(InvalidArgumentError, match="pinned_levels"):
+        CacheConfig(pinned_levels=(1, 2), disk=disk)
+    config = CacheConfig(pinned_levels=(1,), disk=disk)
+    assert pickle.loads(pickle.dumps(ClientConfig(cache=config))).cache == config
 
 
 def test_cache_config_takes_names_and_lists() -> None:
