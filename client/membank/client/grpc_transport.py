@@ -9,7 +9,13 @@ from membank.client.config import ClientConfig
 from membank.client.grpc_admin import GrpcAdminTransport
 from membank.client.grpc_channel import GrpcChannel
 from membank.client.payloads import push_requests, read_blocks, read_document
-from membank.client.transport import Connector, FetchAnswer, PushAnswer, WatchAnswer
+from membank.client.transport import (
+    Connector,
+    FetchAnswer,
+    PushAnswer,
+    SameHostDoor,
+    WatchAnswer,
+)
 from membank.v1 import block_service_pb2 as block_pb
 from membank.v1.block_service_pb2_grpc import BlockServiceStub
 from membank.wire.convert import dtype_to_pb, event_from_pb, info_from_pb, ref_to_pb, result_from_pb
@@ -65,6 +71,20 @@ class GrpcTransport(GrpcAdminTransport):
             self._channel.stream("GetTree", call),
             max_bytes=self._max_answer_bytes,
             where=self._channel.endpoint,
+        )
+
+    async def get_same_host_door(self, *, timeout_s: float) -> SameHostDoor | None:
+        """Return where shared memory is to be had; None = nowhere."""
+        call = self._blocks.GetSameHostDoor(
+            block_pb.GetSameHostDoorRequest(bank=self._bank),
+            timeout=timeout_s,
+            metadata=self._channel.metadata,
+        )
+        answer = await self._channel.unary("GetSameHostDoor", call)
+        if not answer.socket_name:
+            return None
+        return SameHostDoor(
+            boot_id=answer.boot_id, socket_name=answer.socket_name, ticket=answer.ticket
         )
 
     async def fetch(

@@ -226,5 +226,17 @@ class Transport(BlockTransport, AdminTransport, Protocol):
         """Close it; calls that still run have `grace_s` seconds to end."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SameHostDoor:
+    """Where a shard lets callers of its own machine in to shared memory."""
+
+    boot_id: str
+    """Identity of the kernel that the shard runs on."""
+    socket_name: str
+    """Unix socket, in the kernel's abstract namespace."""
+    ticket: bytes
+    """To be shown there, once, within seconds; stands for the caller."""
+
+
 Connector = Callable[[str], Transport]
 """Connects to an endpoint, host:port; must not block and makes no call."""

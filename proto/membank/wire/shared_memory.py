@@ -7,6 +7,7 @@ Nothing has a name in any file system: what both sides have let go of, also by d
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import mmap
 import os
@@ -14,6 +15,7 @@ import threading
 import weakref
 from bisect import bisect_right
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +30,7 @@ _ALIGNMENT = 64
 mmap's do, take 15 times as long on some processors (``rep movsb`` of glibc)."""
 _SEGMENT_BYTES = 32 << 20
 """Bytes of a segment that holds several arrays; a larger array has a segment of its own."""
+_MIN_SLOT_BYTES = 4 << 10
 _MIN_SPARE_BYTES = 64 << 20
 _SPARE_SHARE = 8
 
@@ -53,9 +56,10 @@ class _Segment:
         self.num_slots = max(1, _SEGMENT_BYTES // slot_bytes)
         self.num_bytes = self.num_slots * slot_bytes
         self.free = list(range(self.num_slots))
-        self.descriptor = os.memfd_create("membank", os.MFD_CLOEXEC)
+        self.descriptor = os.memfd_create("membank", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         self._close = weakref.finalize(self, os.close, self.descriptor)
         os.ftruncate(self.descriptor, self.num_bytes)
+        fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         self.mapping = mmap.mmap(self.descriptor, self.num_bytes)
         self.address = np.frombuffer(self.mapping, np.uint8).ctypes.data
 
@@ -107,7 +111,7 @@ class SharedMemory:
         num_bytes
             Its length, > 0.
         """
-        slot_bytes = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        slot_bytes = max(_MIN_SLOT_BYTES, aligned(num_bytes))
         with self._lock:
             self._collect()
             segment = self._with_room(slot_bytes)
@@ -134,6 +138,12 @@ class SharedMemory:
         if offset >= segment.num_bytes:
             return None
         return Place(segment.number, offset, segment.descriptor)
+
+    def place_of(self, array: Array) -> Place:
+        """Return where an array of this memory lies."""
+        place = self.locate(array)
+        assert place is not None
+        return place
 
     def _with_room(self, slot_bytes: int) -> _Segment:
         open_ones = self._by_size.setdefault(slot_bytes, {})
@@ -173,6 +183,25 @@ class SharedMemory:
         self._addresses = [segment.address for segment in self._by_address]
 
 
+def aligned(num_bytes: int) -> int:
+    """Round up to whole cache lines."""
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def pack(sizes: Sequence[int], memory: SharedMemory) -> tuple[list[Bytes], Bytes]:
+    """Take one array and cut it into parts of `sizes` bytes; return the parts and the array.
+
+    Its length is rounded up by less than an eighth, so that arrays of many lengths share memory.
+    """
+    total = max(1, sum(map(aligned, sizes)))
+    step = max(_MIN_SLOT_BYTES, 1 << (total.bit_length() - 4))
+    whole = memory.take(-(-total // step) * step)
+    ends = itertools.accumulate(map(aligned, sizes))
+    return [
+        whole[end - aligned(size) :][:size] for size, end in zip(sizes, ends, strict=True)
+    ], whole
+
+
 class MappedSegments:
     """Segments of a peer, mapped read-only; those that were used last are kept.
 
@@ -189,9 +218,16 @@ class MappedSegments:
         self._mapped: OrderedDict[int, Bytes] = OrderedDict()
 
     def adopt(self, number: int, descriptor: int) -> None:
-        """Map a segment unless that is done, and close `descriptor`."""
+        """Map a segment unless that is done, and close `descriptor`.
+
+        Raises
+        ------
+        OSError
+            If it is no memory whose size is fixed.
+        """
         try:
             if number not in self._mapped:
+                _require_fixed_size(descriptor)
                 size = os.fstat(descriptor).st_size
                 mapping = mmap.mmap(descriptor, size, prot=mmap.PROT_READ)
                 self._mapped[number] = np.frombuffer(mapping, np.uint8)
@@ -215,3 +251,9 @@ class MappedSegments:
         if view.size != num_bytes:
             raise LookupError(f"segment {number} has no {num_bytes} bytes from {offset} on")
         return view
+
+
+def _require_fixed_size(descriptor: int) -> None:
+    # Who reads where a file was cut off is killed by SIGBUS; what is no memfd has no seals (EINVAL).
+    if not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+        raise PermissionError("the memory that the peer shows may shrink while it is read")

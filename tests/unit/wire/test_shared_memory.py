@@ -123,6 +123,19 @@ def test_a_peer_is_told_of_what_it_does_not_have() -> None:
         peer.view(place.segment, 31 * MIB, 2 * MIB)
 
 
+@pytest.mark.parametrize("sealed", [False, True])
+def test_memory_that_may_shrink_is_not_mapped(tmp_path: Path, sealed: bool) -> None:
+    if sealed:
+        handle = os.memfd_create("test")  # may not be sealed, and so is not
+    else:
+        handle = os.open(tmp_path / "file", os.O_CREAT | os.O_RDWR)
+    os.ftruncate(handle, MIB)
+    with pytest.raises(OSError, match="shrink|Invalid"):
+        MappedSegments().adopt(1, handle)
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(handle)
+
+
 def test_threads_take_and_drop() -> None:
     memory = SharedMemory()
     faults: list[int] = []

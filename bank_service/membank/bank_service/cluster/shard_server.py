@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import threading
 import uuid
@@ -19,6 +20,7 @@ from membank.bank_service.cluster.identity import (
 from membank.bank_service.knowledge.trees import TreeStore
 from membank.bank_service.rpc.block_servicer import BlockServicer
 from membank.bank_service.rpc.budget import ByteBudget
+from membank.bank_service.rpc.same_host import SameHostDoor
 from membank.bank_service.rpc.server import BankServer, Service, join_address
 from membank.bank_service.shard.config import ShardConfig
 from membank.bank_service.shard.lease import boot_clock
@@ -29,6 +31,8 @@ from membank.v1.block_service_pb2_grpc import add_BlockServiceServicer_to_server
 from membank.wire.errors import CorruptionError, NotFoundError, Reason, UnavailableError
 from membank.wire.format import Manifest, RevisionRecord
 from membank.wire.records import BankInfo, Placement, ShardStats
+
+_LOG = logging.getLogger(__name__)
 
 _SETTLE_EVERY_S = 5.0
 
@@ -145,17 +149,31 @@ class ShardServer:
             if not self._stopped:
                 self._stopped = True
                 self._server.stop()
+                if self._door is not None:
+                    self._door.close()
                 self.shard.close()
             return self.shard.is_folded
 
     def _listen(self) -> BankServer:
-        servicer = BlockServicer(self.shard, self, ByteBudget(self._settings.max_in_flight_bytes))
+        budget = ByteBudget(self._settings.max_in_flight_bytes)
+        self._door = self._opened_door(budget)
+        servicer = BlockServicer(self.shard, self, budget, door=self._door)
         service = Service(
             BLOCK_SERVICE, lambda server: add_BlockServiceServicer_to_server(servicer, server)
         )
         server = BankServer(self._settings.server, [service], on_drain=servicer.drain)
         server.start()
         return server
+
+    def _opened_door(self, budget: ByteBudget) -> SameHostDoor | None:
+        if not self._settings.server.same_host:
+            return None
+        try:
+            return SameHostDoor(self.shard, budget)
+        except OSError as err:
+            # Such as a kernel without abstract sockets: everybody goes over gRPC.
+            _LOG.warning("callers on this machine cannot be let in to shared memory: %s", err)
+            return None
 
     def _record(self) -> RevisionRecord:
         revision = self.shard.revision

@@ -50,7 +50,10 @@ class Principal:
 LOCAL_PRINCIPAL = Principal("local", Role.ADMIN)
 """Everybody, where no tokens are configured; only loopback is served then."""
 
-_BLOCK = "/membank.v1.BlockService/"
+BLOCK_SERVICE = "/membank.v1.BlockService/"
+"""Prefix of the methods of the data path."""
+
+_BLOCK = BLOCK_SERVICE
 _ADMIN = "/membank.v1.AdminService/"
 
 METHOD_ROLES: Mapping[str, Role] = MappingProxyType(

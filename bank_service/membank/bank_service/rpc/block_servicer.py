@@ -9,8 +9,10 @@ from typing import Protocol
 
 import grpc
 
+from membank.bank_service.rpc.auth import current_principal
 from membank.bank_service.rpc.budget import ByteBudget, Reservation
 from membank.bank_service.rpc.interceptor import check_alive
+from membank.bank_service.rpc.same_host import SameHostDoor
 from membank.bank_service.shard.contract import FetchResult, ShardApi
 from membank.v1 import block_service_pb2 as pb
 from membank.v1.block_service_pb2_grpc import BlockServiceServicer
@@ -123,12 +125,21 @@ class BlockServicer(BankInfoServicer):
         Bound on payload bytes in flight, shared by all calls.
     max_watchers
         Most concurrent `WatchBlocks` calls; each holds a thread of the server.
+    door
+        Where callers on this machine are let in; None = nowhere.
     """
 
     def __init__(
-        self, shard: ShardApi, source: BankSource, budget: ByteBudget, *, max_watchers: int = 16
+        self,
+        shard: ShardApi,
+        source: BankSource,
+        budget: ByteBudget,
+        *,
+        max_watchers: int = 16,
+        door: SameHostDoor | None = None,
     ) -> None:
         super().__init__(source)
+        self._door = door
         self._shard = shard
         self._budget = budget
         self._max_watchers = max_watchers
@@ -138,6 +149,15 @@ class BlockServicer(BankInfoServicer):
     def drain(self) -> None:
         """End the subscriptions, which would otherwise last as long as their callers."""
         self._draining.set()
+
+    def GetSameHostDoor(
+        self, request: pb.GetSameHostDoorRequest, context: grpc.ServicerContext
+    ) -> pb.GetSameHostDoorResponse:
+        # docstring inherited
+        check_bank(request.bank, self._shard.spec)
+        if self._door is None:
+            return pb.GetSameHostDoorResponse()
+        return self._door.show(current_principal.get())
 
     def FetchBlocks(
         self, request: pb.FetchBlocksRequest, context: grpc.ServicerContext

@@ -41,6 +41,8 @@ class ServerConfig:
     """Largest message accepted."""
     max_workers: int = 48
     """Threads, which is the number of calls served at one time; further calls wait."""
+    same_host: bool = True
+    """Let callers of this machine and user reach blocks through shared memory."""
     drain_s: float = 5.0
     """Time that calls under way are given when the server stops."""
 

@@ -1,0 +1,82 @@
+"""What the data path's calls say, whichever way they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from membank.v1 import block_service_pb2 as block_pb
+from membank.wire.convert import dtype_to_pb, ref_to_pb
+from membank.wire.errors import InvalidArgumentError, Reason
+from membank.wire.records import Update
+from membank.wire.spec import DTYPES, Array, BlockRef
+
+
+def fetch_request(
+    refs: Sequence[BlockRef],
+    *,
+    bank: str,
+    held_versions: Sequence[int | None] | None,
+    dtype: str | None,
+    min_revision: int,
+    snapshot: str,
+) -> block_pb.FetchBlocksRequest:
+    """Return the request of a fetch; the arguments are those of `BlockTransport.fetch`."""
+    held = [0 if version is None else version + 1 for version in held_versions or ()]
+    return block_pb.FetchBlocksRequest(
+        bank=bank,
+        refs=map(ref_to_pb, refs),
+        held_version_plus_one=held,
+        dtype=dtype_to_pb(dtype),
+        min_revision=min_revision,
+        snapshot=snapshot,
+    )
+
+
+def push_head(update: Update, crcs: Sequence[int], *, bank: str) -> block_pb.PushUpdatesRequest:
+    """Return the first message of a push, without data.
+
+    Parameters
+    ----------
+    update
+        The push.
+    crcs
+        CRC-32C of each of its gradients.
+    bank
+        Name of the bank; "" = the one that is served.
+    """
+    headers = [
+        block_pb.UpdateHeader(
+            ref=ref_to_pb(gradient.ref),
+            base_version=gradient.base_version,
+            dtype=dtype_to_pb(dtype_name(gradient.values)),
+            num_bytes=gradient.values.nbytes,
+            crc32c=crc,
+        )
+        for gradient, crc in zip(update.gradients, crcs, strict=True)
+    ]
+    return block_pb.PushUpdatesRequest(
+        bank=bank,
+        request_id=update.request_id,
+        step=update.step,
+        learning_rate_scale=update.learning_rate_scale,
+        mode=block_pb.UPDATE_MODE_ASYNC,
+        headers=headers,
+    )
+
+
+def dtype_name(array: Array) -> str:
+    """Return membank's name of the element type of `array`.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If membank has no such element type.
+    """
+    for name, dtype in DTYPES.items():
+        if array.dtype == dtype:
+            return name
+    raise InvalidArgumentError(
+        f"dtype {array.dtype} does not travel; use one of {', '.join(DTYPES)}",
+        reason=Reason.BAD_DTYPE,
+        metadata={"dtype": str(array.dtype)},
+    )

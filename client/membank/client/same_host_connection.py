@@ -1,0 +1,163 @@
+"""One connection to a shard on this machine, through which payloads do not travel. Blocking."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import numpy as np
+from google.rpc import status_pb2
+
+from membank.client.payloads import _as_weight as as_weight
+from membank.client.payloads import _check_header as check_header
+from membank.client.requests import push_head
+from membank.client.transport import FetchAnswer, PushAnswer, SameHostDoor
+from membank.v1 import block_service_pb2 as block_pb
+from membank.v1 import same_host_pb2 as host_pb
+from membank.wire.convert import header_from_pb, result_from_pb
+from membank.wire.copying import copy_checked
+from membank.wire.crc import as_uint8
+from membank.wire.errors import CorruptionError, from_status_proto
+from membank.wire.records import Block, BlockHeader, Update
+from membank.wire.same_host import MessageSocket, abstract_address
+from membank.wire.shared_memory import Bytes, MappedSegments, SharedMemory, pack
+from membank.wire.spec import BlockRef
+
+Land = Callable[[BlockHeader], Bytes]
+"""Returns the memory, flat, that a block of that header is to be copied to."""
+
+
+class SameHostConnection:
+    """A connection to a shard's door; one call at a time, from any thread.
+
+    Parameters
+    ----------
+    messages
+        The connected socket.
+    where
+        Endpoint of the shard, for errors.
+
+    Notes
+    -----
+    Every call takes the seconds that it may last. It raises what the shard raised, after which the
+    connection can be used again; and `OSError`, `LookupError` or `CorruptionError` where the way
+    through shared memory failed, after which it is of no use.
+    """
+
+    def __init__(self, messages: MessageSocket, where: str) -> None:
+        self._messages = messages
+        self._where = where
+        self._segments = MappedSegments()
+
+    @classmethod
+    def open(cls, door: SameHostDoor, where: str, *, timeout_s: float) -> Self:
+        """Knock at a door; raise `OSError` where nobody opens."""
+        end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        messages = MessageSocket(end)
+        try:
+            messages.set_timeout(timeout_s)
+            end.connect(abstract_address(door.socket_name))
+            if messages.peer_uid != os.geteuid():
+                # Whoever listens under this name is not the shard; its memory is none to trust.
+                raise PermissionError("the shard runs as another user")
+            messages.send(host_pb.SameHostRequest(ticket=door.ticket))
+            response, _ = messages.receive(host_pb.SameHostResponse)
+            if not response.HasField("welcome"):
+                raise ConnectionError("the shard did not welcome this client")
+        except BaseException:
+            messages.close()
+            raise
+        return cls(messages, where)
+
+    def fetch(
+        self,
+        request: block_pb.FetchBlocksRequest,
+        refs: Sequence[BlockRef],
+        land: Land,
+        *,
+        timeout_s: float,
+    ) -> FetchAnswer:
+        """Copy blocks out of the shard's memory, each checked by its CRC once it has arrived.
+
+        Parameters
+        ----------
+        request
+            What to fetch.
+        refs
+            Its blocks.
+        land
+            Where to.
+        timeout_s
+            Seconds that it may last.
+        """
+        answer = self._ask(host_pb.SameHostRequest(fetch=request), timeout_s).blocks
+        headers = [header_from_pb(header) for header in answer.headers]
+        if [header.ref for header in headers] != list(refs):
+            raise LookupError(f"{len(headers)} other blocks than the {len(refs)} asked for")
+        places = deque(answer.places)
+        blocks = tuple(self._copied(header, places, land) for header in headers)
+        # Later than this the shard may use the memory for something else.
+        self._messages.send(host_pb.SameHostRequest(release=host_pb.SameHostRelease()))
+        return FetchAnswer(revision=answer.revision, blocks=blocks)
+
+    def push(
+        self, update: Update, *, bank: str, staging: SharedMemory, timeout_s: float
+    ) -> PushAnswer:
+        """Have gradients applied, which are copied to `staging` for that."""
+        ends = time.monotonic() + timeout_s
+        arrays = [as_uint8(np.ascontiguousarray(gradient.values)) for gradient in update.gradients]
+        # The parts keep the array: nothing else may take its place before the answer.
+        parts, whole = pack([array.size for array in arrays], staging)
+        crcs = [copy_checked(part, array) for part, array in zip(parts, arrays, strict=True)]
+        place = staging.place_of(whole)
+        offsets = [place.offset + part.ctypes.data - whole.ctypes.data for part in parts]
+        push = host_pb.SameHostPush(
+            head=push_head(update, crcs, bank=bank),
+            places=[host_pb.SharedPlace(segment=place.segment, offset=at) for at in offsets],
+        )
+        request = host_pb.SameHostRequest(segments=[place.segment], push=push)
+        pushed = self._ask(request, ends - time.monotonic(), [place.descriptor]).pushed
+        return PushAnswer(
+            results=tuple(map(result_from_pb, pushed.results)), duplicate=pushed.duplicate
+        )
+
+    def close(self) -> None:
+        """End the connection."""
+        self._messages.close()
+
+    def _ask(
+        self, request: host_pb.SameHostRequest, timeout_s: float, descriptors: Sequence[int] = ()
+    ) -> host_pb.SameHostResponse:
+        if timeout_s <= 0:
+            raise TimeoutError
+        self._messages.set_timeout(timeout_s)
+        self._messages.send(request, descriptors)
+        response, received = self._messages.receive(host_pb.SameHostResponse)
+        try:
+            for number in response.segments:
+                self._segments.adopt(number, received.pop(0))
+        finally:
+            for descriptor in received:
+                os.close(descriptor)
+        if response.HasField("status"):
+            raise from_status_proto(status_pb2.Status.FromString(response.status))
+        return response
+
+    def _copied(self, header: BlockHeader, places: deque[host_pb.SharedPlace], land: Land) -> Block:
+        check_header(header, where=self._where)
+        if not header.num_bytes:
+            return Block(header=header, weight=None)
+        place = places.popleft()
+        source = self._segments.view(place.segment, place.offset, header.num_bytes)
+        target = land(header)
+        actual = copy_checked(target, source)
+        if actual != header.crc32c:
+            raise CorruptionError(
+                f"{self._where}: block {header.ref} has CRC-32C {actual:08x} in shared memory, "
+                f"announced was {header.crc32c:08x}"
+            )
+        return Block(header=header, weight=as_weight(target, header))
