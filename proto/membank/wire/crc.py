@@ -56,7 +56,11 @@ def check_crc32c(buffer: Buffer, expected: int, *, what: str) -> None:
     CorruptionError
         If it has another; `what` names the damaged thing.
     """
-    actual = crc32c(buffer)
+    check_known_crc32c(crc32c(buffer), expected, what=what)
+
+
+def check_known_crc32c(actual: int, expected: int, *, what: str) -> None:
+    """Raise `CorruptionError` unless bytes whose CRC-32C is `actual` have the one `expected`."""
     if actual != expected:
         raise CorruptionError(
             f"{what}: CRC-32C is {actual:08x}, expected {expected:08x}; the bytes were damaged",
