@@ -14,6 +14,7 @@ from fake_service import FakeService
 from fake_shard import FakeShard
 from in_process import InProcessTransport
 from membank.client import ClientConfig, GrpcTransport, Transport
+from membank.client.same_host import SameHostCounters, same_host_connector
 from membank.wire.crc import crc32c
 from membank.wire.errors import (
     AlreadyExistsError,
@@ -337,6 +338,27 @@ class TestGrpcTransport(TransportSuite):
         transport = GrpcTransport(bank.endpoints[shard.shard_id], ClientConfig())
         yield transport
         await transport.close()
+
+
+class TestSameHostTransport(TestGrpcTransport):
+    """The data path through shared memory."""
+
+    @pytest.fixture
+    def service(self, bank: FakeBank) -> Iterator[FakeService]:
+        service = FakeService(bank, same_host=True)
+        yield service
+        service.close()
+
+    @pytest.fixture
+    async def transport(
+        self, bank: FakeBank, shard: FakeShard, service: FakeService
+    ) -> AsyncIterator[Transport]:
+        counters = SameHostCounters()
+        connect = same_host_connector(ClientConfig(), counters)
+        transport = connect(bank.endpoints[shard.shard_id])
+        yield transport
+        await transport.close()
+        assert not counters.stats.fallbacks
 
 
 @pytest.mark.parametrize("kind", [GrpcTransport, InProcessTransport])

@@ -13,6 +13,9 @@ import numpy as np
 from fake_bank import FakeBank
 from fake_shard import FakeShard
 from faults import Fault, FaultScript
+from membank.bank_service.rpc.auth import LOCAL_PRINCIPAL
+from membank.bank_service.rpc.budget import ByteBudget
+from membank.bank_service.rpc.same_host import SameHostDoor
 from membank.v1 import admin_service_pb2 as admin_pb
 from membank.v1 import block_service_pb2 as block_pb
 from membank.v1.admin_service_pb2_grpc import (
@@ -131,10 +134,16 @@ class FakeBlockServicer(_Servicer, BlockServiceServicer):
     """The data path of one shard, or of the gateway where `shard` is None."""
 
     def __init__(
-        self, bank: FakeBank, shard: FakeShard | None, script: FaultScript, token: str | None
+        self,
+        bank: FakeBank,
+        shard: FakeShard | None,
+        script: FaultScript,
+        token: str | None,
+        door: SameHostDoor | None = None,
     ) -> None:
         super().__init__(bank, script, token)
         self._shard_or_none = shard
+        self._door = door
 
     @property
     def _shard(self) -> FakeShard:
@@ -154,7 +163,9 @@ class FakeBlockServicer(_Servicer, BlockServiceServicer):
     def GetSameHostDoor(
         self, request: block_pb.GetSameHostDoorRequest, context: grpc.ServicerContext
     ) -> block_pb.GetSameHostDoorResponse:
-        return block_pb.GetSameHostDoorResponse()
+        if self._door is None:
+            return block_pb.GetSameHostDoorResponse()
+        return self._door.show(LOCAL_PRINCIPAL)
 
     @_stream_rpc
     def GetTree(
@@ -438,6 +449,8 @@ class FakeService:
         Bearer token that every call must carry; None = none.
     credentials
         TLS of all servers; None = none.
+    same_host
+        True lets callers in to shared memory too.
     """
 
     def __init__(
@@ -446,8 +459,11 @@ class FakeService:
         *,
         token: str | None = None,
         credentials: grpc.ServerCredentials | None = None,
+        same_host: bool = False,
     ) -> None:
         self.bank = bank
+        self.doors: dict[str, SameHostDoor] = {}
+        self._same_host = same_host
         self.script = FaultScript()
         self.scripts = {shard.shard_id: FaultScript() for shard in bank.shards}
         self._token = token
@@ -460,16 +476,23 @@ class FakeService:
 
     def start_shard(self, shard: FakeShard) -> str:
         """Start a shard's server at a new port and say so in the placement."""
+        if self._same_host:
+            # The fake has what a door asks of a shard.
+            self.doors[shard.shard_id] = SameHostDoor(shard, ByteBudget(1 << 30))  # type: ignore[arg-type]
         endpoint = self._start(shard.shard_id, shard, self.scripts[shard.shard_id])
         self.bank.move(shard, endpoint)
         return endpoint
 
     def stop_server(self, name: str) -> None:
         """Stop the server of a shard, or of the "gateway", at once."""
+        if name in self.doors:
+            self.doors.pop(name).close()
         self._servers.pop(name).stop(grace=None).wait()
 
     def close(self) -> None:
         """Stop everything."""
+        for door in self.doors.values():
+            door.close()
         for shard in self.bank.shards:
             for subscription in shard.subscriptions:
                 subscription.close()
@@ -486,7 +509,7 @@ class FakeService:
             ],
         )
         add_BlockServiceServicer_to_server(
-            FakeBlockServicer(self.bank, shard, script, self._token), server
+            FakeBlockServicer(self.bank, shard, script, self._token, self.doors.get(name)), server
         )
         if shard is None:
             add_AdminServiceServicer_to_server(

@@ -11,6 +11,7 @@ from membank.client.config import (
     DiskTierConfig,
     Eviction,
     RetryConfig,
+    SameHostConfig,
     Secret,
     TlsConfig,
 )
@@ -25,6 +26,7 @@ from membank.client.retriever import (
     Retriever,
     ScoredPath,
 )
+from membank.client.same_host import SameHostStats
 from membank.client.sync import BankClient
 from membank.client.transaction import Transaction
 from membank.client.transport import (
@@ -63,6 +65,8 @@ __all__ = [
     "PushAnswer",
     "Retriever",
     "RetryConfig",
+    "SameHostConfig",
+    "SameHostStats",
     "ScoredPath",
     "Secret",
     "StateRead",

@@ -168,6 +168,17 @@ class CacheConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SameHostConfig:
+    """How shards on this machine are called through shared memory (docs/client.md)."""
+
+    max_connections: int = 4
+    """Most calls to one shard at a time, >= 1; further ones wait for their turn."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_connections >= 1, "max_connections", self.max_connections, ">= 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ClientConfig:
     """Configuration of a client. It pickles unless it holds a `token`."""
 
@@ -186,6 +197,8 @@ class ClientConfig:
     """Retries."""
     cache: CacheConfig | None = None
     """What is kept of the blocks that were fetched; None = nothing."""
+    same_host: SameHostConfig | None = field(default_factory=SameHostConfig)
+    """How shards on this machine are called through shared memory; None = over gRPC alone."""
     tls: TlsConfig | None = None
     """None = no TLS; a credential is then sent to this machine alone."""
     token: Secret | str | None = None

@@ -16,12 +16,12 @@ from membank.client.cached_blocks import CachedBlocks, CacheStats
 from membank.client.checks import check_arrays, check_bases, check_scale
 from membank.client.config import CacheConfig, ClientConfig
 from membank.client.disk_tier import DiskTier
-from membank.client.grpc_transport import grpc_connector
 from membank.client.listening import WatchEar
 from membank.client.memory import FetchedBlocks, Memory
 from membank.client.opened import AsyncOpenedBank, open_bank
 from membank.client.retriever import Embedder
 from membank.client.routing import RoutingCalls
+from membank.client.same_host import SameHostCounters, SameHostStats, same_host_connector
 from membank.client.session import Session, new_request_id
 from membank.client.transaction import Transaction
 from membank.client.transport import Connector, PushAnswer
@@ -51,10 +51,19 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
         What the calls share.
     embedder
         Embeds texts for `route`; None = the one that the bank's tree holds (``lsa`` only).
+    counters
+        Counts what goes through shared memory.
     """
 
-    def __init__(self, session: Session, *, embedder: Embedder | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        *,
+        embedder: Embedder | None = None,
+        counters: SameHostCounters | None = None,
+    ) -> None:
         super().__init__(session, embedder=embedder)
+        self._counters = counters or SameHostCounters()
         self._blocks: BlockSource | None = None
         self._cache: CachedBlocks | None = None
         self._pinned_revision: int | None = None
@@ -82,7 +91,8 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
         embedder
             Embeds texts for `route`; None = the one that the bank's tree holds (``lsa`` only).
         connector
-            Connects to endpoints; None = over gRPC.
+            Connects to endpoints; None = over gRPC, and to shards on this machine through shared
+            memory.
 
         Raises
         ------
@@ -94,8 +104,9 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
             If the endpoint is no ``host:port``.
         """
         config = config or ClientConfig()
-        session = Session(endpoint, config, connector or grpc_connector(config))
-        client = cls(session, embedder=embedder)
+        counters = SameHostCounters()
+        connector = connector or same_host_connector(config, counters)
+        client = cls(Session(endpoint, config, connector), embedder=embedder, counters=counters)
         try:
             await client._greet()
         except BaseException:
@@ -164,6 +175,11 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
     def cache_stats(self) -> CacheStats | None:
         """What the cache did and holds; None where there is none, or nothing was fetched yet."""
         return None if self._cache is None else self._cache.stats
+
+    @property
+    def same_host_stats(self) -> SameHostStats:
+        """What went through shared memory, and why what did not."""
+        return self._counters.stats
 
     @property
     def spec(self) -> BankSpec:

@@ -21,7 +21,7 @@ from membank.v1 import same_host_pb2 as host_pb
 from membank.wire.convert import header_from_pb, result_from_pb
 from membank.wire.copying import copy_checked
 from membank.wire.crc import as_uint8
-from membank.wire.errors import CorruptionError, from_status_proto
+from membank.wire.errors import from_status_proto
 from membank.wire.records import Block, BlockHeader, Update
 from membank.wire.same_host import MessageSocket, abstract_address
 from membank.wire.shared_memory import Bytes, MappedSegments, SharedMemory, pack
@@ -44,7 +44,7 @@ class SameHostConnection:
     Notes
     -----
     Every call takes the seconds that it may last. It raises what the shard raised, after which the
-    connection can be used again; and `OSError`, `LookupError` or `CorruptionError` where the way
+    connection can be used again; and `OSError` or `LookupError`, but of no such leaf, where the way
     through shared memory failed, after which it is of no use.
     """
 
@@ -125,8 +125,13 @@ class SameHostConnection:
             results=tuple(map(result_from_pb, pushed.results)), duplicate=pushed.duplicate
         )
 
+    def abandon(self) -> None:
+        """End the connection under a call in another thread, which fails then."""
+        # Not closed: another file could get its number before that thread is out of the kernel.
+        self._messages.shut_down()
+
     def close(self) -> None:
-        """End the connection."""
+        """End the connection; nobody may be using it."""
         self._messages.close()
 
     def _ask(
@@ -156,8 +161,6 @@ class SameHostConnection:
         target = land(header)
         actual = copy_checked(target, source)
         if actual != header.crc32c:
-            raise CorruptionError(
-                f"{self._where}: block {header.ref} has CRC-32C {actual:08x} in shared memory, "
-                f"announced was {header.crc32c:08x}"
-            )
+            # The shard took the memory back, such as after a lease that was overstayed.
+            raise ConnectionError(f"{self._where}: block {header.ref} changed while it was copied")
         return Block(header=header, weight=as_weight(target, header))

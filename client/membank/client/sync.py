@@ -15,6 +15,7 @@ from membank.client.core import AsyncBankClient
 from membank.client.loop_thread import loop_thread
 from membank.client.opened import OpenedBank, open_bank
 from membank.client.retriever import Embedder
+from membank.client.same_host import SameHostStats
 from membank.client.transaction import Transaction
 from membank.client.transport import Connector
 from membank.client.watching import Changes
@@ -159,6 +160,11 @@ class BankClient:
     def cache_stats(self) -> CacheStats | None:
         """What the cache did and holds; None where there is none, or nothing was fetched yet."""
         return self._core.cache_stats
+
+    @property
+    def same_host_stats(self) -> SameHostStats:
+        """What went through shared memory, and why what did not."""
+        return self._core.same_host_stats
 
     info = _sync(AsyncBankClient.info)
     tree = _sync(AsyncBankClient.tree)

@@ -1,0 +1,259 @@
+"""The way through shared memory to a shard on this machine, beside the way over gRPC.
+
+Payloads do not travel: a fetch copies blocks from where the shard keeps them, a push says where in
+this process the gradients lie. Whatever keeps that from working is answered by gRPC, and counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from membank.client.config import ClientConfig, SameHostConfig
+from membank.client.grpc_transport import GrpcTransport, grpc_connector
+from membank.client.requests import fetch_request
+from membank.client.same_host_connection import SameHostConnection
+from membank.client.transport import (
+    Connector,
+    FetchAnswer,
+    PushAnswer,
+    SameHostDoor,
+)
+from membank.wire.buffers import BufferPool
+from membank.wire.errors import (
+    DeadlineError,
+    FailedPreconditionError,
+    MembankError,
+)
+from membank.wire.records import BlockHeader, Update
+from membank.wire.same_host import boot_id
+from membank.wire.shared_memory import Bytes, SharedMemory
+from membank.wire.spec import BlockRef
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SameHostStats:
+    """What went through shared memory."""
+
+    num_fetches: int
+    """Fetches from single shards that did."""
+    num_pushes: int
+    """Pushes to single shards that did."""
+    fallbacks: Mapping[str, int]
+    """Calls that were made over gRPC instead, by what the shared memory lacked: ``not offered``,
+    ``other host``, ``not let in``, ``broken``."""
+
+
+class SameHostCounters:
+    """Counts for `SameHostStats`; for one client, whose transports share it."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def count(self, what: str) -> None:
+        """Count one call."""
+        self._counts[what] += 1
+
+    @property
+    def stats(self) -> SameHostStats:
+        """The counts."""
+        counts = dict(self._counts)
+        return SameHostStats(
+            num_fetches=counts.pop("fetch", 0),
+            num_pushes=counts.pop("push", 0),
+            fallbacks=counts,
+        )
+
+
+class _NoWayError(Exception):
+    """Shared memory cannot be used; the text says why, as in `SameHostStats`."""
+
+
+class SameHostTransport(GrpcTransport):
+    """A connection over gRPC whose fetches and pushes go through shared memory where they can.
+
+    Belongs to the event loop that it was made in.
+
+    Parameters
+    ----------
+    endpoint
+        Address, ``host:port``.
+    config
+        As for `GrpcTransport`.
+    bounds
+        Bounds of the way through shared memory.
+    counters
+        Counts what is done.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        config: ClientConfig,
+        bounds: SameHostConfig,
+        counters: SameHostCounters,
+    ) -> None:
+        super().__init__(endpoint, config)
+        self._endpoint = endpoint
+        self._counters = counters
+        self._staging = SharedMemory()
+        self._pool = BufferPool(256 << 20)
+        self._idle: list[SameHostConnection] = []
+        self._free = asyncio.Semaphore(bounds.max_connections)
+        self._threads = ThreadPoolExecutor(
+            bounds.max_connections, thread_name_prefix="membank-same-host"
+        )
+        self._no_way: str | None = None
+        """Why this endpoint has no such way, and never will; None = it may have."""
+
+    async def fetch(
+        self,
+        refs: Sequence[BlockRef],
+        *,
+        held_versions: Sequence[int | None] | None = None,
+        dtype: str | None = None,
+        min_revision: int = 0,
+        snapshot: str = "",
+        timeout_s: float,
+    ) -> FetchAnswer:
+        """Return blocks of one revision, copied out of the shard's memory."""
+        request = fetch_request(
+            refs,
+            bank=self._bank,
+            held_versions=held_versions,
+            dtype=dtype,
+            min_revision=min_revision,
+            snapshot=snapshot,
+        )
+
+        def through(connection: SameHostConnection, left_s: float) -> FetchAnswer:
+            return connection.fetch(request, refs, self._land, timeout_s=left_s)
+
+        def over(left_s: float) -> Awaitable[FetchAnswer]:
+            return GrpcTransport.fetch(
+                self,
+                refs,
+                held_versions=held_versions,
+                dtype=dtype,
+                min_revision=min_revision,
+                snapshot=snapshot,
+                timeout_s=left_s,
+            )
+
+        return await self._call("fetch", through, over, timeout_s)
+
+    async def push(self, update: Update, *, timeout_s: float) -> PushAnswer:
+        """Apply gradients, which the shard takes out of this process's memory."""
+
+        def through(connection: SameHostConnection, left_s: float) -> PushAnswer:
+            return connection.push(update, bank=self._bank, staging=self._staging, timeout_s=left_s)
+
+        def over(left_s: float) -> Awaitable[PushAnswer]:
+            # Under the same request id: where the shard has applied it, it answers as it did.
+            return GrpcTransport.push(self, update, timeout_s=left_s)
+
+        return await self._call("push", through, over, timeout_s)
+
+    async def close(self, *, grace_s: float = 0.0) -> None:
+        """Close all connections; calls that still run have `grace_s` seconds to end."""
+        self._no_way = self._no_way or "closed"
+        await super().close(grace_s=grace_s)
+        while self._idle:
+            self._idle.pop().close()
+        self._threads.shutdown(wait=False)
+
+    def _land(self, header: BlockHeader) -> Bytes:
+        return self._pool.take(header.num_bytes)
+
+    async def _call(
+        self,
+        what: str,
+        through: Callable[[SameHostConnection, float], T],
+        over: Callable[[float], Awaitable[T]],
+        timeout_s: float,
+    ) -> T:
+        ends = time.monotonic() + timeout_s
+        try:
+            async with self._connection(ends) as connection:
+                answer = await self._in_thread(lambda: through(connection, ends - time.monotonic()))
+            self._counters.count(what)
+        except _NoWayError as err:
+            self._counters.count(str(err))
+            return await over(max(0.0, ends - time.monotonic()))
+        return answer
+
+    @asynccontextmanager
+    async def _connection(self, ends: float) -> AsyncIterator[SameHostConnection]:
+        """Lend a connection for one call; one that breaks in it is given up."""
+        if self._no_way is not None:
+            raise _NoWayError(self._no_way)
+        async with self._free:
+            connection = self._idle.pop() if self._idle else await self._opened(ends)
+            try:
+                yield connection
+            except MembankError:
+                # The shard's answer; several leaves are errors of the system's kinds as well.
+                self._give_back(connection)
+                raise
+            except TimeoutError as err:
+                connection.close()
+                raise DeadlineError(f"{self._endpoint} did not answer in time") from err
+            except (OSError, LookupError) as err:
+                connection.close()
+                raise _NoWayError("broken") from err
+            except BaseException:
+                # Such as a cancellation: the thread may still be at work on it.
+                connection.abandon()
+                raise
+            else:
+                self._give_back(connection)
+
+    def _give_back(self, connection: SameHostConnection) -> None:
+        if self._no_way is None:
+            self._idle.append(connection)
+        else:
+            connection.close()
+
+    async def _opened(self, ends: float) -> SameHostConnection:
+        door = await self._door(ends)
+        try:
+            return await self._in_thread(
+                lambda: SameHostConnection.open(
+                    door, self._endpoint, timeout_s=max(0.001, ends - time.monotonic())
+                )
+            )
+        except OSError as err:
+            # Also where the shard has connections enough; one may be free the next time.
+            raise _NoWayError("not let in") from err
+
+    async def _door(self, ends: float) -> SameHostDoor:
+        try:
+            door = await self.get_same_host_door(timeout_s=max(0.001, ends - time.monotonic()))
+        except FailedPreconditionError:
+            door = None  # a shard that knows nothing of it
+        if door is None:
+            self._no_way = "not offered"
+        elif door.boot_id != boot_id():
+            self._no_way = "other host"
+        if door is None or self._no_way is not None:
+            raise _NoWayError(self._no_way or "closed")
+        return door
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+
+def same_host_connector(config: ClientConfig, counters: SameHostCounters) -> Connector:
+    """Return what connects over gRPC, and through shared memory where the shard is at hand."""
+    bounds = config.same_host
+    if bounds is None:
+        return grpc_connector(config)
+    return lambda endpoint: SameHostTransport(endpoint, config, bounds, counters)
