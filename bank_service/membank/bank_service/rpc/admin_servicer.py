@@ -8,9 +8,9 @@ import grpc
 
 from membank.bank_service.knowledge.contract import AdminRequest, BankAdmin, BankHost
 from membank.bank_service.rpc.auth import current_principal
-from membank.bank_service.rpc.block_servicer import MAX_REFS, check_bank
 from membank.bank_service.rpc.budget import ByteBudget
 from membank.bank_service.rpc.interceptor import check_alive
+from membank.bank_service.rpc.requests import MAX_REFS, check_bank
 from membank.bank_service.shard.contract import SetContent
 from membank.v1 import admin_service_pb2 as pb
 from membank.v1 import types_pb2 as types_pb

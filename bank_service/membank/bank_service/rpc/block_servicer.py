@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import chain
 from typing import Protocol
 
 import grpc
+import numpy as np
+import numpy.typing as npt
 
 from membank.bank_service.rpc.auth import current_principal
-from membank.bank_service.rpc.budget import ByteBudget, Reservation
+from membank.bank_service.rpc.budget import ByteBudget
 from membank.bank_service.rpc.interceptor import check_alive
+from membank.bank_service.rpc.payload_interceptor import FETCH_DATA
+from membank.bank_service.rpc.requests import check_bank, read_fetch, read_push, update_of
 from membank.bank_service.rpc.same_host import SameHostDoor
 from membank.bank_service.shard.contract import FetchResult, ShardApi
 from membank.v1 import block_service_pb2 as pb
 from membank.v1.block_service_pb2_grpc import BlockServiceServicer
 from membank.wire import convert
+from membank.wire.buffers import BufferPool
 from membank.wire.crc import crc32c
+from membank.wire.data_messages import data_of
 from membank.wire.errors import (
     InvalidArgumentError,
-    NotFoundError,
     Reason,
     UnavailableError,
 )
@@ -30,14 +36,17 @@ from membank.wire.framing import (
     Payload,
     PayloadAssembler,
     iter_chunks,
+    iter_parts,
 )
-from membank.wire.records import BankInfo, Gradient, Update
-from membank.wire.spec import Array, BankSpec, BlockRef, dtype_of
-
-MAX_REFS = 65_536
-"""Most blocks that one request may name."""
+from membank.wire.records import BankInfo
+from membank.wire.spec import BlockRef
 
 _HEADERS_PER_MESSAGE = 8_192
+_SHARED_MESSAGE_BYTES = 64 << 10
+"""Payloads of at most so many bytes travel in the message of the last headers; a copy of more would
+take longer than another message does."""
+_POOLED_BYTES = 256 << 20
+"""Memory kept for gradients to land in; far more are rarely received at a time."""
 _WATCH_WAIT_S = 0.5
 """How soon a watcher notices that its caller is gone or the server stops."""
 
@@ -145,6 +154,7 @@ class BlockServicer(BankInfoServicer):
         self._max_watchers = max_watchers
         self._watchers = threading.BoundedSemaphore(max_watchers)
         self._draining = threading.Event()
+        self._pool = BufferPool(_POOLED_BYTES)
 
     def drain(self) -> None:
         """End the subscriptions, which would otherwise last as long as their callers."""
@@ -159,25 +169,19 @@ class BlockServicer(BankInfoServicer):
             return pb.GetSameHostDoorResponse()
         return self._door.show(current_principal.get())
 
-    def FetchBlocks(
+    def FetchBlocks(  # type: ignore[override]  # what the interceptor serializes is more
         self, request: pb.FetchBlocksRequest, context: grpc.ServicerContext
-    ) -> Iterator[pb.FetchBlocksResponse]:
-        # docstring inherited
-        spec = self._shard.spec
-        check_bank(request.bank, spec)
-        refs = _checked_refs(spec, convert.refs_from_pb(request.refs))
-        held = _held_versions(request, len(refs))
-        dtype = convert.dtype_from_pb(request.dtype)
-        # What the caller holds is likely unchanged; asking for a large cache again must be cheap.
-        wanted = [ref for ref, version in zip(refs, held, strict=True) if version is None]
-        with self._budget.reserve(_weight_bytes(spec, wanted, dtype), what="fetch") as reservation:
+    ) -> Iterator[pb.FetchBlocksResponse | bytes]:
+        """Stream blocks; messages of payload alone come serialized (`PayloadInterceptor`)."""
+        call = read_fetch(request, self._shard.spec)
+        with self._budget.reserve(call.expected_bytes, what="fetch") as reservation:
             check_alive(context)
             result = self._shard.fetch(
-                refs,
-                held_versions=held,
-                dtype=dtype,
-                min_revision=request.min_revision,
-                snapshot=request.snapshot,
+                call.refs,
+                held_versions=call.held,
+                dtype=call.dtype,
+                min_revision=call.min_revision,
+                snapshot=call.snapshot,
             )
             reservation.resize(sum(block.header.num_bytes for block in result.blocks))
             for message in _fetch_messages(result):
@@ -185,40 +189,45 @@ class BlockServicer(BankInfoServicer):
                 yield message
 
     def PushUpdates(
-        self, request_iterator: Iterator[pb.PushUpdatesRequest], context: grpc.ServicerContext
+        self,
+        request_iterator: Iterator[pb.PushUpdatesRequest | memoryview],
+        context: grpc.ServicerContext,
     ) -> pb.PushUpdatesResponse:
-        # docstring inherited
+        """Apply gradients; messages of payload alone arrive as views (`PayloadInterceptor`)."""
         head = next(request_iterator, None)
         if head is None:
             raise InvalidArgumentError("the push is empty; its first message carries the headers")
+        if isinstance(head, memoryview):
+            raise InvalidArgumentError("the push begins with data; headers come first")
         spec = self._shard.spec
-        check_bank(head.bank, spec)
-        _check_push(head, spec)
+        payloads = read_push(head, spec)
         with self._budget.reserve(0, what="push") as reservation:
-            arrays = _receive_gradients(head, request_iterator, spec, reservation)
-            update = Update(
-                request_id=head.request_id,
-                step=head.step,
-                gradients=tuple(
-                    Gradient(
-                        ref=convert.ref_from_pb(header.ref),
-                        base_version=header.base_version,
-                        values=array,
-                        crc32c=header.crc32c,
-                    )
-                    for header, array in zip(head.headers, arrays, strict=True)
-                ),
-                learning_rate_scale=(
-                    head.learning_rate_scale if head.HasField("learning_rate_scale") else 1.0
-                ),
-            )
+            # Reserved before a byte is allocated.
+            reservation.grow(sum(payload.num_bytes for payload in payloads))
+            buffers = self._receive(payloads, chain([head], request_iterator))
             # A caller that left will send the same request id again; do the work once, then.
             check_alive(context)
-            result = self._shard.push(update)
+            result = self._shard.push(update_of(head, buffers, spec))
         return pb.PushUpdatesResponse(
             results=[convert.result_to_pb(item) for item in result.results],
             duplicate=result.duplicate,
         )
+
+    def _receive(
+        self, payloads: list[Payload], messages: Iterable[pb.PushUpdatesRequest | memoryview]
+    ) -> list[npt.NDArray[np.uint8]]:
+        assembler = PayloadAssembler(max_bytes=sum(payload.num_bytes for payload in payloads))
+        for payload in payloads:
+            assembler.expect(payload, partial(self._pool.take, payload.num_bytes))
+        for message in messages:
+            data = data_of(message)
+            if len(data) > 2 * CHUNK_BYTES:
+                raise InvalidArgumentError(
+                    f"a message carries {len(data)} bytes; send chunks of {CHUNK_BYTES}",
+                    reason=Reason.MESSAGE_TOO_LARGE,
+                )
+            assembler.feed(data)
+        return assembler.finish()
 
     def WatchBlocks(
         self, request: pb.WatchBlocksRequest, context: grpc.ServicerContext
@@ -258,16 +267,6 @@ class BlockServicer(BankInfoServicer):
         raise UnavailableError("the shard is stopping; subscribe again at its new endpoint")
 
 
-def check_bank(name: str, spec: BankSpec) -> None:
-    """Raise `NotFoundError` unless `name` is empty or the name of the served bank."""
-    if name and name != spec.name:
-        raise NotFoundError(
-            f"bank {name!r} is not served here; this service serves {spec.name!r}",
-            reason=Reason.UNKNOWN_BANK,
-            metadata={"bank": name, "served": spec.name},
-        )
-
-
 def _not_served_here() -> UnavailableError:
     return UnavailableError(
         "blocks are served by the shards; take their endpoints from GetBank",
@@ -275,36 +274,9 @@ def _not_served_here() -> UnavailableError:
     )
 
 
-def _checked_refs(spec: BankSpec, refs: tuple[BlockRef, ...]) -> tuple[BlockRef, ...]:
-    if len(refs) > MAX_REFS:
-        raise InvalidArgumentError(
-            f"{len(refs)} blocks in one request; at most {MAX_REFS} are accepted",
-            reason=Reason.MESSAGE_TOO_LARGE,
-        )
-    for ref in refs:
-        spec.check_ref(ref)
-    return refs
-
-
-def _held_versions(request: pb.FetchBlocksRequest, count: int) -> list[int | None]:
-    held = request.held_version_plus_one
-    if not held:
-        return [None] * count
-    if len(held) != count:
-        raise InvalidArgumentError(
-            f"held_version_plus_one has {len(held)} entries for {count} refs"
-        )
-    return [value - 1 if value else None for value in held]
-
-
-def _weight_bytes(spec: BankSpec, refs: Sequence[BlockRef], dtype: str | None) -> int:
-    itemsize = dtype_of(dtype or spec.dtype).itemsize
-    return sum(spec.block_params(ref.level) for ref in refs) * itemsize
-
-
-def _fetch_messages(result: FetchResult) -> Iterator[pb.FetchBlocksResponse]:
+def _fetch_messages(result: FetchResult) -> Iterator[pb.FetchBlocksResponse | bytes]:
     headers = [convert.header_to_pb(block.header) for block in result.blocks]
-    chunks = iter_chunks(block.weight for block in result.blocks if block.weight is not None)
+    parts = iter_parts(block.weight for block in result.blocks if block.weight is not None)
     batches = [
         headers[start : start + _HEADERS_PER_MESSAGE]
         for start in range(0, len(headers), _HEADERS_PER_MESSAGE)
@@ -314,75 +286,9 @@ def _fetch_messages(result: FetchResult) -> Iterator[pb.FetchBlocksResponse]:
         message.headers.extend(batch)
         yield message
         message = pb.FetchBlocksResponse()
-    # The last headers share a message with the first bytes: a small fetch is one message.
     message.headers.extend(batches[-1])
-    message.data = next(chunks, b"")
+    if sum(block.header.num_bytes for block in result.blocks) <= _SHARED_MESSAGE_BYTES:
+        # A small fetch is one message.
+        message.data = b"".join(next(parts, ()))
     yield message
-    for chunk in chunks:
-        yield pb.FetchBlocksResponse(data=chunk)
-
-
-def _check_push(head: pb.PushUpdatesRequest, spec: BankSpec) -> None:
-    if not head.request_id:
-        raise InvalidArgumentError("a push needs a request id (UUID), so that a retry is harmless")
-    scale = head.learning_rate_scale
-    if not (math.isfinite(scale) and scale >= 0):
-        raise InvalidArgumentError(f"learning_rate_scale is {scale}; accepted: finite and >= 0")
-    if not head.headers:
-        raise InvalidArgumentError("the push names no block in its first message")
-    refs = [convert.ref_from_pb(header.ref) for header in head.headers]
-    _checked_refs(spec, tuple(refs))
-    if len(set(refs)) != len(refs):
-        raise InvalidArgumentError("the push names a block twice; add its gradients first")
-
-
-def _receive_gradients(
-    head: pb.PushUpdatesRequest,
-    rest: Iterator[pb.PushUpdatesRequest],
-    spec: BankSpec,
-    reservation: Reservation,
-) -> list[Array]:
-    payloads = []
-    for header in head.headers:
-        ref = convert.ref_from_pb(header.ref)
-        expected = spec.block_params(ref.level) * dtype_of(_gradient_dtype(header)).itemsize
-        if header.num_bytes != expected:
-            raise InvalidArgumentError(
-                f"gradient of block {ref} has {header.num_bytes} bytes; its shape "
-                f"{spec.block_shape(ref.level)} takes {expected}",
-                reason=Reason.BAD_SHAPE,
-                metadata={"block": str(ref)},
-            )
-        payloads.append(
-            Payload(num_bytes=header.num_bytes, crc32c=header.crc32c, what=f"gradient of {ref}")
-        )
-    total = sum(payload.num_bytes for payload in payloads)
-    # Reserved before a byte is allocated.
-    reservation.grow(total)
-    assembler = PayloadAssembler(max_bytes=total)
-    for payload in payloads:
-        assembler.expect(payload)
-    for data in _data_of(head, rest):
-        assembler.feed(data)
-    return [
-        buffer.view(dtype_of(_gradient_dtype(header))).reshape(spec.block_shape(header.ref.level))
-        for header, buffer in zip(head.headers, assembler.finish(), strict=True)
-    ]
-
-
-def _gradient_dtype(header: pb.UpdateHeader) -> str:
-    dtype = convert.dtype_from_pb(header.dtype)
-    if dtype is None:
-        raise InvalidArgumentError("a gradient needs its dtype", reason=Reason.BAD_DTYPE)
-    return dtype
-
-
-def _data_of(head: pb.PushUpdatesRequest, rest: Iterator[pb.PushUpdatesRequest]) -> Iterator[bytes]:
-    yield head.data
-    for message in rest:
-        if len(message.data) > 2 * CHUNK_BYTES:
-            raise InvalidArgumentError(
-                f"a message carries {len(message.data)} bytes; send chunks of {CHUNK_BYTES}",
-                reason=Reason.MESSAGE_TOO_LARGE,
-            )
-        yield message.data
+    yield from map(FETCH_DATA.encode, parts)

@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from membank.bank_service.rpc.auth import Authenticator, OpenAuthenticator, TokenAuthenticator
 from membank.bank_service.rpc.interceptor import CallInterceptor
+from membank.bank_service.rpc.payload_interceptor import PayloadInterceptor
 from membank.wire.errors import FailedPreconditionError, Reason
 from membank.wire.framing import MAX_MESSAGE_BYTES
 
@@ -96,7 +97,7 @@ class BankServer:
         self._pool = ThreadPoolExecutor(config.max_workers, thread_name_prefix="membank-rpc")
         self._server = grpc.server(
             self._pool,
-            interceptors=[CallInterceptor(_authenticator(config))],
+            interceptors=[CallInterceptor(_authenticator(config)), PayloadInterceptor()],
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),

@@ -1,0 +1,52 @@
+"""Lets the payloads of the two data streams past the generated code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import grpc
+
+from membank.bank_service.rpc.auth import BLOCK_SERVICE
+from membank.v1 import block_service_pb2 as pb
+from membank.wire.data_messages import DataCodec
+
+if TYPE_CHECKING:
+    # Generic in its stubs alone. One interceptor serves methods of all message types.
+    _Handler = grpc.RpcMethodHandler[Any, Any]
+
+FETCH_DATA = DataCodec(pb.FetchBlocksResponse)
+"""Messages of an answer to a fetch."""
+PUSH_DATA = DataCodec(pb.PushUpdatesRequest)
+"""Messages of a push."""
+
+
+class PayloadInterceptor(grpc.ServerInterceptor):
+    """Serializes answers of `FetchBlocks` and reads requests of `PushUpdates` by `DataCodec`.
+
+    So their handlers may yield messages that are serialized already, and get views of the data of
+    messages that hold nothing else.
+    """
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], _Handler | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler | None:
+        # docstring inherited
+        handler = continuation(handler_call_details)
+        if handler is None:
+            return None
+        if handler_call_details.method == f"{BLOCK_SERVICE}FetchBlocks":
+            return grpc.unary_stream_rpc_method_handler(
+                cast("Any", handler.unary_stream),
+                request_deserializer=handler.request_deserializer,
+                response_serializer=FETCH_DATA.serialize,
+            )
+        if handler_call_details.method == f"{BLOCK_SERVICE}PushUpdates":
+            return grpc.stream_unary_rpc_method_handler(
+                cast("Any", handler.stream_unary),
+                request_deserializer=PUSH_DATA.deserialize,
+                response_serializer=handler.response_serializer,
+            )
+        return handler
