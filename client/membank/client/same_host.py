@@ -114,6 +114,11 @@ class SameHostTransport(GrpcTransport):
         self._no_way: str | None = None
         """Why this endpoint has no such way, and never will; None = it may have."""
 
+    @property
+    def stats(self) -> SameHostStats:
+        """What was counted, for all transports of the client."""
+        return self._counters.stats
+
     async def fetch(
         self,
         refs: Sequence[BlockRef],

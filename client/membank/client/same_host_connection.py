@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Self
 
 import numpy as np
@@ -52,6 +54,9 @@ class SameHostConnection:
         self._messages = messages
         self._where = where
         self._segments = MappedSegments()
+        self._lock = threading.Lock()
+        self._is_in_use = False
+        self._is_abandoned = False
 
     @classmethod
     def open(cls, door: SameHostDoor, where: str, *, timeout_s: float) -> Self:
@@ -94,6 +99,16 @@ class SameHostConnection:
         timeout_s
             Seconds that it may last.
         """
+        with self._use():
+            return self._fetch(request, refs, land, timeout_s)
+
+    def _fetch(
+        self,
+        request: block_pb.FetchBlocksRequest,
+        refs: Sequence[BlockRef],
+        land: Land,
+        timeout_s: float,
+    ) -> FetchAnswer:
         answer = self._ask(host_pb.SameHostRequest(fetch=request), timeout_s).blocks
         headers = [header_from_pb(header) for header in answer.headers]
         if [header.ref for header in headers] != list(refs):
@@ -120,19 +135,40 @@ class SameHostConnection:
             places=[host_pb.SharedPlace(segment=place.segment, offset=at) for at in offsets],
         )
         request = host_pb.SameHostRequest(segments=[place.segment], push=push)
-        pushed = self._ask(request, ends - time.monotonic(), [place.descriptor]).pushed
+        with self._use():
+            pushed = self._ask(request, ends - time.monotonic(), [place.descriptor]).pushed
         return PushAnswer(
             results=tuple(map(result_from_pb, pushed.results)), duplicate=pushed.duplicate
         )
 
     def abandon(self) -> None:
-        """End the connection under a call in another thread, which fails then."""
-        # Not closed: another file could get its number before that thread is out of the kernel.
-        self._messages.shut_down()
+        """End the connection, also under a call in another thread, which fails then."""
+        with self._lock:
+            self._is_abandoned = True
+            if self._is_in_use:
+                # Closed by that thread: another file could get the socket's number before it is out
+                # of the kernel.
+                self._messages.shut_down()
+            else:
+                self._messages.close()
 
     def close(self) -> None:
         """End the connection; nobody may be using it."""
         self._messages.close()
+
+    @contextmanager
+    def _use(self) -> Iterator[None]:
+        with self._lock:
+            if self._is_abandoned:
+                raise ConnectionError("the connection was given up")
+            self._is_in_use = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._is_in_use = False
+                if self._is_abandoned:
+                    self._messages.close()
 
     def _ask(
         self, request: host_pb.SameHostRequest, timeout_s: float, descriptors: Sequence[int] = ()

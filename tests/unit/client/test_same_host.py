@@ -1,0 +1,203 @@
+"""The way through shared memory gives way to gRPC wherever it fails, and says so."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from fake_bank import FakeBank
+from fake_service import FakeService
+from membank.bank_service.rpc import same_host as server_side
+from membank.client import AsyncBankClient, ClientConfig, SameHostConfig
+from membank.client import same_host as client_side
+from membank.client import same_host_connection as connection_side
+from membank.client.same_host import SameHostCounters, SameHostTransport
+from membank.client.transport import SameHostDoor
+from membank.v1 import same_host_pb2 as host_pb
+from membank.wire.errors import DeadlineError, NotFoundError
+from membank.wire.same_host import MessageSocket, abstract_address
+from membank.wire.spec import BlockRef
+
+TIMEOUT_S = 10.0
+TOPIC = BlockRef(1, 0)
+
+
+@pytest.fixture
+def bank() -> FakeBank:
+    return FakeBank()
+
+
+@pytest.fixture
+def service(bank: FakeBank) -> Iterator[FakeService]:
+    service = FakeService(bank, same_host=True)
+    yield service
+    service.close()
+
+
+@pytest.fixture
+async def transport(bank: FakeBank, service: FakeService) -> AsyncIterator[SameHostTransport]:
+    async with a_transport(bank) as transport:
+        yield transport
+
+
+@asynccontextmanager
+async def a_transport(bank: FakeBank) -> AsyncIterator[SameHostTransport]:
+    endpoint = bank.endpoints[bank.shard_of(TOPIC).shard_id]
+    transport = SameHostTransport(endpoint, ClientConfig(), SameHostConfig(), SameHostCounters())
+    yield transport
+    await transport.close()
+
+
+async def fetched(transport: SameHostTransport, timeout_s: float = TIMEOUT_S) -> bytes:
+    answer = await transport.fetch([TOPIC], timeout_s=timeout_s)
+    weight = answer.blocks[0].weight
+    assert weight is not None
+    return weight.tobytes()
+
+
+def content(bank: FakeBank) -> bytes:
+    return bank.shard_of(TOPIC).blocks[TOPIC].weight.tobytes()
+
+
+async def test_a_client_uses_it_by_itself(bank: FakeBank, service: FakeService) -> None:
+    async with await AsyncBankClient.connect(service.endpoint) as client:
+        await client.fetch_blocks([TOPIC])
+        assert client.same_host_stats.num_fetches == 1
+        assert client.same_host_stats.fallbacks == {}
+    config = ClientConfig(same_host=None)
+    async with await AsyncBankClient.connect(service.endpoint, config=config) as client:
+        await client.fetch_blocks([TOPIC])
+        assert client.same_host_stats.num_fetches == 0
+
+
+async def test_a_service_without_a_door(bank: FakeBank) -> None:
+    service = FakeService(bank)
+    async with a_transport(bank) as transport:
+        for _ in range(2):
+            assert await fetched(transport) == content(bank)
+        assert transport.stats.fallbacks == {"not offered": 2}
+    service.close()
+
+
+async def test_a_shard_on_another_machine_is_not_tried(
+    bank: FakeBank, transport: SameHostTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_side, "boot_id", lambda: "another kernel")
+    assert await fetched(transport) == content(bank)
+    assert transport.stats.fallbacks == {"other host": 1}
+
+
+async def test_another_user_is_not_let_in(
+    bank: FakeBank, transport: SameHostTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_side.os, "geteuid", lambda: 12345)
+    assert await fetched(transport) == content(bank)
+    assert transport.stats.fallbacks == {"not let in": 1}
+
+
+async def test_a_door_that_closed_meanwhile(
+    bank: FakeBank, service: FakeService, transport: SameHostTransport
+) -> None:
+    await fetched(transport)
+    service.doors[bank.shard_of(TOPIC).shard_id].close()
+    for _ in range(2):
+        assert await fetched(transport) == content(bank)
+    assert transport.stats.num_fetches == 1
+    assert transport.stats.fallbacks == {"broken": 1, "not let in": 1}
+
+
+async def test_memory_that_changes_while_it_is_copied(
+    bank: FakeBank, transport: SameHostTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = connection_side.copy_checked
+    monkeypatch.setattr(
+        connection_side, "copy_checked", lambda target, source: copy(target, source) ^ 1
+    )
+    assert await fetched(transport) == content(bank)
+    assert transport.stats.fallbacks == {"broken": 1}
+
+
+async def test_an_error_of_the_shard_is_no_reason_to_ask_again(
+    transport: SameHostTransport,
+) -> None:
+    with pytest.raises(NotFoundError):
+        await transport.fetch([TOPIC], snapshot="none", timeout_s=TIMEOUT_S)
+    await fetched(transport)
+    assert transport.stats.num_fetches == 1
+    assert transport.stats.fallbacks == {}
+
+
+class Deaf:
+    """A door that lets callers in and never answers."""
+
+    def __init__(self) -> None:
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(abstract_address("membank-test-deaf"))
+        self._listener.listen()
+        self.messages: list[MessageSocket] = []
+        self.heard = threading.Event()
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        messages = MessageSocket(self._listener.accept()[0])
+        self.messages.append(messages)
+        messages.receive(host_pb.SameHostRequest)
+        messages.send(host_pb.SameHostResponse(welcome=host_pb.SameHostWelcome()))
+        messages.receive(host_pb.SameHostRequest)
+        self.heard.set()
+
+    def close(self) -> None:
+        self._thread.join()
+        self.messages[0].close()
+        self._listener.close()
+
+
+@pytest.fixture
+def deaf(transport: SameHostTransport, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deaf]:
+    deaf = Deaf()
+
+    async def get_same_host_door(*, timeout_s: float) -> SameHostDoor:
+        return SameHostDoor(
+            boot_id=client_side.boot_id(), socket_name="membank-test-deaf", ticket=b""
+        )
+
+    monkeypatch.setattr(transport, "get_same_host_door", get_same_host_door)
+    yield deaf
+    deaf.close()
+
+
+async def test_a_shard_that_hangs_is_given_up_in_time(
+    deaf: Deaf, transport: SameHostTransport
+) -> None:
+    with pytest.raises(DeadlineError):
+        await fetched(transport, timeout_s=0.1)
+    assert transport.stats.num_fetches == 0
+
+
+async def test_a_call_that_is_cancelled_ends_its_connection(
+    deaf: Deaf, transport: SameHostTransport
+) -> None:
+    call = asyncio.create_task(fetched(transport))
+    await asyncio.to_thread(deaf.heard.wait, TIMEOUT_S)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    deaf.messages[0].set_timeout(TIMEOUT_S)
+    with pytest.raises(ConnectionError):
+        await asyncio.to_thread(deaf.messages[0].receive, host_pb.SameHostRequest)
+
+
+async def test_many_calls_at_once_share_the_connections(
+    bank: FakeBank, service: FakeService, transport: SameHostTransport
+) -> None:
+    answers = await asyncio.gather(*(fetched(transport) for _ in range(40)))
+    assert set(answers) == {content(bank)}
+    assert transport.stats.num_fetches == 40
+    door = service.doors[bank.shard_of(TOPIC).shard_id]
+    assert door.num_connections <= SameHostConfig().max_connections
