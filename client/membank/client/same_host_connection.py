@@ -158,17 +158,23 @@ class SameHostConnection:
 
     @contextmanager
     def _use(self) -> Iterator[None]:
+        self._begin()
+        try:
+            yield
+        finally:
+            self._end()
+
+    def _begin(self) -> None:
         with self._lock:
             if self._is_abandoned:
                 raise ConnectionError("the connection was given up")
             self._is_in_use = True
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._is_in_use = False
-                if self._is_abandoned:
-                    self._messages.close()
+
+    def _end(self) -> None:
+        with self._lock:
+            self._is_in_use = False
+            if self._is_abandoned:
+                self._messages.close()
 
     def _ask(
         self, request: host_pb.SameHostRequest, timeout_s: float, descriptors: Sequence[int] = ()

@@ -12,15 +12,13 @@ import pytest
 
 from fake_bank import FakeBank
 from fake_service import FakeService
-from membank.bank_service.rpc import same_host as server_side
 from membank.client import AsyncBankClient, ClientConfig, SameHostConfig
-from membank.client import same_host as client_side
-from membank.client import same_host_connection as connection_side
 from membank.client.same_host import SameHostCounters, SameHostTransport
 from membank.client.transport import SameHostDoor
 from membank.v1 import same_host_pb2 as host_pb
+from membank.wire.copying import copy_checked
 from membank.wire.errors import DeadlineError, NotFoundError
-from membank.wire.same_host import MessageSocket, abstract_address
+from membank.wire.same_host import MessageSocket, abstract_address, boot_id
 from membank.wire.spec import BlockRef
 
 TIMEOUT_S = 10.0
@@ -87,7 +85,7 @@ async def test_a_service_without_a_door(bank: FakeBank) -> None:
 async def test_a_shard_on_another_machine_is_not_tried(
     bank: FakeBank, transport: SameHostTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_side, "boot_id", lambda: "another kernel")
+    monkeypatch.setattr("membank.client.same_host.boot_id", lambda: "another kernel")
     assert await fetched(transport) == content(bank)
     assert transport.stats.fallbacks == {"other host": 1}
 
@@ -95,7 +93,7 @@ async def test_a_shard_on_another_machine_is_not_tried(
 async def test_another_user_is_not_let_in(
     bank: FakeBank, transport: SameHostTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_side.os, "geteuid", lambda: 12345)
+    monkeypatch.setattr("membank.bank_service.rpc.same_host.os.geteuid", lambda: 12345)
     assert await fetched(transport) == content(bank)
     assert transport.stats.fallbacks == {"not let in": 1}
 
@@ -114,9 +112,9 @@ async def test_a_door_that_closed_meanwhile(
 async def test_memory_that_changes_while_it_is_copied(
     bank: FakeBank, transport: SameHostTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = connection_side.copy_checked
     monkeypatch.setattr(
-        connection_side, "copy_checked", lambda target, source: copy(target, source) ^ 1
+        "membank.client.same_host_connection.copy_checked",
+        lambda target, source: copy_checked(target, source) ^ 1,
     )
     assert await fetched(transport) == content(bank)
     assert transport.stats.fallbacks == {"broken": 1}
@@ -163,9 +161,7 @@ def deaf(transport: SameHostTransport, monkeypatch: pytest.MonkeyPatch) -> Itera
     deaf = Deaf()
 
     async def get_same_host_door(*, timeout_s: float) -> SameHostDoor:
-        return SameHostDoor(
-            boot_id=client_side.boot_id(), socket_name="membank-test-deaf", ticket=b""
-        )
+        return SameHostDoor(boot_id=boot_id(), socket_name="membank-test-deaf", ticket=b"")
 
     monkeypatch.setattr(transport, "get_same_host_door", get_same_host_door)
     yield deaf
