@@ -1,7 +1,7 @@
 # One verb for each thing; every verb makes what it needs. `make help` lists them.
 # Variables: PYTHON (the interpreter of new environments), PYTEST_ARGS, FAST=1 (a smaller demo), BANK (where the
 # demo keeps its bank, such as s3://bucket/demo), JOBS (test processes),
-# COUNT and SEED (of `make faults`).
+# COUNT and SEED (of `make faults`), QUICK=1 and OUT (of `make bench-peers`).
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -13,6 +13,8 @@ SEED ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PROTO_VENV := .venv-proto
+PEERS_VENV := .venv-peers
+OUT := runs/peers.json
 
 # An old generator on purpose: its version is the floor of every user's protobuf and grpcio.
 # grpcio-tools imports pkg_resources, which setuptools dropped.
@@ -20,11 +22,11 @@ PROTO_TOOLS := grpcio-tools==1.66.2 mypy-protobuf==3.7.0 "setuptools<81"
 export BUF_VERSION := 1.75.0
 
 # The suites: what is not slow runs on every change. A Ray test is always slow.
-QUICK := -m "not slow and not ray" -n $(JOBS)
-SLOW := -m "slow or ray"
+QUICK_SUITE := -m "not slow and not ray" -n $(JOBS)
+SLOW_SUITE := -m "slow or ray"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup s3-server fmt lint type test test-slow test-all faults proto proto-check wheel demo study clean ci
+.PHONY: help setup s3-server bench-peers fmt lint type test test-slow test-all faults proto proto-check wheel demo study clean ci
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +37,12 @@ $(VENV)/.stamp: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "membank needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[service,trainer,dev]'
+	@touch $@
+
+# Beside `setup`: what membank is compared with is no part of it.
+$(PEERS_VENV)/.stamp: pyproject.toml
+	$(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/python -m pip install --quiet --editable '.[service,bench-peers]'
 	@touch $@
 
 $(PROTO_VENV)/.stamp: Makefile
@@ -59,10 +67,10 @@ s3-server: ## install the S3 server that tests run against (Debian, as root; els
 	scripts/s3/install.sh
 
 test: setup s3-server ## the quick suite
-	$(BIN)/pytest $(QUICK) $(PYTEST_ARGS)
+	$(BIN)/pytest $(QUICK_SUITE) $(PYTEST_ARGS)
 
 test-slow: setup s3-server ## the slow and the Ray tests
-	$(BIN)/pytest $(SLOW) $(PYTEST_ARGS)
+	$(BIN)/pytest $(SLOW_SUITE) $(PYTEST_ARGS)
 
 test-all: test test-slow ## both suites
 
@@ -71,6 +79,10 @@ faults: setup s3-server ## kill -9 a served bank COUNT times on disk and COUNT t
 
 stateful: setup ## random programs on whole banks against a model (PROGRAMS=1000); report in runs/stateful.json
 	PYTHONPATH=tests/support $(BIN)/python scripts/stateful.py --programs $(PROGRAMS) --jobs $(JOBS)
+
+bench-peers: $(PEERS_VENV)/.stamp ## membank beside Redis, Flight, torch rpc, Ray, Mooncake; report in runs/peers.json (QUICK=1: under 2 minutes)
+	scripts/peers/install.sh
+	$(PEERS_VENV)/bin/python -m benchmarks.peers --out $(OUT) --plot $(OUT:.json=.svg) $(if $(QUICK),--quick)
 
 proto: $(PROTO_VENV)/.stamp ## regenerate the code of proto/membank/v1
 	scripts/generate_proto.sh $(PROTO_VENV)
@@ -92,5 +104,5 @@ ci: ## what continuous integration runs
 	.ci/run
 
 clean: ## remove environments, caches and builds; runs/ is kept
-	rm -rf $(VENV) $(PROTO_VENV) dist build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(PROTO_VENV) $(PEERS_VENV) dist build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

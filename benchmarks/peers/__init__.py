@@ -1,0 +1,1 @@
+"""The same work on membank and on what else could do it, side by side in one run."""
