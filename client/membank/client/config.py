@@ -210,6 +210,10 @@ class ClientConfig:
     """Most bytes that the answer to one call may have: a fetch, the tree document, a pack."""
     max_push_bytes: int = 4 << 30
     """Most bytes that the gradients of one push, or the blocks of one swap, may have."""
+    pooled_bytes: int = 256 << 20
+    """Most bytes of memory of fetched blocks that are kept, once nobody refers to them, for those
+    that are fetched next; 0 = none. About what one step fetches: fresh memory costs more time than
+    the copy into it."""
     max_request_bytes: int = 64 << 20
     """Bytes at which a fetch from one shard is cut into several requests."""
     max_revision_rounds: int = 8
@@ -231,6 +235,7 @@ class ClientConfig:
             "max_revision_rounds",
         ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+        _require(self.pooled_bytes >= 0, "pooled_bytes", self.pooled_bytes, ">= 0")
         if isinstance(self.token, str):
             object.__setattr__(self, "token", Secret(self.token))
         if self.token_file is not None:

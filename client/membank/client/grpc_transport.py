@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from membank.client.config import ClientConfig
 from membank.client.grpc_admin import GrpcAdminTransport
 from membank.client.grpc_channel import GrpcChannel
-from membank.client.payloads import push_requests, read_blocks, read_document
+from membank.client.landing import Landing
+from membank.client.payloads import (
+    FETCH_DATA,
+    PUSH_DATA,
+    push_requests,
+    read_blocks,
+    read_document,
+)
+from membank.client.requests import fetch_request
 from membank.client.transport import (
     Connector,
     FetchAnswer,
@@ -18,14 +26,17 @@ from membank.client.transport import (
 )
 from membank.v1 import block_service_pb2 as block_pb
 from membank.v1.block_service_pb2_grpc import BlockServiceStub
-from membank.wire.convert import dtype_to_pb, event_from_pb, info_from_pb, ref_to_pb, result_from_pb
+from membank.wire.buffers import BufferPool
+from membank.wire.convert import event_from_pb, info_from_pb, ref_to_pb, result_from_pb
 from membank.wire.framing import WATCH_ON_KEY
 from membank.wire.records import BankInfo, Update
-from membank.wire.spec import BlockRef
+from membank.wire.spec import Array, BlockRef
 
 if TYPE_CHECKING:
     # The stubs alone know it.
     from membank.v1.block_service_pb2_grpc import BlockServiceAsyncStub
+
+_SERVICE = "/membank.v1.BlockService"
 
 
 class GrpcTransport(GrpcAdminTransport):
@@ -37,6 +48,8 @@ class GrpcTransport(GrpcAdminTransport):
         Address, ``host:port``.
     config
         Bank, limits, TLS and credentials.
+    pool
+        Where fetched blocks land; None = one of this connection's own.
 
     Raises
     ------
@@ -46,10 +59,24 @@ class GrpcTransport(GrpcAdminTransport):
         If a credential would be sent over the network without TLS, or a file cannot be read.
     """
 
-    def __init__(self, endpoint: str, config: ClientConfig) -> None:
+    def __init__(
+        self, endpoint: str, config: ClientConfig, *, pool: BufferPool | None = None
+    ) -> None:
         channel = GrpcChannel(endpoint, config)
         super().__init__(channel, config)
         self._blocks: BlockServiceAsyncStub = BlockServiceStub(channel.channel)
+        self._pool = pool or BufferPool(config.pooled_bytes)
+        # The two streams of payloads, whose data pass the generated code by.
+        self._fetch_blocks = channel.channel.unary_stream(
+            f"{_SERVICE}/FetchBlocks",
+            request_serializer=block_pb.FetchBlocksRequest.SerializeToString,
+            response_deserializer=FETCH_DATA.deserialize,
+        )
+        self._push_updates = channel.channel.stream_unary(
+            f"{_SERVICE}/PushUpdates",
+            request_serializer=PUSH_DATA.serialize,
+            response_deserializer=block_pb.PushUpdatesResponse.FromString,
+        )
 
     async def get_bank(self, *, timeout_s: float) -> BankInfo:
         """Return spec, revision and placement."""
@@ -95,29 +122,30 @@ class GrpcTransport(GrpcAdminTransport):
         dtype: str | None = None,
         min_revision: int = 0,
         snapshot: str = "",
+        into: Mapping[BlockRef, Array] | None = None,
         timeout_s: float,
     ) -> FetchAnswer:
         """Return blocks of one revision, at least `min_revision`, or of a snapshot."""
-        held = [0 if version is None else version + 1 for version in held_versions or ()]
-        request = block_pb.FetchBlocksRequest(
+        request = fetch_request(
+            refs,
             bank=self._bank,
-            refs=map(ref_to_pb, refs),
-            held_version_plus_one=held,
-            dtype=dtype_to_pb(dtype),
+            held_versions=held_versions,
+            dtype=dtype,
             min_revision=min_revision,
             snapshot=snapshot,
         )
-        call = self._blocks.FetchBlocks(request, timeout=timeout_s, metadata=self._channel.metadata)
+        call = self._fetch_blocks(request, timeout=timeout_s, metadata=self._channel.metadata)
         return await read_blocks(
             self._channel.stream("FetchBlocks", call),
             refs,
+            Landing(self._pool, into),
             max_bytes=self._max_answer_bytes,
             where=self._channel.endpoint,
         )
 
     async def push(self, update: Update, *, timeout_s: float) -> PushAnswer:
         """Apply gradients."""
-        call = self._blocks.PushUpdates(
+        call = self._push_updates(
             push_requests(update, bank=self._bank),
             timeout=timeout_s,
             metadata=self._channel.metadata,
@@ -153,8 +181,9 @@ class GrpcTransport(GrpcAdminTransport):
 
 def grpc_connector(config: ClientConfig) -> Connector:
     """Return what connects to endpoints over gRPC with `config`."""
+    pool = BufferPool(config.pooled_bytes)
 
     def connect(endpoint: str) -> GrpcTransport:
-        return GrpcTransport(endpoint, config)
+        return GrpcTransport(endpoint, config, pool=pool)
 
     return connect

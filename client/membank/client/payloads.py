@@ -5,67 +5,40 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from membank.client.landing import Landing
+from membank.client.requests import dtype_name, push_head
 from membank.client.transport import FetchAnswer, PackInfo
 from membank.v1 import admin_service_pb2 as admin_pb
 from membank.v1 import block_service_pb2 as block_pb
 from membank.wire.convert import dtype_to_pb, header_from_pb, ref_to_pb
 from membank.wire.crc import crc32c
+from membank.wire.data_messages import DataCodec, data_of
 from membank.wire.errors import CorruptionError, InvalidArgumentError, Reason
-from membank.wire.framing import CHUNK_BYTES, Payload, PayloadAssembler, iter_chunks
+from membank.wire.framing import CHUNK_BYTES, Payload, PayloadAssembler, iter_chunks, iter_parts
 from membank.wire.records import Block, BlockHeader, Update
-from membank.wire.spec import DTYPES, Array, BlockRef, BlockState, dtype_of
+from membank.wire.spec import Array, BlockRef, BlockState, dtype_of
+
+FETCH_DATA = DataCodec(block_pb.FetchBlocksResponse)
+"""Messages of an answer to a fetch."""
+PUSH_DATA = DataCodec(block_pb.PushUpdatesRequest)
+"""Messages of a push."""
 
 
-def dtype_name(array: Array) -> str:
-    """Return membank's name of the element type of `array`.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If membank has no such element type.
-    """
-    for name, dtype in DTYPES.items():
-        if array.dtype == dtype:
-            return name
-    raise InvalidArgumentError(
-        f"dtype {array.dtype} does not travel; use one of {', '.join(DTYPES)}",
-        reason=Reason.BAD_DTYPE,
-        metadata={"dtype": str(array.dtype)},
-    )
-
-
-def push_requests(update: Update, *, bank: str) -> Iterator[block_pb.PushUpdatesRequest]:
-    """Return the messages of a push: headers, then data.
+def push_requests(update: Update, *, bank: str) -> Iterator[block_pb.PushUpdatesRequest | bytes]:
+    """Return the messages of a push, for `PUSH_DATA`: headers, then data.
 
     The first one is made at once: gRPC turns an error of a request iterator into a cancellation.
     """
     arrays = [np.ascontiguousarray(gradient.values) for gradient in update.gradients]
-    headers = [
-        block_pb.UpdateHeader(
-            ref=ref_to_pb(gradient.ref),
-            base_version=gradient.base_version,
-            dtype=dtype_to_pb(dtype_name(array)),
-            num_bytes=array.nbytes,
-            crc32c=crc32c(array),
-        )
-        for gradient, array in zip(update.gradients, arrays, strict=True)
-    ]
-    first = block_pb.PushUpdatesRequest(
-        bank=bank,
-        request_id=update.request_id,
-        step=update.step,
-        learning_rate_scale=update.learning_rate_scale,
-        mode=block_pb.UPDATE_MODE_ASYNC,
-        headers=headers,
-    )
-    data = (block_pb.PushUpdatesRequest(data=chunk) for chunk in iter_chunks(arrays))
-    return chain([first], data)
+    head = push_head(update, list(map(crc32c, arrays)), bank=bank)
+    return chain([head], map(PUSH_DATA.encode, iter_parts(arrays)))
 
 
 def swap_requests(
@@ -119,13 +92,14 @@ async def import_requests(
 
 
 async def read_blocks(
-    messages: AsyncIterator[block_pb.FetchBlocksResponse],
+    messages: AsyncIterator[block_pb.FetchBlocksResponse | memoryview],
     refs: Sequence[BlockRef],
+    landing: Landing,
     *,
     max_bytes: int,
     where: str,
 ) -> FetchAnswer:
-    """Put the answer to a fetch together, each block in a buffer of its own.
+    """Put the answer to a fetch together, each block where `landing` says.
 
     Raises
     ------
@@ -138,15 +112,16 @@ async def read_blocks(
     headers: list[BlockHeader] = []
     revision: int | None = None
     async for message in messages:
-        revision = message.revision if revision is None else revision
-        for header in map(header_from_pb, message.headers):
-            _check_header(header, where=where)
-            headers.append(header)
-            if header.num_bytes:
-                what = f"{where}: block {header.ref}"
-                assembler.expect(Payload(header.num_bytes, header.crc32c, what))
-        if message.data:
-            _feed(assembler, message.data, where=where)
+        if not isinstance(message, memoryview):
+            revision = message.revision if revision is None else revision
+            for header in map(header_from_pb, message.headers):
+                _check_header(header, where=where)
+                headers.append(header)
+                if header.num_bytes:
+                    what = f"{where}: block {header.ref}"
+                    payload = Payload(header.num_bytes, header.crc32c, what)
+                    assembler.expect(payload, partial(landing.place, header))
+        _feed(assembler, data_of(message), where=where)
     if [header.ref for header in headers] != list(refs):
         raise _malformed(where, f"{len(headers)} blocks for {len(refs)} that were asked for")
     payloads = iter(_finish(assembler, where=where))
@@ -209,7 +184,7 @@ async def write_pack(
     return PackInfo(num_bytes=written, crc32c=crc, revision=head.revision)
 
 
-def _feed(assembler: PayloadAssembler, data: bytes, *, where: str) -> None:
+def _feed(assembler: PayloadAssembler, data: bytes | memoryview, *, where: str) -> None:
     try:
         assembler.feed(data)
     except InvalidArgumentError as err:

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from membank.client.config import ClientConfig, SameHostConfig
 from membank.client.grpc_transport import GrpcTransport, grpc_connector
+from membank.client.landing import Landing
 from membank.client.requests import fetch_request
 from membank.client.same_host_connection import SameHostConnection
 from membank.client.transport import (
@@ -25,16 +26,15 @@ from membank.client.transport import (
     PushAnswer,
     SameHostDoor,
 )
-from membank.wire.buffers import BufferPool
 from membank.wire.errors import (
     DeadlineError,
     FailedPreconditionError,
     MembankError,
 )
-from membank.wire.records import BlockHeader, Update
+from membank.wire.records import Update
 from membank.wire.same_host import boot_id
-from membank.wire.shared_memory import Bytes, SharedMemory
-from membank.wire.spec import BlockRef
+from membank.wire.shared_memory import SharedMemory
+from membank.wire.spec import Array, BlockRef
 
 T = TypeVar("T")
 
@@ -105,7 +105,6 @@ class SameHostTransport(GrpcTransport):
         self._endpoint = endpoint
         self._counters = counters
         self._staging = SharedMemory()
-        self._pool = BufferPool(256 << 20)
         self._idle: list[SameHostConnection] = []
         self._free = asyncio.Semaphore(bounds.max_connections)
         self._threads = ThreadPoolExecutor(
@@ -127,6 +126,7 @@ class SameHostTransport(GrpcTransport):
         dtype: str | None = None,
         min_revision: int = 0,
         snapshot: str = "",
+        into: Mapping[BlockRef, Array] | None = None,
         timeout_s: float,
     ) -> FetchAnswer:
         """Return blocks of one revision, copied out of the shard's memory."""
@@ -140,7 +140,8 @@ class SameHostTransport(GrpcTransport):
         )
 
         def through(connection: SameHostConnection, left_s: float) -> FetchAnswer:
-            return connection.fetch(request, refs, self._land, timeout_s=left_s)
+            land = Landing(self._pool, into).place
+            return connection.fetch(request, refs, land, timeout_s=left_s)
 
         def over(left_s: float) -> Awaitable[FetchAnswer]:
             return GrpcTransport.fetch(
@@ -150,6 +151,7 @@ class SameHostTransport(GrpcTransport):
                 dtype=dtype,
                 min_revision=min_revision,
                 snapshot=snapshot,
+                into=into,
                 timeout_s=left_s,
             )
 
@@ -174,9 +176,6 @@ class SameHostTransport(GrpcTransport):
         while self._idle:
             self._idle.pop().close()
         self._threads.shutdown(wait=False)
-
-    def _land(self, header: BlockHeader) -> Bytes:
-        return self._pool.take(header.num_bytes)
 
     async def _call(
         self,

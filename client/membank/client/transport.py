@@ -109,12 +109,15 @@ class BlockTransport(Protocol):
         dtype: str | None = None,
         min_revision: int = 0,
         snapshot: str = "",
+        into: Mapping[BlockRef, Array] | None = None,
         timeout_s: float,
     ) -> FetchAnswer:
         """Return blocks of one revision, at least `min_revision`; a held one without content.
 
         With `snapshot`, as that pins them: the answer has its revision, and `min_revision` says up
-        to where withholding and deletion must be taken account of.
+        to where withholding and deletion must be taken account of. `into` has writable C-contiguous
+        memory of the right size for blocks: content that has to be copied anyway lands there, also
+        where the call then fails.
         """
 
     async def push(self, update: Update, *, timeout_s: float) -> PushAnswer:
