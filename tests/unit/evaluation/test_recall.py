@@ -18,6 +18,7 @@ from membank.trainer.training import (
     AnchorStageConfig,
     InProcessMemory,
     MemoryStageConfig,
+    PrefetchConfig,
     generic_spec,
     leaf_path,
     train_anchor,
@@ -40,7 +41,7 @@ def trained() -> tuple[World, InProcessMemory]:
     train_anchor(world.anchor, world.sequences, stage_1)
     memory = InProcessMemory(world.spec)
     stage_2 = MemoryStageConfig(
-        num_tokens=24 * 8 * 200, batch_size=8, run_length=2, prefetch_depth=0
+        num_tokens=24 * 8 * 200, batch_size=8, run_length=2, prefetch=PrefetchConfig(depth=0)
     )
     train_memories(world.anchor, memory, world.sequences, stage_2)
     return world, memory

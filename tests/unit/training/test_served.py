@@ -15,6 +15,7 @@ from membank.trainer.model import Anchor
 from membank.trainer.training import (
     InProcessMemory,
     MemoryStageConfig,
+    PrefetchConfig,
     ServedMemory,
     load_sequences,
     read_losses,
@@ -132,7 +133,7 @@ def _losses(path: Path) -> list[float]:
     return [record.loss for record in read_losses(path)]
 
 
-@pytest.mark.parametrize("depth", [0, 2])
+@pytest.mark.parametrize("depth", [0, 1, 2])
 @pytest.mark.parametrize("lose_every", [0, 7])
 def test_one_worker_through_the_client_equals_memory_in_process(
     anchor: Anchor,
@@ -146,7 +147,10 @@ def test_one_worker_through_the_client_equals_memory_in_process(
 ) -> None:
     service.lose_every = lose_every
     config = MemoryStageConfig(
-        num_tokens=CONFIG.num_tokens, batch_size=6, run_length=2, prefetch_depth=depth
+        num_tokens=CONFIG.num_tokens,
+        batch_size=6,
+        run_length=2,
+        prefetch=PrefetchConfig(depth=depth),
     )
     reference = InProcessMemory(spec)
     train_memories(anchor, reference, sequences, config, losses=tmp_path / "reference")
@@ -172,6 +176,42 @@ def test_a_step_done_again_after_a_restart_is_not_applied_again(
     assert service.memory.fetch([ref]).versions[ref] == 1
     ServedMemory(client, run_id="another").push(gradient, {ref: 1}, step=4)
     assert service.memory.fetch([ref]).versions[ref] == 2
+
+
+def test_what_is_awaited_is_sent_first_and_not_applied_again_after_a_restart(
+    client: BankClient, service: Loopback, spec: BankSpec
+) -> None:
+    refs = [BlockRef(2, cluster) for cluster in range(3)]
+    gradients = {ref: torch.ones(spec.block_shape(2)) for ref in refs}
+    seen: list[list[int]] = []
+    for _ in range(2):  # the second is the worker after its restart
+        source = ServedMemory(client, run_id="run-of-worker-0")
+        (push,) = source.push(
+            gradients,
+            dict.fromkeys(refs, 0),
+            step=4,
+            first=refs[1:2],
+            then=lambda: seen.append([service.memory.fetch([r]).versions[r] for r in refs]),
+        )
+        assert [(result.ref, result.version) for result in push.results] == [(r, 1) for r in refs]
+    assert seen == [[0, 1, 0], [1, 1, 1]]
+    assert service.num_pushes == 2
+
+
+@pytest.mark.parametrize("first", [[], [0], [1]], ids=["nothing", "everything", "others"])
+def test_a_push_with_nothing_to_send_before_or_after_is_one_request(
+    client: BankClient, service: Loopback, spec: BankSpec, first: list[int]
+) -> None:
+    told: list[int] = []
+    (push,) = ServedMemory(client, run_id="run").push(
+        {BlockRef(2, 0): torch.ones(spec.block_shape(2))},
+        {BlockRef(2, 0): 0},
+        step=0,
+        first=[BlockRef(2, cluster) for cluster in first],
+        then=lambda: told.append(service.num_pushes),
+    )
+    assert (len(push.results), service.num_pushes) == (1, 1)
+    assert told == [1 if first == [0] else 0]
 
 
 def test_what_is_withheld_is_said(client: BankClient, service: Loopback) -> None:

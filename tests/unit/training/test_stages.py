@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,11 @@ from membank.trainer.model import Anchor
 from membank.trainer.training import (
     Acknowledged,
     AnchorStageConfig,
-    Fetched,
     InProcessCheckpoint,
     InProcessMemory,
     MemoryStageConfig,
     PositionCheckpoint,
+    PrefetchConfig,
     Progress,
     anchor_fingerprint,
     generic_spec,
@@ -38,9 +39,12 @@ from membank.wire.errors import (
 )
 from membank.wire.records import UpdateResult
 from membank.wire.spec import BankSpec, BlockRef, BlockState
+from wrapped_memory import WrappedMemory
 
 STAGE_1 = AnchorStageConfig(num_tokens=30 * 4 * 12, batch_size=4, learning_rate=3e-3)
-STAGE_2 = MemoryStageConfig(num_tokens=30 * 6 * 12, batch_size=6, run_length=2, prefetch_depth=0)
+STAGE_2 = MemoryStageConfig(
+    num_tokens=30 * 6 * 12, batch_size=6, run_length=2, prefetch=PrefetchConfig(depth=0)
+)
 
 
 class Killed(Exception):
@@ -150,7 +154,7 @@ def test_prefetch_gives_the_same_losses_and_blocks(
 ) -> None:
     plain, prefetched = InProcessMemory(spec), InProcessMemory(spec)
     train_memories(anchor, plain, sequences, STAGE_2, losses=tmp_path / "plain")
-    config = replace(STAGE_2, prefetch_depth=depth)
+    config = replace(STAGE_2, prefetch=PrefetchConfig(depth=depth))
     train_memories(anchor, prefetched, sequences, config, losses=tmp_path / "prefetched")
     assert _losses(tmp_path / "plain") == _losses(tmp_path / "prefetched")
     ours, theirs = (memory.fetch(list(spec.blocks())) for memory in (plain, prefetched))
@@ -178,7 +182,7 @@ def test_generic_memory_equals_a_bank_with_a_single_leaf(
 def test_stage_2_in_process_resumes_with_the_losses_of_an_uninterrupted_run(
     anchor: Anchor, sequences: PackedSequences, spec: BankSpec, tmp_path: Path, depth: int
 ) -> None:
-    config = replace(STAGE_2, prefetch_depth=depth)
+    config = replace(STAGE_2, prefetch=PrefetchConfig(depth=depth))
     straight = InProcessMemory(spec)
     train_memories(anchor, straight, sequences, config, losses=tmp_path / "straight")
 
@@ -247,20 +251,13 @@ def test_workers_together_see_every_sequence(
     assert sum(result.num_tokens for result in results) == STAGE_2.num_tokens
 
 
-class WithheldMeanwhile:
+class WithheldMeanwhile(WrappedMemory):
     """Memory of which a block is withheld between one fetch and its push."""
 
     def __init__(self, source: InProcessMemory, ref: BlockRef, step: int) -> None:
-        self._source = source
-        self._ref = ref
+        super().__init__(source)
+        self._withhold = partial(source.set_state, ref, BlockState.WITHHELD)
         self._step = step
-
-    @property
-    def spec(self) -> BankSpec:
-        return self._source.spec
-
-    def fetch(self, refs: Sequence[BlockRef]) -> Fetched:
-        return self._source.fetch(refs)
 
     def push(
         self,
@@ -269,23 +266,29 @@ class WithheldMeanwhile:
         *,
         step: int,
         learning_rate_scale: float = 1.0,
+        first: Sequence[BlockRef] = (),
+        then: Callable[[], None] | None = None,
     ) -> tuple[Acknowledged, ...]:
         if step == self._step:
-            self._source.set_state(self._ref, BlockState.WITHHELD)
-        return self._source.push(
-            gradients, versions, step=step, learning_rate_scale=learning_rate_scale
+            self._withhold()
+        return super().push(
+            gradients,
+            versions,
+            step=step,
+            learning_rate_scale=learning_rate_scale,
+            first=first,
+            then=then,
         )
 
-    def flush(self) -> tuple[Acknowledged, ...]:
-        return self._source.flush()
 
-
+@pytest.mark.parametrize("depth", [0, 1, 2])
 def test_refused_gradients_are_counted_and_training_goes_on_without_the_block(
-    anchor: Anchor, sequences: PackedSequences, spec: BankSpec
+    anchor: Anchor, sequences: PackedSequences, spec: BankSpec, depth: int
 ) -> None:
     memory = InProcessMemory(spec)
     ref = BlockRef(1, 0)  # every batch has sequences of this topic
-    result = train_memories(anchor, WithheldMeanwhile(memory, ref, 3), sequences, STAGE_2)
+    config = replace(STAGE_2, prefetch=PrefetchConfig(depth=depth))
+    result = train_memories(anchor, WithheldMeanwhile(memory, ref, 3), sequences, config)
     assert result.num_steps == 30
     # Once: from the next fetch on, paths end above it and nothing is pushed to it.
     assert result.refused == (("BLOCK_WITHHELD", 1),)
@@ -318,7 +321,6 @@ def test_too_many_refusals_end_the_stage(max_share: float, ends: bool) -> None:
         ("run_length", 0),
         ("warmup_fraction", 1.0),
         ("final_scale", 1.5),
-        ("prefetch_depth", -1),
     ],
 )
 def test_settings_out_of_range_name_the_field(field: str, value: float) -> None:

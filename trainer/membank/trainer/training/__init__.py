@@ -19,7 +19,7 @@ from membank.trainer.training.in_process import InProcessMemory, generic_spec
 from membank.trainer.training.memory_stage import MemoryStageConfig, train_memories
 from membank.trainer.training.order import SequenceOrder
 from membank.trainer.training.paths import BatchMemory, distinct_blocks, join, leaf_path
-from membank.trainer.training.prefetch import PrefetchingMemory
+from membank.trainer.training.prefetch import PrefetchConfig, PrefetchingMemory
 from membank.trainer.training.progress import (
     LossLog,
     LossRecord,
@@ -46,6 +46,7 @@ __all__ = [
     "MemorySource",
     "MemoryStageConfig",
     "PositionCheckpoint",
+    "PrefetchConfig",
     "PrefetchingMemory",
     "Progress",
     "ProgressCallback",

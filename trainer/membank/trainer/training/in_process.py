@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -117,8 +117,11 @@ class InProcessMemory:
         *,
         step: int,
         learning_rate_scale: float = 1.0,
+        first: Sequence[BlockRef] = (),
+        then: Callable[[], None] | None = None,
     ) -> tuple[Acknowledged, ...]:
         # docstring inherited
+        del first  # all at once: a saved state never holds half a step
         for ref, gradient in gradients.items():
             self._check_gradient(ref, gradient)
         with self._lock:
@@ -137,6 +140,8 @@ class InProcessMemory:
                 )
                 for ref in gradients
             )
+        if then is not None:
+            then()
         return (Acknowledged(step=step, results=results),)
 
     def flush(self) -> tuple[Acknowledged, ...]:

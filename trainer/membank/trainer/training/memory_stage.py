@@ -16,7 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from membank.trainer.corpus import PackedSequences
@@ -25,7 +25,7 @@ from membank.trainer.training.anchor_stage import check_finite, run_fingerprint
 from membank.trainer.training.checkpoint import StageCheckpoint, anchor_fingerprint
 from membank.trainer.training.order import SequenceOrder
 from membank.trainer.training.paths import distinct_blocks, join, leaf_path
-from membank.trainer.training.prefetch import PrefetchingMemory
+from membank.trainer.training.prefetch import PrefetchConfig, PrefetchingMemory
 from membank.trainer.training.progress import (
     Clock,
     LossLog,
@@ -57,8 +57,8 @@ class MemoryStageConfig:
     """Part of the run that warms up, in [0, 1)."""
     seed: int = 0
     """Seed of the order of sequences, >= 0."""
-    prefetch_depth: int = 2
-    """Batches fetched ahead; 0 fetches and pushes in turn, without threads."""
+    prefetch: PrefetchConfig = field(default_factory=PrefetchConfig)
+    """How far blocks are fetched ahead; decides when they travel, not what is computed."""
     max_refused_share: float = 0.5
     """Largest share of refused gradients over about the last 1,000 before the stage gives up,
     0 to 1; 1 never does."""
@@ -66,8 +66,7 @@ class MemoryStageConfig:
     def __post_init__(self) -> None:
         for name in ("num_tokens", "batch_size", "run_length"):
             check_range(name, getattr(self, name), 1, float("inf"), open_high=True)
-        for name in ("seed", "prefetch_depth"):
-            check_range(name, getattr(self, name), 0, float("inf"), open_high=True)
+        check_range("seed", self.seed, 0, float("inf"), open_high=True)
         check_range("warmup_fraction", self.warmup_fraction, 0, 1, open_high=True)
         for name in ("final_scale", "max_refused_share"):
             check_range(name, getattr(self, name), 0, 1, open_high=False)
@@ -150,10 +149,9 @@ def train_memories(
     with ExitStack() as stack:
         log = stack.enter_context(LossLog(losses, first_step=first))
         memory = source
-        if config.prefetch_depth:
+        if config.prefetch.depth:
             refs = (distinct_blocks(trainer.paths(s)) for s in range(first, trainer.num_steps))
-            prefetching = PrefetchingMemory(source, refs, depth=config.prefetch_depth)
-            memory = stack.enter_context(prefetching)
+            memory = stack.enter_context(PrefetchingMemory(source, refs, config.prefetch))
         for step in range(first, trainer.num_steps):
             loss, num_scored, acknowledged = trainer.step(memory, step)
             settle(acknowledged)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from membank.client import BankClient
 from membank.trainer.training.source import Acknowledged, Fetched
+from membank.wire.records import UpdateResult
 from membank.wire.spec import BankSpec, BlockRef, BlockState
 
 
@@ -60,20 +62,43 @@ class ServedMemory:
         *,
         step: int,
         learning_rate_scale: float = 1.0,
+        first: Sequence[BlockRef] = (),
+        then: Callable[[], None] | None = None,
     ) -> tuple[Acknowledged, ...]:
         # docstring inherited
-        if not gradients:
-            return (Acknowledged(step=step, results=()),)
-        answer = self._client.push(
-            {ref: gradient.detach().contiguous().numpy() for ref, gradient in gradients.items()},
-            base=versions,
-            step=step,
-            learning_rate_scale=learning_rate_scale,
-            request_id=f"{self._run_id}-{step}" if self._run_id else None,
-            timeout_s=self._patience_s,
-        )
-        return (Acknowledged(step=step, results=answer.results),)
+        send = partial(self._send, base=versions, step=step, scale=learning_rate_scale)
+        awaited = {ref: gradients[ref] for ref in first if ref in gradients}
+        others = {ref: values for ref, values in gradients.items() if ref not in awaited}
+        # Two ids, or the second part would count as a repetition of the first. With nothing left to
+        # send after it, the first part is the whole push and has the name of one.
+        results = send(awaited, part="first" if others else "")
+        if then is not None:
+            then()
+        results |= send(others, part="")
+        return (Acknowledged(step=step, results=tuple(results[ref] for ref in gradients)),)
 
     def flush(self) -> tuple[Acknowledged, ...]:
         # docstring inherited
         return ()
+
+    def _send(
+        self,
+        gradients: Mapping[BlockRef, Tensor],
+        *,
+        base: Mapping[BlockRef, int],
+        step: int,
+        scale: float,
+        part: str,
+    ) -> dict[BlockRef, UpdateResult]:
+        if not gradients:
+            return {}
+        request_id = "-".join(filter(None, (self._run_id, str(step), part)))
+        answer = self._client.push(
+            {ref: gradient.detach().contiguous().numpy() for ref, gradient in gradients.items()},
+            base=base,
+            step=step,
+            learning_rate_scale=scale,
+            request_id=request_id if self._run_id else None,
+            timeout_s=self._patience_s,
+        )
+        return {result.ref: result for result in answer.results}

@@ -5,7 +5,7 @@ Shapes: L layers, P parts (gate, up, down), R block width, D model width. A bloc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -89,6 +89,8 @@ class MemorySource(Protocol):
         *,
         step: int,
         learning_rate_scale: float = 1.0,
+        first: Sequence[BlockRef] = (),
+        then: Callable[[], None] | None = None,
     ) -> tuple[Acknowledged, ...]:
         """Hand over the gradients of one step; each block takes one optimizer step.
 
@@ -103,6 +105,12 @@ class MemorySource(Protocol):
             Number of the training step; recorded, and the identity of the push after a restart.
         learning_rate_scale
             Factor of the schedule on the learning rate of every level, >= 0.
+        first
+            Blocks that somebody waits for. A source may send them before the others; which they are
+            must be the same when a step is done again after a restart.
+        then
+            Called once, as soon as the gradients of `first` are acknowledged, and from the calling
+            thread; not where that fails. A fetch from within sees them.
 
         Returns
         -------
