@@ -91,6 +91,18 @@ class DiskBlock:
         return self.version == block.version and self.file.crc32c == _crc_of(block)
 
 
+@dataclass(slots=True, eq=False)
+class _Reading:
+    """A block that is being read, and where its weight is handed over.
+
+    A thread may hold what a call returned for a while longer, and what somebody holds would not be
+    overwritten when its block is removed.
+    """
+
+    found: DiskBlock
+    weight: Array | None = None
+
+
 class DiskTier:
     """Keeps blocks in files within a bound of bytes; belongs to one event loop.
 
@@ -187,12 +199,14 @@ class DiskTier:
         loop, folder = asyncio.get_running_loop(), self._folder
         if folder is None:
             return {}
-        weights = await asyncio.gather(
-            *(loop.run_in_executor(self._readers, self._read, folder, found) for found in wanted)
+        readings = [_Reading(found) for found in wanted]
+        await asyncio.gather(
+            *(loop.run_in_executor(self._readers, self._read, folder, each) for each in readings)
         )
         self._forget_failed()
         kept = {}
-        for found, weight in zip(wanted, weights, strict=True):
+        for reading in readings:
+            found, weight, reading.weight = reading.found, reading.weight, None
             if self._blocks.get(found.key) is not found:
                 continue
             if weight is None:
@@ -355,20 +369,21 @@ class DiskTier:
             _LOGGER.warning("the cache writes nothing to its disk for now: %s", err)
         self._trouble = str(err)
 
-    def _read(self, folder: BlockFolder, found: DiskBlock) -> Array | None:
-        queued = found.queued
-        if queued is not None:
-            return queued
-        buffer = self._pool.take(found.num_bytes - TRAILER_BYTES)
+    def _read(self, folder: BlockFolder, reading: _Reading) -> None:
+        """Read a weight; leave None where it is not what it should be."""
+        file = reading.found.file
+        reading.weight = reading.found.queued
+        if reading.weight is not None:
+            return
+        buffer = self._pool.take(reading.found.num_bytes - TRAILER_BYTES)
         try:
-            folder.read(found.file, buffer)
+            folder.read(file, buffer)
         except (OSError, DamagedFileError) as err:
             _LOGGER.debug("a block of the disk tier is fetched again: %s", err)
-            return None
-        shape = self._spec.block_shape(found.file.ref.level)
-        weight = buffer.view(dtype_of(found.file.dtype)).reshape(shape)
+            return
+        weight = buffer.view(dtype_of(file.dtype)).reshape(self._spec.block_shape(file.ref.level))
         weight.flags.writeable = False
-        return weight
+        reading.weight = weight
 
 
 def _crc_of(block: Block) -> int:

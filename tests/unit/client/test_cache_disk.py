@@ -26,7 +26,7 @@ from membank.client import (
 )
 from membank.client.cache_store import KeptBlock
 from membank.client.disk_files import TRAILER_BYTES, BlockFile, BlockFolder, DirectoryInUseError
-from membank.client.disk_tier import DiskBlock
+from membank.client.disk_tier import DiskBlock, _Reading
 from membank.wire.spec import DTYPES, Array, BlockRef, BlockState
 
 TOP, OTHER, THIRD, LEAF = BlockRef(1, 0), BlockRef(1, 1), BlockRef(1, 2), BlockRef(2, 1)
@@ -140,11 +140,10 @@ class TestOneLife:
         assert rig.disk is not None
         read, loop = rig.disk._read, asyncio.get_running_loop()
 
-        def read_and_change(folder: BlockFolder, found: DiskBlock) -> Array | None:
-            weight = read(folder, found)
+        def read_and_change(folder: BlockFolder, reading: _Reading) -> None:
+            read(folder, reading)
             rig.swap(TOP)
             loop.call_soon_threadsafe(rig.tell, TOP)
-            return weight
 
         monkeypatch.setattr(rig.disk, "_read", read_and_change)
         np.testing.assert_array_equal((await rig.fetch(TOP))[TOP].weight, 3 * ones(TOP))
