@@ -105,6 +105,7 @@ class InProcessTransport:
         dtype: str | None = None,
         min_revision: int = 0,
         snapshot: str = "",
+        into: Mapping[BlockRef, Array] | None = None,
         timeout_s: float,
     ) -> FetchAnswer:
         fetched = self._shard.fetch(

@@ -32,7 +32,7 @@ from membank.wire.errors import (
     UnavailableError,
 )
 from membank.wire.records import Block, Update, UpdateResult
-from membank.wire.spec import BankSpec, BlockRef, dtype_of
+from membank.wire.spec import Array, BankSpec, BlockRef, dtype_of
 
 MAX_REFS = 65_536
 """Most blocks that one request may name."""
@@ -49,12 +49,14 @@ class BlockSource(Protocol):
         dtype: str,
         min_revision: int,
         snapshot: str,
+        into: Mapping[BlockRef, Array] | None = None,
         deadline: Deadline,
     ) -> FetchedBlocks:
         """Return the blocks `refs` (no block twice), all of one revision, at least `min_revision`.
 
         With `snapshot` not empty, as that pins them. A block in `held` whose version is the one
-        asked for is returned as it is.
+        asked for is returned as it is. Content may land `into` memory that nobody else refers to;
+        who keeps what it fetched uses its own.
         """
 
     async def push(self, update: Update, *, deadline: Deadline) -> PushAnswer:
@@ -93,6 +95,7 @@ class ShardedBlocks:
         dtype: str,
         min_revision: int,
         snapshot: str,
+        into: Mapping[BlockRef, Array] | None = None,
         deadline: Deadline,
     ) -> FetchedBlocks:
         """Return the blocks `refs`, all of one revision.
@@ -117,6 +120,7 @@ class ShardedBlocks:
                 dtype=dtype,
                 min_revision=min_revision,
                 snapshot=snapshot,
+                into=into,
                 deadline=deadline,
             )
         fetched: dict[BlockRef, _Fetched] = {}
@@ -128,7 +132,13 @@ class ShardedBlocks:
                 return FetchedBlocks(revision, (fetched[ref].block for ref in refs))
             sent = {ref: item.block for ref, item in fetched.items()}
             fetched |= await self._fetch_round(
-                behind, held={**held, **sent}, dtype=dtype, min_revision=revision, deadline=deadline
+                behind,
+                held={**held, **sent},
+                dtype=dtype,
+                min_revision=revision,
+                # What landed there is held from now on, and must not change under who holds it.
+                into=None if sent else into,
+                deadline=deadline,
             )
             revision = max(item.revision for item in fetched.values())
         raise UnavailableError(
@@ -145,6 +155,7 @@ class ShardedBlocks:
         dtype: str,
         min_revision: int,
         snapshot: str,
+        into: Mapping[BlockRef, Array] | None,
         deadline: Deadline,
     ) -> FetchedBlocks:
         fetched = await self._fetch_round(
@@ -153,6 +164,7 @@ class ShardedBlocks:
             dtype=dtype,
             min_revision=min_revision,
             snapshot=snapshot,
+            into=into,
             deadline=deadline,
         )
         revisions = sorted({item.revision for item in fetched.values()})
@@ -205,6 +217,7 @@ class ShardedBlocks:
         dtype: str,
         min_revision: int,
         snapshot: str = "",
+        into: Mapping[BlockRef, Array] | None = None,
         deadline: Deadline,
     ) -> dict[BlockRef, _Fetched]:
         """Fetch each of `refs` once, from whichever revisions its shards have."""
@@ -222,6 +235,7 @@ class ShardedBlocks:
                 dtype=dtype,
                 min_revision=min_revision,
                 snapshot=snapshot,
+                into=into,
                 timeout_s=timeout_s,
             )
             _check_order(endpoint, part, [block.ref for block in answer.blocks])

@@ -25,7 +25,7 @@ from membank.client.memory import FetchedBlocks
 from membank.client.transport import PushAnswer
 from membank.wire.errors import MembankError, Reason
 from membank.wire.records import Block, BlockEvent, TransactionReport, Update
-from membank.wire.spec import BlockRef, BlockState
+from membank.wire.spec import Array, BlockRef, BlockState
 
 _LOGGER = logging.getLogger(__name__)
 _NEVER = object()
@@ -154,9 +154,11 @@ class CachedBlocks:
         dtype: str,
         min_revision: int,
         snapshot: str,
+        into: Mapping[BlockRef, Array] | None = None,
         deadline: Deadline,
     ) -> FetchedBlocks:
         """Return the blocks `refs`, all of one revision; see the module."""
+        del into  # what is kept lies in memory of the cache's own
         if self._disk is not None:
             await self._disk.open()
         self._ear.listen(self.hear_event)

@@ -16,6 +16,7 @@ from membank.client.cached_blocks import CachedBlocks, CacheStats
 from membank.client.checks import check_arrays, check_bases, check_scale
 from membank.client.config import CacheConfig, ClientConfig
 from membank.client.disk_tier import DiskTier
+from membank.client.landing import CallerBuffers
 from membank.client.listening import WatchEar
 from membank.client.memory import FetchedBlocks, Memory
 from membank.client.opened import AsyncOpenedBank, open_bank
@@ -203,6 +204,7 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
         *,
         dtype: str | None = None,
         held: Mapping[BlockRef, Block] | None = None,
+        into: Mapping[BlockRef, Array] | None = None,
         snapshot: str | None = None,
         timeout_s: float | None = None,
     ) -> Memory:
@@ -217,6 +219,8 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
         held
             An earlier answer; a block whose version is still right is taken from there and does not
             travel.
+        into
+            Buffers of the caller's for some of the blocks; see `fetch_blocks`.
         snapshot
             Snapshot to read, "" = the present state; None = ``config.snapshot``.
         timeout_s
@@ -245,7 +249,7 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
         snapshot. From a snapshot, too, nothing is read that is withheld or deleted by now.
         """
         fetched = await self.fetch_blocks(
-            path, dtype=dtype, held=held, snapshot=snapshot, timeout_s=timeout_s
+            path, dtype=dtype, held=held, into=into, snapshot=snapshot, timeout_s=timeout_s
         )
         return Memory.of_path(self.spec, fetched)
 
@@ -255,6 +259,7 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
         *,
         dtype: str | None = None,
         held: Mapping[BlockRef, Block] | None = None,
+        into: Mapping[BlockRef, Array] | None = None,
         snapshot: str | None = None,
         timeout_s: float | None = None,
     ) -> FetchedBlocks:
@@ -271,6 +276,13 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
             Element type to get: float32, bfloat16 or float16; None = as kept in the bank.
         held
             An earlier answer.
+        into
+            Buffers of the caller's for some of the blocks, (L, P, R, D) of the element type asked
+            for, writable, C-contiguous, without overlap. They hold the weights afterwards, and the
+            answer has read-only views of them. Content lands there straight from the connection;
+            with `held` or a cache it is copied there at the end, also where it did not travel.
+            Undefined after an error; untouched for a block without weight. None = memory that the
+            client uses again once nobody refers to the weights (``config.pooled_bytes``).
         snapshot
             Snapshot to read, "" = the present state; None = ``config.snapshot``.
         timeout_s
@@ -283,6 +295,9 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
             spec.check_ref(ref)
         dtype = dtype or spec.dtype
         self._check_answer_bytes(spec, wanted, dtype)
+        buffers = CallerBuffers(spec, into or {}, wanted, dtype)
+        # What somebody holds already stays as it is until the answer is whole.
+        lands = not held and self.config.cache is None
         snapshot = self.config.snapshot if snapshot is None else snapshot
         fetched = await self._source(spec).fetch(
             wanted,
@@ -290,13 +305,14 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
             dtype=dtype,
             min_revision=self._session.revision,
             snapshot=snapshot,
+            into=buffers.arrays if lands else None,
             deadline=deadline,
         )
         if snapshot:
             self._check_pinned(snapshot, fetched.revision)
         else:
             self._session.note_revision(fetched.revision)
-        return fetched
+        return buffers.fill(fetched) if buffers.arrays else fetched
 
     async def push(
         self,

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import islice, pairwise
+from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
 
+from membank.client.memory import FetchedBlocks
 from membank.wire.buffers import BufferPool
 from membank.wire.crc import as_uint8
+from membank.wire.errors import InvalidArgumentError, Reason
 from membank.wire.records import BlockHeader
-from membank.wire.spec import Array, BlockRef
+from membank.wire.spec import Array, BankSpec, BlockRef, dtype_of
 
 
 class Landing:
@@ -35,3 +41,108 @@ class Landing:
         if buffer is None or buffer.nbytes != header.num_bytes:
             return self._pool.take(header.num_bytes)
         return as_uint8(buffer)
+
+
+class CallerBuffers:
+    """The buffers that a caller gave for blocks: checked, and after the fetch filled.
+
+    Parameters
+    ----------
+    spec
+        Spec of the bank.
+    into
+        The buffers; those of other blocks are left alone.
+    refs
+        Blocks that are fetched.
+    dtype
+        Element type that they are asked for in.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a buffer has another shape (BAD_SHAPE) or element type (BAD_DTYPE) than its block, cannot
+        be written to as one piece, or overlaps another one.
+    """
+
+    def __init__(
+        self, spec: BankSpec, into: Mapping[BlockRef, Array], refs: Iterable[BlockRef], dtype: str
+    ) -> None:
+        given = {BlockRef(*ref): buffer for ref, buffer in into.items()}
+        self.arrays = {ref: given[ref] for ref in refs if ref in given}
+        """The buffer of each block that has one."""
+        for ref, buffer in self.arrays.items():
+            _check_fits(buffer, ref, spec.block_shape(ref.level), dtype)
+        # By address.
+        self._spans = sorted((*_span(buffer), ref) for ref, buffer in self.arrays.items())
+        for (_, end, ref), (start, _, other) in pairwise(self._spans):
+            if start < end:
+                raise InvalidArgumentError(
+                    f"the buffers of blocks {ref} and {other} overlap; give each its own memory",
+                    metadata={"block": str(ref), "other": str(other)},
+                )
+
+    def fill(self, fetched: FetchedBlocks) -> FetchedBlocks:
+        """Return the blocks with their weights in the buffers, read-only views of them.
+
+        What did not land there is copied; buffers of blocks without weight stay as they are.
+        """
+        weights = {ref: weight for ref, weight in fetched.weights.items() if ref in self.arrays}
+        # A weight may lie in the buffer of another block, whose turn could come first: slots that
+        # take other blocks at every step.
+        weights = {
+            ref: weight.copy() if self._is_in_the_way(weight, ref) else weight
+            for ref, weight in weights.items()
+        }
+        for ref, weight in weights.items():
+            if _span(weight) != _span(self.arrays[ref]):
+                np.copyto(self.arrays[ref], weight, casting="no")
+        return FetchedBlocks(
+            fetched.revision,
+            (
+                replace(block, weight=_read_only(self.arrays[ref])) if ref in weights else block
+                for ref, block in fetched.items()
+            ),
+        )
+
+    def _is_in_the_way(self, weight: Array, ref: BlockRef) -> bool:
+        """Say whether `weight` lies in the buffer of a block other than `ref`."""
+        start, end = _span(weight)
+        first = max(0, bisect(self._spans, start, key=itemgetter(0)) - 1)
+        for other_start, other_end, other in islice(self._spans, first, None):
+            if other_start >= end:
+                break
+            if other != ref and other_end > start:
+                return True
+        return False
+
+
+def _check_fits(buffer: Array, ref: BlockRef, shape: tuple[int, ...], dtype: str) -> None:
+    what, metadata = f"the buffer of block {ref}", {"block": str(ref)}
+    if buffer.shape != shape:
+        raise InvalidArgumentError(
+            f"{what} has shape {buffer.shape}; the block has {shape}",
+            reason=Reason.BAD_SHAPE,
+            metadata=metadata,
+        )
+    if buffer.dtype != dtype_of(dtype):
+        raise InvalidArgumentError(
+            f"{what} is of {buffer.dtype}; the block is fetched as {dtype}",
+            reason=Reason.BAD_DTYPE,
+            metadata=metadata,
+        )
+    if not (buffer.flags.c_contiguous and buffer.flags.writeable):
+        raise InvalidArgumentError(
+            f"{what} is read-only or not C-contiguous; give one to write to as one piece",
+            metadata=metadata,
+        )
+
+
+def _span(array: Array) -> tuple[int, int]:
+    start: int = array.__array_interface__["data"][0]
+    return start, start + array.nbytes
+
+
+def _read_only(array: Array) -> Array:
+    view = array.view()
+    view.flags.writeable = False
+    return view
