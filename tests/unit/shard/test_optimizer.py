@@ -5,9 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.optim.adagrad import adagrad
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
+from membank.bank_service.shard import optimizer
 from membank.bank_service.shard.content import content_crcs, initial_content, zero_state
-from membank.bank_service.shard.optimizer import BlockOptimizer, as_array, as_tensor, convert
+from membank.bank_service.shard.loaders import Loaders
+from membank.bank_service.shard.optimizer import (
+    BlockOptimizer,
+    BlockStep,
+    as_array,
+    as_tensor,
+    convert,
+)
 from membank.wire.spec import Array, BankSpec, BlockRef, OptimizerKind, OptimizerSpec, Role
 from tiny_bank import gradient_for, tiny_spec
 
@@ -63,10 +76,10 @@ def test_ten_steps_are_those_of_torch(name: str) -> None:
     content = _start(spec)
     parameter = torch.nn.Parameter(torch.from_numpy(content[Role.WEIGHT].copy()))
     reference = _torch_optimizer(spec, parameter)
-    optimizer = BlockOptimizer(spec)
+    applier = BlockOptimizer(spec)
     for step in range(10):
         gradient = gradient_for(spec, REF, step)
-        after = optimizer.apply(1, content, step, gradient, 1.0)
+        after = applier.apply(1, content, step, gradient, 1.0)
         assert after is not None
         content = after
         parameter.grad = torch.from_numpy(gradient.copy())
@@ -103,9 +116,9 @@ def test_narrow_gradients_are_widened(dtype: str) -> None:
 def test_the_scale_multiplies_the_rate() -> None:
     spec = _spec("sgd")
     content, gradient = _start(spec), gradient_for(spec, REF, 4)
-    optimizer = BlockOptimizer(spec)
-    still = optimizer.apply(1, content, 0, gradient, 0.0)
-    half = optimizer.apply(1, content, 0, gradient, 0.5)
+    applier = BlockOptimizer(spec)
+    still = applier.apply(1, content, 0, gradient, 0.0)
+    half = applier.apply(1, content, 0, gradient, 0.5)
     assert still is not None
     assert half is not None
     np.testing.assert_array_equal(still[Role.WEIGHT], content[Role.WEIGHT])
@@ -182,3 +195,127 @@ def test_convert_rounds_to_nearest_even_as_numpy_does() -> None:
         dtype = np.dtype(name)
         assert convert(array, dtype).tobytes() == array.astype(dtype).tobytes()
     assert convert(array, array.dtype) is array
+
+
+def _whole(spec: BankSpec, before: dict[Role, Array], step: int, gradient: Array) -> list[bytes]:
+    """Return the bytes of what torch's own optimizer makes of all elements at once."""
+    own, rate = spec.optimizer, spec.levels[0].learning_rate
+    weight, *state = [
+        torch.from_numpy(before[role].astype(np.float32).reshape(-1)) for role in spec.roles
+    ]
+    wide = torch.from_numpy(gradient.astype(np.float32).reshape(-1))
+    steps = [torch.tensor(float(step))]
+    match own.kind:
+        case OptimizerKind.ADAMW:
+            adamw(
+                [weight], [wide], [state[0]], [state[1]], [], steps,
+                fused=True, amsgrad=False, beta1=own.beta1, beta2=own.beta2,
+                lr=rate, weight_decay=own.weight_decay, eps=own.eps, maximize=False,
+            )  # fmt: skip
+        case OptimizerKind.ADAGRAD:
+            adagrad(
+                [weight], [wide], [state[0]], steps,
+                fused=True, lr=rate, weight_decay=own.weight_decay, lr_decay=0.0,
+                eps=own.eps, maximize=False,
+            )  # fmt: skip
+        case OptimizerKind.SGD:
+            sgd(
+                [weight], [wide], [state[0] if state else None],
+                fused=True, weight_decay=own.weight_decay, momentum=own.beta1, lr=rate,
+                dampening=0.0, nesterov=False, maximize=False,
+            )  # fmt: skip
+    arrays = [weight.numpy().astype(spec.numpy_dtype), *(tensor.numpy() for tensor in state)]
+    return [array.tobytes() for array in arrays]
+
+
+def _random_block(spec: BankSpec, count: int, seed: int) -> dict[Role, Array]:
+    rng = np.random.default_rng(seed)
+    return {
+        role: np.abs(rng.standard_normal((1, 1, 1, count), np.float32)).astype(
+            spec.role_dtype(role)
+        )
+        for role in spec.roles
+    }
+
+
+def _stepped(
+    spec: BankSpec, before: dict[Role, Array], step: int, gradient: Array, threads: int
+) -> BlockStep:
+    block = BlockOptimizer(spec).begin(1, before, step, gradient, 1.0)
+    tiles = list(range(block.num_tiles))
+    if threads == 1:
+        for tile in reversed(tiles):
+            block.run(tile)
+    else:
+        Loaders(threads).map(block.run, tiles)
+    return block
+
+
+@given(
+    name=st.sampled_from(list(SPECS)),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+    gradient_dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+    count=st.integers(1, 700),
+    vectors=st.integers(1, 12),
+    step=st.sampled_from([0, 1, 1000, 1 << 24]),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 100),
+)
+def test_tiles_yield_the_bits_of_the_whole(
+    name: str,
+    dtype: str,
+    gradient_dtype: str,
+    count: int,
+    vectors: int,
+    step: int,
+    threads: int,
+    seed: int,
+) -> None:
+    spec = _spec(name, dtype)
+    before = _random_block(spec, count, seed)
+    gradient = np.random.default_rng(seed).standard_normal((1, 1, 1, count), np.float32)
+    gradient = gradient.astype(np.dtype(gradient_dtype))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer, "TILE", 16 * vectors)
+        block = _stepped(spec, before, step, gradient, threads)
+        assert block.is_finite
+        assert block.num_tiles == -(-count // (16 * vectors))
+        assert block.crcs() == content_crcs(spec, block.arrays)
+    found = [block.arrays[role].tobytes() for role in spec.roles]
+    assert found == _whole(spec, before, step, gradient)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("extra", [-1, 0, 37])
+def test_a_block_of_several_tiles_has_the_bits_of_the_whole(
+    name: str, dtype: str, extra: int
+) -> None:
+    spec = _spec(name, dtype)
+    count = 2 * optimizer.TILE + extra
+    before = _random_block(spec, count, 7)
+    gradient = np.random.default_rng(8).standard_normal((1, 1, 1, count), np.float32)
+    block = _stepped(spec, before, 3, gradient, 2)
+    assert block.crcs() == content_crcs(spec, block.arrays)
+    found = [block.arrays[role].tobytes() for role in spec.roles]
+    assert found == _whole(spec, before, 3, gradient)
+
+
+@pytest.mark.parametrize("position", [0, optimizer.TILE, 2 * optimizer.TILE + 36])
+def test_what_is_not_finite_is_found_in_every_tile(position: int) -> None:
+    spec = _spec("adamw")
+    before = _random_block(spec, 2 * optimizer.TILE + 37, 7)
+    gradient = np.zeros_like(before[Role.WEIGHT])
+    gradient[..., position] = np.nan
+    assert not _stepped(spec, before, 3, gradient, 2).is_finite
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_sum_that_overflows_is_no_sign_of_numbers_that_do(dtype: str) -> None:
+    spec = _spec("sgd", dtype)
+    largest = float(np.finfo(dtype).max)
+    before = {Role.WEIGHT: np.full((1, 1, 1, 64), largest / 2, dtype)}
+    gradient = np.zeros((1, 1, 1, 64), np.float32)
+    assert BlockOptimizer(spec).apply(1, before, 0, gradient, 1.0) is not None
+    before[Role.WEIGHT][..., 5] = np.inf
+    assert BlockOptimizer(spec).apply(1, before, 0, gradient, 1.0) is None

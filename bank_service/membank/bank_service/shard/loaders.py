@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import TypeVar
 
@@ -14,18 +14,29 @@ _NUM_THREADS = 8
 
 
 class Loaders:
-    """Threads that wait for storage beside a caller.
+    """Threads that wait for storage, or for journals, beside a caller.
 
     A fetch of blocks that are not in memory would else wait for one after the other: behind a
     network, a thousand of them took a thousand round trips. The caller always takes part, so one
     that finds all threads at work is as fast as without them.
+
+    Parameters
+    ----------
+    num_threads
+        How many there are, and the most that work for one caller, itself included.
+    name
+        Begins the threads' names.
     """
 
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="membank-load")
+    def __init__(self, num_threads: int = _NUM_THREADS, name: str = "membank-load") -> None:
+        self._num_threads = num_threads
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
 
     def map(self, load: Callable[[S], T], items: Sequence[S]) -> list[T]:
-        """Return what `load` makes of each of `items`, in their order; raise the first error."""
+        """Return what `load` makes of each of `items`, in their order; raise the first error.
+
+        Nothing is under way any more when it returns or raises.
+        """
         loaded: list[T | None] = [None] * len(items)
         # Whoever is free takes the next one: an iterator of a range gives each number once.
         positions = iter(range(len(items)))
@@ -39,7 +50,7 @@ class Loaders:
                     pass  # nobody needs the rest
                 raise
 
-        num_helpers = min(_NUM_THREADS, len(items)) - 1
+        num_helpers = min(self._num_threads, len(items)) - 1
         helpers: list[Future[None]] = []
         with suppress(RuntimeError):  # closed meanwhile: then without help
             helpers += (self._pool.submit(work) for _ in range(num_helpers))
@@ -47,6 +58,7 @@ class Loaders:
             work()
         finally:
             started = [helper for helper in helpers if not helper.cancel()]
+            wait(started)
         for helper in started:
             helper.result()
         return loaded  # type: ignore[return-value]  # every place is filled by now

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
-from membank.bank_service.shard.content import Content, content_crcs
-from membank.bank_service.shard.optimizer import BlockOptimizer
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from membank.bank_service.shard.content import Content
+from membank.bank_service.shard.cores import compute
+from membank.bank_service.shard.optimizer import TILE, BlockOptimizer, BlockStep
 from membank.wire.errors import Reason
 from membank.wire.format import NO_SLOT, Entry
 from membank.wire.spec import Array, BankSpec, BlockRef, BlockState
+
+_ALONE_ELEMENTS = 2 * TILE
+"""Elements that one thread updates before another one would have begun to help."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A gradient, and the block that it is for."""
+
+    ref: BlockRef
+    """The block."""
+    before: Entry
+    """Its entry."""
+    content: Content
+    """Its content, with optimizer state."""
+    values: Array
+    """(L, P, R, D), the gradient."""
+    scale: float
+    """Multiplies the learning rate of the block's level."""
 
 
 class UpdateRule:
@@ -39,35 +62,46 @@ class UpdateRule:
     def apply(
         self, ref: BlockRef, before: Entry, content: Content, values: Array, scale: float
     ) -> tuple[Entry, Content] | None:
-        """Return the block after one gradient, in fresh arrays.
+        """Return one block after one gradient; see `Step` and `apply_all`."""
+        return self.apply_all([Step(ref, before, content, values, scale)])[0]
+
+    def apply_all(self, steps: Sequence[Step]) -> list[tuple[Entry, Content] | None]:
+        """Return blocks after one gradient each, in fresh arrays; several cores take part.
 
         Parameters
         ----------
-        ref
-            The block.
-        before
-            Its entry.
-        content
-            Its content, with optimizer state.
-        values
-            (L, P, R, D), the gradient.
-        scale
-            Multiplies the learning rate of the block's level.
+        steps
+            Blocks and gradients; no block twice.
 
         Returns
         -------
-        tuple[Entry, Content] or None
-            None where the result would hold a number that is not finite.
+        list[tuple[Entry, Content] or None]
+            In the order of `steps`; None where the result would hold a number that is not finite.
         """
-        arrays = self._optimizer.apply(ref.level, content.arrays, before.step, values, scale)
-        if arrays is None:
-            return None
-        crcs = content_crcs(self._spec, arrays)
-        entry = Entry(
-            slot=NO_SLOT,
-            version=before.version + 1,
-            step=before.step + 1,
-            updates=before.updates + 1,
-            crcs=crcs,
-        )
-        return entry, Content(arrays, crcs[0])
+        begun = [
+            self._optimizer.begin(
+                step.ref.level, step.content.arrays, step.before.step, step.values, step.scale
+            )
+            for step in steps
+        ]
+        tiles = [(block, tile) for block in begun for tile in range(block.num_tiles)]
+        if sum(step.values.size for step in steps) <= _ALONE_ELEMENTS:
+            for block, tile in tiles:
+                block.run(tile)
+        else:
+            compute(lambda item: item[0].run(item[1]), tiles)
+        return [_after(step.before, block) for step, block in zip(steps, begun, strict=True)]
+
+
+def _after(before: Entry, block: BlockStep) -> tuple[Entry, Content] | None:
+    if not block.is_finite:
+        return None
+    crcs = block.crcs()
+    entry = Entry(
+        slot=NO_SLOT,
+        version=before.version + 1,
+        step=before.step + 1,
+        updates=before.updates + 1,
+        crcs=crcs,
+    )
+    return entry, Content(block.arrays, crcs[0])
