@@ -80,6 +80,9 @@ class MemoryBatch:
             raise ValueError(f"levels disagree on (sequences, layers, width): {sorted(shapes)}")
         self.levels = tuple(levels)
         self._active = [x for x in levels if bool((x.index_B != NO_BLOCK).any())]
+        # All layers at once: the gradient of a single one, `[:, number]`, is as large as all of them,
+        # zeros but for that layer, and as many of these as there are layers would be added up.
+        self._layers = [x.blocks_KLPRD.unbind(1) for x in self._active]
         self._paths_GK, self._group_size = _runs([x.index_B for x in self._active])
 
     def layer(self, number: int) -> LayerMemory | None:
@@ -87,8 +90,8 @@ class MemoryBatch:
         if not self._active:
             return None
         parts = [
-            _select(level.blocks_KLPRD[:, number], rows_G)
-            for level, rows_G in zip(self._active, self._paths_GK.unbind(1), strict=True)
+            _select(layers[number], rows_G)
+            for layers, rows_G in zip(self._layers, self._paths_GK.unbind(1), strict=True)
         ]
         weights_GPRD = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         return LayerMemory(weights_GPRD=weights_GPRD, group_size=self._group_size)
