@@ -16,9 +16,11 @@ from membank.trainer.model import Anchor
 from membank.trainer.training import (
     Acknowledged,
     AnchorStageConfig,
+    Fetched,
     InProcessCheckpoint,
     InProcessMemory,
     MemoryStageConfig,
+    Phase,
     PositionCheckpoint,
     PrefetchConfig,
     Progress,
@@ -249,6 +251,49 @@ def test_workers_together_see_every_sequence(
     ]
     assert [result.num_steps for result in results] == [15, 15]
     assert sum(result.num_tokens for result in results) == STAGE_2.num_tokens
+
+
+class Slow(WrappedMemory):
+    """Memory that takes 5 seconds for a fetch and 7 for a push, by a clock of its own."""
+
+    def __init__(self, source: InProcessMemory) -> None:
+        super().__init__(source)
+        self.now_s = 0.0
+
+    def fetch(self, refs: Sequence[BlockRef]) -> Fetched:
+        self.now_s += 5
+        return super().fetch(refs)
+
+    def push(
+        self,
+        gradients: Mapping[BlockRef, Tensor],
+        versions: Mapping[BlockRef, int],
+        *,
+        step: int,
+        learning_rate_scale: float = 1.0,
+        first: Sequence[BlockRef] = (),
+        then: Callable[[], None] | None = None,
+    ) -> tuple[Acknowledged, ...]:
+        self.now_s += 7
+        return super().push(
+            gradients,
+            versions,
+            step=step,
+            learning_rate_scale=learning_rate_scale,
+            first=first,
+            then=then,
+        )
+
+
+def test_a_result_says_what_the_time_of_a_step_went_into(
+    anchor: Anchor, sequences: PackedSequences, spec: BankSpec
+) -> None:
+    memory = Slow(InProcessMemory(spec))
+    result = train_memories(anchor, memory, sequences, STAGE_2, clock=lambda: memory.now_s)
+    assert result.seconds == 30 * (5 + 7)
+    expected = dict.fromkeys(Phase, 0.0) | {Phase.FETCH: 30 * 5.0, Phase.PUSH: 30 * 7.0}
+    assert dict(result.phase_seconds) == expected
+    assert result.to_json()["phase_seconds"] == expected
 
 
 class WithheldMeanwhile(WrappedMemory):

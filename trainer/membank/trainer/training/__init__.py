@@ -23,6 +23,7 @@ from membank.trainer.training.prefetch import PrefetchConfig, PrefetchingMemory
 from membank.trainer.training.progress import (
     LossLog,
     LossRecord,
+    Phase,
     Progress,
     ProgressCallback,
     StageResult,
@@ -45,6 +46,7 @@ __all__ = [
     "LossRecord",
     "MemorySource",
     "MemoryStageConfig",
+    "Phase",
     "PositionCheckpoint",
     "PrefetchConfig",
     "PrefetchingMemory",

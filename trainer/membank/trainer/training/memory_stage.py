@@ -31,6 +31,8 @@ from membank.trainer.training.progress import (
     LossLog,
     LossRecord,
     Meter,
+    Phase,
+    PhaseTimes,
     ProgressCallback,
     StageResult,
 )
@@ -130,7 +132,8 @@ def train_memories(
         The bank cannot answer.
     """
     anchor.requires_grad_(False)
-    trainer = _Trainer(anchor, source, sequences, config, rank, world_size)
+    times = PhaseTimes(clock)
+    trainer = _Trainer(anchor, source, sequences, config, rank, world_size, times)
     run = run_fingerprint(
         config, sequences, anchor_fingerprint(anchor), f"{source.spec!r} {rank}/{world_size}"
     )
@@ -160,7 +163,7 @@ def train_memories(
         settle(memory.flush())
     if checkpoint is not None:
         checkpoint.finish(run)
-    return meter.result(dict(refusals.by_reason))
+    return meter.result(refusals.by_reason, times.seconds)
 
 
 class _Trainer:
@@ -174,8 +177,10 @@ class _Trainer:
         config: MemoryStageConfig,
         rank: int,
         world_size: int,
+        times: PhaseTimes,
     ) -> None:
         self._anchor = anchor
+        self._times = times
         self._spec = source.spec
         self._sequences = sequences
         self._config = config
@@ -197,30 +202,41 @@ class _Trainer:
 
     def step(self, memory: MemorySource, step: int) -> tuple[float, int, tuple[Acknowledged, ...]]:
         device = self._anchor.embedding.weight.device
-        tokens_BT, segments_BT = batch_tensors(self._sequences, self._order.rows(step), device)
-        paths_B = self.paths(step)
-        fetched = memory.fetch(distinct_blocks(paths_B))
-        batch = join(self._spec, paths_B, fetched, trained=True, device=device)
-        logits_BTV = self._anchor(tokens_BT, segments_BT, batch.memory)
-        loss, num_scored = next_token_loss(logits_BTV, tokens_BT, segments_BT)
-        value = float(loss.detach())
-        check_finite(value, "memories", step)
-        # Without any block (all withheld) nothing depends on a leaf: there is nothing to push.
-        if loss.requires_grad:
-            loss.backward()
-        gradients = batch.gradients()
-        acknowledged = memory.push(
-            gradients,
-            {ref: fetched.versions[ref] for ref in gradients},
-            step=step,
-            learning_rate_scale=cosine_scale(
-                step,
-                self.num_steps,
-                warmup_fraction=self._config.warmup_fraction,
-                final_scale=self._config.final_scale,
-            ),
-        )
+        spent_in = self._times.spent_in
+        with spent_in(Phase.LOAD):
+            rows_B = self._order.rows(step)
+            tokens_BT, segments_BT = batch_tensors(self._sequences, rows_B, device)
+            paths_B = self.paths(step)
+        with spent_in(Phase.FETCH):
+            fetched = memory.fetch(distinct_blocks(paths_B))
+        with spent_in(Phase.JOIN):
+            batch = join(self._spec, paths_B, fetched, trained=True, device=device)
+        with spent_in(Phase.FORWARD):
+            logits_BTV = self._anchor(tokens_BT, segments_BT, batch.memory)
+            loss, num_scored = next_token_loss(logits_BTV, tokens_BT, segments_BT)
+            value = float(loss.detach())
+            check_finite(value, "memories", step)
+        with spent_in(Phase.BACKWARD):
+            # Without any block (all withheld) nothing depends on a leaf: there is nothing to push.
+            if loss.requires_grad:
+                loss.backward()
+            gradients = batch.gradients()
+        with spent_in(Phase.PUSH):
+            acknowledged = memory.push(
+                gradients,
+                {ref: fetched.versions[ref] for ref in gradients},
+                step=step,
+                learning_rate_scale=self._scale(step),
+            )
         return value, num_scored, acknowledged
+
+    def _scale(self, step: int) -> float:
+        return cosine_scale(
+            step,
+            self.num_steps,
+            warmup_fraction=self._config.warmup_fraction,
+            final_scale=self._config.final_scale,
+        )
 
 
 class RefusalCount:

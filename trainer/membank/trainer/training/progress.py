@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -70,6 +72,8 @@ class StageResult:
     """Gradients that were refused (too old, or their block withheld or deleted)."""
     refused: tuple[tuple[str, int], ...] = ()
     """Refused gradients by reason."""
+    phase_seconds: tuple[tuple[str, float], ...] = ()
+    """Seconds that the training thread spent in each `Phase` of its steps; none for stage 1."""
 
     def to_json(self) -> dict[str, object]:
         """Return the fields as JSON-able values; a NaN loss is None."""
@@ -78,7 +82,57 @@ class StageResult:
             **asdict(self),
             "final_loss": self.final_loss if finite else None,
             "refused": dict(self.refused),
+            "phase_seconds": dict(self.phase_seconds),
         }
+
+
+class Phase(StrEnum):
+    """What the thread that trains is busy with, or waits for, in a step of stage 2.
+
+    On a GPU, whose work is only handed over in most of them, the phase that needs a result waits
+    for all before it.
+    """
+
+    LOAD = "load"
+    """Tokens and paths of the batch."""
+    FETCH = "fetch"
+    """Waiting for the batch's blocks; with prefetch, for what is not there yet."""
+    JOIN = "join"
+    """Copying the blocks to where the anchor takes them from."""
+    FORWARD = "forward"
+    """The loss."""
+    BACKWARD = "backward"
+    """The gradients, summed over the sequences that share a block."""
+    PUSH = "push"
+    """Waiting for the push; with prefetch, for the one before it."""
+
+
+class PhaseTimes:
+    """Adds up how long each phase takes.
+
+    Parameters
+    ----------
+    clock
+        Time.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._seconds = dict.fromkeys(Phase, 0.0)
+
+    @contextmanager
+    def spent_in(self, phase: Phase) -> Iterator[None]:
+        """Count the time until the block ends, however it ends."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._seconds[phase] += self._clock() - began
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each phase so far."""
+        return {phase.value: seconds for phase, seconds in self._seconds.items()}
 
 
 class Meter:
@@ -151,7 +205,11 @@ class Meter:
             )
         )
 
-    def result(self, refused: dict[str, int] | None = None) -> StageResult:
+    def result(
+        self,
+        refused: Mapping[str, int] | None = None,
+        phase_seconds: Mapping[str, float] | None = None,
+    ) -> StageResult:
         """Return what was done since the meter was made."""
         seconds = self.elapsed_s
         counts = tuple(sorted((refused or {}).items()))
@@ -165,6 +223,7 @@ class Meter:
             final_loss=sum(self._losses) / len(self._losses) if self._losses else float("nan"),
             num_refused=sum(count for _, count in counts),
             refused=counts,
+            phase_seconds=tuple((phase_seconds or {}).items()),
         )
 
 
