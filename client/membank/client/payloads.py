@@ -115,7 +115,7 @@ async def read_blocks(
         if not isinstance(message, memoryview):
             revision = message.revision if revision is None else revision
             for header in map(header_from_pb, message.headers):
-                _check_header(header, where=where)
+                check_header(header, where=where)
                 headers.append(header)
                 if header.num_bytes:
                     what = f"{where}: block {header.ref}"
@@ -128,7 +128,7 @@ async def read_blocks(
     blocks = tuple(
         Block(
             header=header,
-            weight=_as_weight(next(payloads), header) if header.num_bytes else None,
+            weight=as_weight(next(payloads), header) if header.num_bytes else None,
         )
         for header in headers
     )
@@ -198,7 +198,8 @@ def _finish(assembler: PayloadAssembler, *, where: str) -> list[npt.NDArray[np.u
         raise _malformed(where, err.message) from err
 
 
-def _check_header(header: BlockHeader, *, where: str) -> None:
+def check_header(header: BlockHeader, *, where: str) -> None:
+    """Raise `CorruptionError` unless a block's size is that of its shape."""
     announced = math.prod(header.shape) * dtype_of(header.dtype).itemsize
     travels = header.state is BlockState.ACTIVE and not header.unchanged
     if header.num_bytes != (announced if travels else 0):
@@ -207,7 +208,8 @@ def _check_header(header: BlockHeader, *, where: str) -> None:
         )
 
 
-def _as_weight(buffer: Array, header: BlockHeader) -> Array:
+def as_weight(buffer: Array, header: BlockHeader) -> Array:
+    """Return the weight in a buffer that has been filled; read-only."""
     weight = buffer.view(dtype_of(header.dtype)).reshape(header.shape)
     # Fetches share unchanged blocks, and so will a cache: nobody may write into one.
     weight.flags.writeable = False

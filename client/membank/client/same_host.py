@@ -26,6 +26,7 @@ from membank.client.transport import (
     PushAnswer,
     SameHostDoor,
 )
+from membank.wire.buffers import BufferPool
 from membank.wire.errors import (
     DeadlineError,
     FailedPreconditionError,
@@ -92,6 +93,8 @@ class SameHostTransport(GrpcTransport):
         Bounds of the way through shared memory.
     counters
         Counts what is done.
+    pool
+        Where blocks land; None = in one of its own.
     """
 
     def __init__(
@@ -100,8 +103,10 @@ class SameHostTransport(GrpcTransport):
         config: ClientConfig,
         bounds: SameHostConfig,
         counters: SameHostCounters,
+        *,
+        pool: BufferPool | None = None,
     ) -> None:
-        super().__init__(endpoint, config)
+        super().__init__(endpoint, config, pool=pool)
         self._endpoint = endpoint
         self._counters = counters
         self._staging = SharedMemory()
@@ -139,9 +144,10 @@ class SameHostTransport(GrpcTransport):
             snapshot=snapshot,
         )
 
+        landing = Landing(self._pool, into)
+
         def through(connection: SameHostConnection, left_s: float) -> FetchAnswer:
-            land = Landing(self._pool, into).place
-            return connection.fetch(request, refs, land, timeout_s=left_s)
+            return connection.fetch(request, refs, landing, timeout_s=left_s)
 
         def over(left_s: float) -> Awaitable[FetchAnswer]:
             return GrpcTransport.fetch(
@@ -260,4 +266,5 @@ def same_host_connector(config: ClientConfig, counters: SameHostCounters) -> Con
     bounds = config.same_host
     if bounds is None:
         return grpc_connector(config)
-    return lambda endpoint: SameHostTransport(endpoint, config, bounds, counters)
+    pool = BufferPool(config.pooled_bytes)
+    return lambda endpoint: SameHostTransport(endpoint, config, bounds, counters, pool=pool)

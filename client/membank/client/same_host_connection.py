@@ -7,15 +7,15 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Self
 
 import numpy as np
 from google.rpc import status_pb2
 
-from membank.client.payloads import _as_weight as as_weight
-from membank.client.payloads import _check_header as check_header
+from membank.client.landing import Landing
+from membank.client.payloads import as_weight, check_header
 from membank.client.requests import push_head
 from membank.client.transport import FetchAnswer, PushAnswer, SameHostDoor
 from membank.v1 import block_service_pb2 as block_pb
@@ -26,11 +26,8 @@ from membank.wire.crc import as_uint8
 from membank.wire.errors import from_status_proto
 from membank.wire.records import Block, BlockHeader, Update
 from membank.wire.same_host import MessageSocket, abstract_address
-from membank.wire.shared_memory import Bytes, MappedSegments, SharedMemory, pack
+from membank.wire.shared_memory import MappedSegments, SharedMemory, pack
 from membank.wire.spec import BlockRef
-
-Land = Callable[[BlockHeader], Bytes]
-"""Returns the memory, flat, that a block of that header is to be copied to."""
 
 
 class SameHostConnection:
@@ -82,7 +79,7 @@ class SameHostConnection:
         self,
         request: block_pb.FetchBlocksRequest,
         refs: Sequence[BlockRef],
-        land: Land,
+        landing: Landing,
         *,
         timeout_s: float,
     ) -> FetchAnswer:
@@ -94,19 +91,19 @@ class SameHostConnection:
             What to fetch.
         refs
             Its blocks.
-        land
+        landing
             Where to.
         timeout_s
             Seconds that it may last.
         """
         with self._use():
-            return self._fetch(request, refs, land, timeout_s)
+            return self._fetch(request, refs, landing, timeout_s)
 
     def _fetch(
         self,
         request: block_pb.FetchBlocksRequest,
         refs: Sequence[BlockRef],
-        land: Land,
+        landing: Landing,
         timeout_s: float,
     ) -> FetchAnswer:
         answer = self._ask(host_pb.SameHostRequest(fetch=request), timeout_s).blocks
@@ -114,7 +111,7 @@ class SameHostConnection:
         if [header.ref for header in headers] != list(refs):
             raise LookupError(f"{len(headers)} other blocks than the {len(refs)} asked for")
         places = deque(answer.places)
-        blocks = tuple(self._copied(header, places, land) for header in headers)
+        blocks = tuple(self._copied(header, places, landing) for header in headers)
         # Later than this the shard may use the memory for something else.
         self._messages.send(host_pb.SameHostRequest(release=host_pb.SameHostRelease()))
         return FetchAnswer(revision=answer.revision, blocks=blocks)
@@ -194,13 +191,15 @@ class SameHostConnection:
             raise from_status_proto(status_pb2.Status.FromString(response.status))
         return response
 
-    def _copied(self, header: BlockHeader, places: deque[host_pb.SharedPlace], land: Land) -> Block:
+    def _copied(
+        self, header: BlockHeader, places: deque[host_pb.SharedPlace], landing: Landing
+    ) -> Block:
         check_header(header, where=self._where)
         if not header.num_bytes:
             return Block(header=header, weight=None)
         place = places.popleft()
         source = self._segments.view(place.segment, place.offset, header.num_bytes)
-        target = land(header)
+        target = landing.place(header)
         actual = copy_checked(target, source)
         if actual != header.crc32c:
             # The shard took the memory back, such as after a lease that was overstayed.

@@ -22,6 +22,7 @@ from membank.bank_service.rpc.same_host import SameHostDoor
 from membank.bank_service.shard import Shard
 from membank.bank_service.shard.contract import SetState
 from membank.bank_service.store import Bank
+from membank.client.landing import Landing
 from membank.client.requests import fetch_request, push_head
 from membank.client.same_host_connection import SameHostConnection
 from membank.client.transport import FetchAnswer, PushAnswer
@@ -37,9 +38,9 @@ from membank.wire.errors import (
     Reason,
     from_status_proto,
 )
-from membank.wire.records import BlockHeader, Gradient, Update
+from membank.wire.records import Gradient, Update
 from membank.wire.same_host import MessageSocket, abstract_address
-from membank.wire.shared_memory import Bytes, MappedSegments, SharedMemory
+from membank.wire.shared_memory import MappedSegments, SharedMemory
 from membank.wire.spec import Array, BankSpec, BlockRef, BlockState, LevelSpec
 
 TIMEOUT_S = 10.0
@@ -84,17 +85,13 @@ class Rig:
         messages.receive(host_pb.SameHostResponse)
         return messages
 
-    def land(self, header: BlockHeader) -> Bytes:
-        """Return memory for a block."""
-        return self._pool.take(header.num_bytes)
-
     def fetch(
         self, connection: SameHostConnection, refs: list[BlockRef], **options: object
     ) -> FetchAnswer:
         """Fetch blocks."""
         arguments = {"held_versions": None, "dtype": None, "min_revision": 0, "snapshot": ""}
         request = fetch_request(refs, bank="", **(arguments | options))  # type: ignore[arg-type]
-        return connection.fetch(request, refs, self.land, timeout_s=TIMEOUT_S)
+        return connection.fetch(request, refs, Landing(self._pool), timeout_s=TIMEOUT_S)
 
     def push(
         self, connection: SameHostConnection, ref: BlockRef, values: Array, base: int = 0
