@@ -188,6 +188,7 @@ def test_the_later_of_two_equal_attempts_may_give_up_first(bank: Bank) -> None:
     queue.add(first)
     queue.add(second)
     queue.remove(second)
+    first.ready.set()
     assert queue.next_batch() == [first]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Lock
 
 from membank.bank_service.shard.answers import described, exported, fetched
-from membank.bank_service.shard.config import ShardConfig
+from membank.bank_service.shard.config import Durability, ShardConfig
 from membank.bank_service.shard.context import ShardContext
 from membank.bank_service.shard.contract import (
     BlockContent,
@@ -31,6 +31,7 @@ from membank.bank_service.shard.contract import (
 )
 from membank.bank_service.shard.draft import check_array
 from membank.bank_service.shard.lease import boot_clock
+from membank.bank_service.shard.loaders import Loaders
 from membank.bank_service.shard.maintenance import InlineMaintenance, Maintenance
 from membank.bank_service.shard.participant import Participant, owned
 from membank.bank_service.shard.partition import Partition
@@ -66,6 +67,9 @@ _LEASE_RENEWALS = 3
 
 _DESCRIBED_AT_ONCE = 512
 """Blocks that are described as of one moment."""
+
+_SIDE_BY_SIDE_BYTES = 1 << 20
+"""Bytes of gradients from which on partitions that journal into memory push side by side."""
 
 
 @dataclass(slots=True)
@@ -103,6 +107,8 @@ class Shard:
         self._locks = locks
         self._reader = BlockReader(context, self._owner)
         self._pinned = PinnedReader(context, self._owner, lambda: participant.revision)
+        # Not the threads that load: a push may wait for seconds, for a transaction to end.
+        self._pushers = Loaders(name="membank-push")
         self._counting = Lock()
         self._counters = _Counters()
         self._closed = False
@@ -255,14 +261,20 @@ class Shard:
     def push(self, update: Update) -> PushResult:
         # docstring inherited
         by_partition = self._checked_gradients(update)
-        results: dict[BlockRef, UpdateResult] = {}
-        repeats = []
-        for number in sorted(by_partition):
+
+        def push(number: int) -> tuple[tuple[UpdateResult, ...], bool]:
             found, repeat = self._partitions[number].push(update, by_partition[number])
-            results |= {result.ref: result for result in found}
-            repeats.append(repeat)
             if not repeat:
                 self._count_push(found, by_partition[number])
+            return found, repeat
+
+        numbers = sorted(by_partition)
+        if self._pays_side_by_side(by_partition):
+            answers = self._pushers.map(push, numbers)
+        else:
+            answers = [push(number) for number in numbers]
+        results = {result.ref: result for found, _ in answers for result in found}
+        repeats = [repeat for _, repeat in answers]
         return PushResult(
             results=tuple(results[gradient.ref] for gradient in update.gradients),
             duplicate=bool(repeats) and all(repeats),
@@ -362,6 +374,7 @@ class Shard:
         with self._locks:
             for partition in self._partitions.values():
                 self._locks.callback(partition.close, consolidate=consolidate)
+        self._pushers.close()
         self._context.loaders.close()
 
     def _read(self, refs: tuple[BlockRef, ...]) -> Iterator[BlockContent]:
@@ -444,6 +457,16 @@ class Shard:
                 )
             by_partition.setdefault(self.spec.partition_of(ref), []).append(gradient)
         return by_partition
+
+    def _pays_side_by_side(self, by_partition: Mapping[int, Sequence[Gradient]]) -> bool:
+        """Say whether an update's partitions have more to wait for than a helper takes to begin.
+
+        While one of them writes its journal, another one computes.
+        """
+        if len(by_partition) == 1 or self._context.config.durability is not Durability.PROCESS:
+            return len(by_partition) > 1
+        num_bytes = sum(g.values.nbytes for some in by_partition.values() for g in some)
+        return num_bytes >= _SIDE_BY_SIDE_BYTES
 
     def _count_push(self, results: Sequence[UpdateResult], gradients: Sequence[Gradient]) -> None:
         accepted = sum(result.accepted for result in results)

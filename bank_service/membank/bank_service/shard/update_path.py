@@ -3,20 +3,27 @@
 A change that cannot be journalled is not installed, and readers see nothing that is not in the
 journal. Pushes that arrive while others are being journalled wait together, and the next one that
 gets its turn takes all of them along: one write and one sync for the lot (group commit).
+
+Each push computes *ahead*, in its own thread and with no lock held, what its gradients make of the
+blocks, while those before it compute or are journalled. Nothing is decided by that. When its turn
+comes, with the partition's `writer` held, each block is looked at anew: what was computed on this
+very version of it is taken over, and else it is computed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from membank.bank_service.shard.content import BlockRecord, Content, content_crcs, kept
 from membank.bank_service.shard.folding import Folding
 from membank.bank_service.shard.optimizer import kernel_fingerprint
-from membank.bank_service.shard.push_queue import Call, PushQueue
+from membank.bank_service.shard.push_queue import Ahead, Call, PushQueue
 from membank.bank_service.shard.request_log import answer_of
 from membank.bank_service.shard.state import PartitionState
 from membank.bank_service.shard.update_frame import AppliedBlock, UpdateFrame, encode_update
+from membank.bank_service.shard.update_rule import Step
 from membank.bank_service.store.journal import FrameKind, Payload
 from membank.wire.errors import (
     CorruptionError,
@@ -27,6 +34,8 @@ from membank.wire.errors import (
 from membank.wire.format import Entry
 from membank.wire.records import BlockEvent, Gradient, Update, UpdateResult
 from membank.wire.spec import Array, BlockRef
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +93,17 @@ class UpdatePath:
         state = self._state
         self._require_room()
         call = Call(update, gradients)
-        self._queue.add(call)
+        should_compute = self._queue.add(call)
+        try:
+            if should_compute:
+                self._compute_ahead(call)
+        finally:
+            call.ready.set()
         with state.writer:
             while not call.is_done:
                 self._wait_until_free(call)
                 if not call.is_done:
-                    self._commit(self._queue.next_batch())
+                    self._commit_next()
         if call.error is not None:
             raise call.error
         if self._folding.is_due():
@@ -163,7 +177,42 @@ class UpdatePath:
             self._queue.remove(call)
             raise state.fenced
 
+    # ---- ahead of its turn
+
+    def _compute_ahead(self, call: Call) -> None:
+        """Compute what `call` makes of its blocks as they are now; no lock is held."""
+        scale = call.update.learning_rate_scale
+        try:
+            steps = [
+                Step(ref, record.entry, self._content(ref, record), gradient.values, scale)
+                for gradient, ref, record in self._acceptable(call.gradients)
+            ]
+            found = self._rule.apply_all(steps)
+        except Exception as err:
+            # Such as a slot that was removed because another push went first. What is really
+            # wrong is found again in its turn, and answered then.
+            _LOG.debug("partition %d: nothing computed ahead: %s", self._state.number, err)
+            return
+        call.ahead.update(
+            (step.ref, Ahead(step.before, after)) for step, after in zip(steps, found, strict=True)
+        )
+
+    def _acceptable(
+        self, gradients: Sequence[Gradient]
+    ) -> Iterator[tuple[Gradient, BlockRef, BlockRecord]]:
+        for gradient in gradients:
+            record = self._state.record(gradient.ref)
+            if self._rule.refusal(record.entry, gradient.base_version) is None:
+                yield gradient, gradient.ref, record
+
     # ---- one batch
+
+    def _commit_next(self) -> None:
+        calls = self._queue.next_batch()
+        try:
+            self._commit(calls)
+        finally:
+            self._queue.settle(calls)
 
     def _commit(self, calls: Sequence[Call]) -> None:
         batch = _Batch()
@@ -198,7 +247,7 @@ class UpdatePath:
             batch.followers.append((call, answer_of(request_id, batch.results[request_id], refs)))
             return
         self._state.journal.require_usable()
-        staged = [self._stage(batch, call.update, gradient) for gradient in call.gradients]
+        staged = [self._stage(batch, call, gradient) for gradient in call.gradients]
         results = tuple(item.result if isinstance(item, _Staged) else item for item in staged)
         accepted = [item for item in staged if isinstance(item, _Staged)]
         if not accepted:
@@ -221,12 +270,16 @@ class UpdatePath:
         batch.results[request_id] = results
         batch.accepted.append((call, accepted))
 
-    def _stage(self, batch: _Batch, update: Update, gradient: Gradient) -> _Staged | UpdateResult:
+    def _stage(self, batch: _Batch, call: Call, gradient: Gradient) -> _Staged | UpdateResult:
         ref = gradient.ref
         record = batch.records.get(ref) or self._state.record(ref)
         if (reason := self._rule.refusal(record.entry, gradient.base_version)) is not None:
             return _refused(ref, record.entry, reason)
-        found = self._apply(ref, record, gradient.values, update.learning_rate_scale)
+        ahead = call.ahead.pop(ref, None)
+        if ahead is not None and _traits(ahead.before) == _traits(record.entry):
+            found = ahead.after
+        else:
+            found = self._apply(ref, record, gradient.values, call.update.learning_rate_scale)
         if found is None:
             return _refused(ref, record.entry, Reason.NOT_FINITE)
         entry, content = found
@@ -236,9 +289,11 @@ class UpdatePath:
     def _apply(
         self, ref: BlockRef, record: BlockRecord, values: Array, scale: float
     ) -> tuple[Entry, Content] | None:
+        return self._rule.apply(ref, record.entry, self._content(ref, record), values, scale)
+
+    def _content(self, ref: BlockRef, record: BlockRecord) -> Content:
         state = self._state
-        content = state.store.load_content(ref, record, state.context.bank.spec.roles)
-        return self._rule.apply(ref, record.entry, content, values, scale)
+        return state.store.load_content(ref, record, state.context.bank.spec.roles)
 
     def _install(self, batch: _Batch) -> None:
         state = self._state
@@ -287,6 +342,7 @@ def _applied(staged: _Staged) -> AppliedBlock:
 
 
 def _traits(entry: Entry) -> tuple[object, ...]:
+    """Return what tells one content of a block from any other; where it is stored does not."""
     return (entry.version, entry.step, entry.updates, entry.crcs)
 
 
