@@ -44,6 +44,9 @@ QUIET_ENV = {
     # Idle workers, one per CPU, that actors would never use.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_metrics_collection": "0",
+    # Ray would let its workers yield to everything else (niceness 15): shards are what clients on
+    # this machine wait for.
+    "RAY_worker_niceness": "0",
     # Ray gives its processes titles; without this they would overwrite the environment, as the
     # system shows it, and the mark with it.
     "SPT_NOENV": "1",
