@@ -540,21 +540,46 @@ class TestOneClientAtATime:
 
     @pytest.mark.slow
     def test_nor_one_of_another_process_until_it_is_killed(self, tmp_path: Path) -> None:
-        program = (
-            "import sys; from pathlib import Path; from membank.client.disk_files import BlockFolder;"
-            f"folder = BlockFolder(Path({str(tmp_path)!r}), 'bank'); print('has it', flush=True);"
-            "sys.stdin.read()"
-        )
+        """And what it was writing when it was killed is there as a whole, or not at all."""
         with subprocess.Popen(
-            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-c", WRITES_FOR_EVER, str(tmp_path)], stdout=subprocess.PIPE
         ) as other:
             assert other.stdout is not None
-            assert other.stdout.readline() == b"has it\n"
+            assert other.stdout.readline() == b"written\n"
             with pytest.raises(DirectoryInUseError):
                 BlockFolder(tmp_path, "bank")
             other.kill()
             other.wait()
-        BlockFolder(tmp_path, "bank").release()
+        folder = BlockFolder(tmp_path, "bank")
+        buffer = np.empty(WRITTEN_BYTES, np.uint8)
+        files = folder.adopt(lambda file: buffer.nbytes)
+        assert files
+        for file in files:
+            folder.read(file, buffer)
+        assert len(list(tmp_path.glob("bank-*/*"))) == len(files)
+        folder.release()
+
+
+WRITTEN_BYTES = 4 << 20
+WRITES_FOR_EVER = f"""
+import itertools, sys
+from pathlib import Path
+
+import numpy as np
+
+from membank.client.disk_files import BlockFile, BlockFolder
+from membank.wire.crc import crc32c
+from membank.wire.spec import BlockRef
+
+folder = BlockFolder(Path(sys.argv[1]), "bank")
+weight = np.arange({WRITTEN_BYTES // 4}, dtype=np.float32)
+for version in itertools.count():
+    file = BlockFile(BlockRef(1, version % 8), version, "float32", 0, crc32c(weight))
+    folder.write(file, weight)
+    folder.remove(BlockFile(file.ref, version - 8, "float32", 0, file.crc32c), erase=False)
+    if version == 8:
+        print("written", flush=True)
+"""
 
 
 async def test_a_whole_client_has_it(tmp_path: Path) -> None:
