@@ -14,6 +14,7 @@ import grpc.aio
 
 from membank.client.config import ClientConfig, TlsConfig
 from membank.client.grpc_status import ServedStatus
+from membank.wire.buffers import keep_freed_memory
 from membank.wire.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
@@ -55,6 +56,7 @@ class GrpcChannel:
     """
 
     def __init__(self, endpoint: str, config: ClientConfig) -> None:
+        keep_freed_memory()
         host = host_of(endpoint)
         self.endpoint = endpoint
         token = config.read_token()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import grpc
 import numpy as np
 import pytest
 
+from membank.bank_service.shard import ShardApi
+from membank.bank_service.shard.contract import FetchResult
 from membank.v1 import block_service_pb2 as pb
 from membank.v1 import types_pb2 as types_pb
 from membank.wire import convert
@@ -17,7 +21,8 @@ from membank.wire.crc import crc32c
 from membank.wire.errors import MembankError, Reason
 from membank.wire.format import decode_tree
 from membank.wire.framing import CHUNK_BYTES
-from membank.wire.spec import Array, BlockRef, BlockState
+from membank.wire.records import Block, BlockHeader
+from membank.wire.spec import Array, BankSpec, BlockRef, BlockState
 from rpc_rig import RpcRig, error_of
 from shard_rig import RIG_SPEC, asked
 
@@ -76,6 +81,62 @@ def failure(rig: RpcRig, messages: Iterable[pb.PushUpdatesRequest]) -> MembankEr
     with pytest.raises(grpc.RpcError) as caught:
         rig.blocks.PushUpdates(iter(messages))
     return error_of(caught.value)
+
+
+# Messages that the transport takes before it holds the server back: its own buffers, and a window.
+_AHEAD = 8
+
+
+class LargeBlocks:
+    """Answers every fetch by blocks of 1 MiB, and knows how many were taken to be sent."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.taken: set[int] = set()
+        self._blocks = tuple(LargeBlock(number, self.taken) for number in range(num_blocks))
+
+    @property
+    def num_taken(self) -> int:
+        return len(self.taken)
+
+    @property
+    def api(self) -> ShardApi:
+        return cast("ShardApi", self)
+
+    @property
+    def spec(self) -> BankSpec:
+        return RIG_SPEC
+
+    @property
+    def revision(self) -> int:
+        return 1
+
+    def fetch(self, *_: object, **__: object) -> FetchResult:
+        return FetchResult(revision=1, blocks=cast("tuple[Block, ...]", self._blocks))
+
+
+class LargeBlock:
+    """A block that notes when its weight is taken."""
+
+    def __init__(self, number: int, taken: set[int]) -> None:
+        self._number = number
+        self._taken = taken
+        self._weight = np.full(CHUNK_BYTES, number, np.uint8)
+        self.header = BlockHeader(
+            ref=TOPIC, version=1, num_bytes=CHUNK_BYTES, crc32c=crc32c(self._weight)
+        )
+
+    @property
+    def weight(self) -> Array:
+        self._taken.add(self._number)
+        return self._weight
+
+
+def wait_until_idle(rig: RpcRig) -> None:
+    """Wait until no call holds bytes any more."""
+    ends = time.monotonic() + 10
+    while rig.budget.used_bytes:
+        assert time.monotonic() < ends, "the bytes of a call that has ended are still taken"
+        rig.blocks.GetBank(pb.GetBankRequest())
 
 
 def test_fetch_sends_headers_and_bytes_of_every_block(rig: RpcRig) -> None:
@@ -305,3 +366,50 @@ def test_a_stopping_server_ends_its_watchers(tmp_path: Path) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             next(iter(call))
         assert error_of(caught.value).reason is Reason.SHARD_UNAVAILABLE
+
+
+def test_messages_of_data_alone_are_what_the_generated_code_writes(tmp_path: Path) -> None:
+    shard = LargeBlocks(3)
+    with RpcRig(tmp_path / "bank", shard=shard.api) as rig:
+        read = rig.channel.unary_stream(
+            "/membank.v1.BlockService/FetchBlocks",
+            request_serializer=pb.FetchBlocksRequest.SerializeToString,
+            response_deserializer=bytes,
+        )
+        sent = list(read(pb.FetchBlocksRequest(refs=[to_pb(TOPIC)])))
+    for encoded in sent:
+        assert pb.FetchBlocksResponse.FromString(encoded).SerializeToString() == encoded
+    data = [pb.FetchBlocksResponse.FromString(encoded).data for encoded in sent]
+    # The headers go ahead; a message of data alone is at most one chunk.
+    assert data[0] == b""
+    assert [len(each) for each in data[1:]] == [CHUNK_BYTES] * 3
+
+
+def test_a_slow_reader_does_not_make_the_server_read_ahead(tmp_path: Path) -> None:
+    shard = LargeBlocks(48)
+    with RpcRig(tmp_path / "bank", shard=shard.api, budget_bytes=64 << 20) as rig:
+        call = rig.blocks.FetchBlocks(pb.FetchBlocksRequest(refs=[to_pb(TOPIC)]))
+        for num_read in range(1, 4):
+            next(call)
+            # Time in which the server would go on, if the reader did not hold it back.
+            for _ in range(20):
+                rig.blocks.GetBank(pb.GetBankRequest())
+            assert shard.num_taken <= num_read + _AHEAD
+        assert rig.budget.used_bytes == 48 << 20
+        call.cancel()
+        wait_until_idle(rig)
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_ends_the_work(tmp_path: Path) -> None:
+    shard = LargeBlocks(48)
+    with RpcRig(tmp_path / "bank", shard=shard.api) as rig:
+        call = rig.blocks.FetchBlocks(pb.FetchBlocksRequest(refs=[to_pb(TOPIC)]), timeout=2.0)
+        next(call)
+        while call.is_active():
+            rig.blocks.GetBank(pb.GetBankRequest())
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        wait_until_idle(rig)
+        assert shard.num_taken < 48

@@ -1,6 +1,9 @@
 """The pool of landing buffers: memory is used again, but never while anybody can still see it."""
 
 import gc
+import platform
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -167,3 +170,30 @@ def test_memory_that_comes_back_within_a_collection_is_not_lost() -> None:
         del cycle
     gc.collect()
     assert pool.idle_bytes == 8 * SIZE
+
+
+_COUNT_FAULTS = """
+import resource
+import numpy as np
+from membank.wire.buffers import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        np.empty(900_000, np.uint8)[::4096] = 1
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+keep_freed_memory()
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+def test_freed_memory_is_kept_for_the_next_message() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", _COUNT_FAULTS], capture_output=True, text=True, check=True
+    )
+    # Fresh memory would fault on each of its 4,400 pages.
+    assert int(run.stdout) < 400

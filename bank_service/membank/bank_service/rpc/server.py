@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from membank.bank_service.rpc.auth import Authenticator, OpenAuthenticator, TokenAuthenticator
 from membank.bank_service.rpc.interceptor import CallInterceptor
 from membank.bank_service.rpc.payload_interceptor import PayloadInterceptor
+from membank.wire.buffers import keep_freed_memory
 from membank.wire.errors import FailedPreconditionError, Reason
 from membank.wire.framing import MAX_MESSAGE_BYTES
 
@@ -91,6 +92,7 @@ class BankServer:
         *,
         on_drain: Callable[[], None] = lambda: None,
     ) -> None:
+        keep_freed_memory()
         self._config = config
         self._names = [service.name for service in services]
         self._on_drain = on_drain
