@@ -107,6 +107,24 @@ def test_losses_and_blocks_equal_those_of_memory_in_process(
     _assert_equal_blocks(reference, client, spec)
 
 
+def test_prefetch_changes_no_bit(spec: BankSpec, tmp_path: Path) -> None:
+    losses: list[list[float]] = []
+    contents: list[tuple[dict[BlockRef, int], dict[BlockRef, bytes]]] = []
+    for depth in (0, 1, 3):
+        folder = tmp_path / str(depth)
+        with (
+            ServedBank(folder / "bank", spec) as bank,
+            BankClient.connect(bank.endpoint) as client,
+        ):
+            _train(ServedMemory(client), folder / "losses", depth=depth)
+            blocks = client.fetch_blocks(spec.blocks())
+            weights = {ref: weight.tobytes() for ref, weight in blocks.weights.items()}
+            contents.append((blocks.versions, weights))
+        losses.append(_losses(folder / "losses"))
+    assert losses[0] == losses[1] == losses[2]
+    assert contents[0] == contents[1] == contents[2]
+
+
 def test_a_shard_that_restarts_in_the_middle_changes_no_loss(
     spec: BankSpec, bank: ServedBank, client: BankClient, tmp_path: Path
 ) -> None:

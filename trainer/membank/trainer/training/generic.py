@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from membank.trainer.training.checkpoint import InProcessCheckpoint, load_anchor
 from membank.trainer.training.in_process import InProcessMemory, generic_spec
 from membank.trainer.training.memory_stage import MemoryStageConfig, train_memories
+from membank.trainer.training.prefetch import PrefetchConfig
 from membank.trainer.training.progress import ProgressCallback, StageResult
 from membank.trainer.training.schedule import check_range
 from membank.trainer.training.sequences import load_sequences
@@ -80,7 +81,8 @@ def train_generic(
         load_anchor(job.anchor),
         memory,
         load_sequences(job.sequences),
-        job.config,
+        # Nothing travels: threads would only be in the way. The result is the same.
+        replace(job.config, prefetch=PrefetchConfig(depth=0)),
         checkpoint=InProcessCheckpoint(
             job.memory_path, memory, every_steps=job.checkpoint_every_steps
         ),

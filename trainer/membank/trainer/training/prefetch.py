@@ -3,7 +3,9 @@
 What a batch sees is exactly what it would see without prefetch, as far as this worker's own updates
 go: no block is fetched for a batch before the pushes of all earlier batches that use it are
 acknowledged. So nothing is ever fetched twice, and every gradient is of the version that is sent
-along with it. A block's turn comes in one of three ways:
+along with it. Holding earlier versions (`ClientConfig.cache`) would not spare a byte: every block of a
+batch is pushed, so it has another version when it comes again. A block's turn comes in one of three
+ways:
 
 - nobody writes it before its batch does: it is fetched at once, by a thread of its own;
 - a push that writes it is under way: it is fetched by the thread that pushes, which does one thing
@@ -169,7 +171,10 @@ class PrefetchingMemory:
         return self._report()
 
     def close(self) -> None:
-        """Fetch no further; waits for the calls that are under way, reports nothing."""
+        """Fetch no further; waits for the calls that are under way, reports nothing.
+
+        They take no longer than the source's own deadline; Ctrl-C ends the wait.
+        """
         for batch in self._planned:
             batch.cancel()
         self._fetcher.shutdown()
