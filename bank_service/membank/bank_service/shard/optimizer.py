@@ -27,10 +27,10 @@ TORCH_DTYPES = {
 }
 """torch's element types by membank's names."""
 
-TILE = 1 << 17
+TILE = 1 << 18
 """Elements that are copied, updated, looked through and checksummed before the next ones are.
 
-What a tile touches, seven arrays of half a megabyte at most, stays in the processor's cache from
+What a tile touches, seven arrays of a megabyte at most, stays in the processor's cache from
 the first pass to the last; one pass after the other over a whole block fetches it from memory each
 time. Smaller tiles spend more in the calls than they gain. A multiple of every vector's length, so
 that the kernels' loops for vectors and for the rest meet the same elements with and without tiles.
@@ -151,8 +151,7 @@ class BlockStep:
         after = [tiles[tile] for tiles in self._after]
         weight, *state = after
         wide = weight if weight.dtype is torch.float32 else _SCRATCH.weight(weight)
-        for target, source in zip((wide, *state), before, strict=True):
-            target.copy_(source)
+        torch._foreach_copy_([wide, *state], before)
         self._kernel.update(wide, _SCRATCH.widened(self._gradient[tile]), state)
         if wide is not weight:
             weight.copy_(wide)
@@ -238,21 +237,21 @@ class _Scratch(threading.local):
     """A thread's own memory for one tile in float32, used again and again."""
 
     def __init__(self) -> None:
-        self._weight: torch.Tensor | None = None
-        self._gradient: torch.Tensor | None = None
+        self._weight = torch.empty(0)
+        self._gradient = torch.empty(0)
 
     def weight(self, like: torch.Tensor) -> torch.Tensor:
         """Return as many elements as `like` has, of any content."""
-        if self._weight is None:
-            self._weight = torch.empty(TILE)
+        if len(self._weight) < len(like):
+            self._weight = torch.empty(len(like))
         return self._weight[: len(like)]
 
     def widened(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return `gradient` in float32."""
         if gradient.dtype is torch.float32:
             return gradient
-        if self._gradient is None:
-            self._gradient = torch.empty(TILE)
+        if len(self._gradient) < len(gradient):
+            self._gradient = torch.empty(len(gradient))
         return self._gradient[: len(gradient)].copy_(gradient)
 
 
@@ -268,10 +267,10 @@ def _tiles(array: Array) -> Sequence[torch.Tensor]:
 def as_tensor(array: Array) -> torch.Tensor:
     """View a block's array as a tensor; no copy. Whoever views a read-only array only reads."""
     # from_numpy would warn of read-only arrays.
-    # The name is composed anew each time; there is one block after the other to view.
+    # The dtype's name is composed anew each time, and views are made of one block after the other.
     if array.dtype != _FLOAT32 and array.dtype.name == "bfloat16":
         return from_dlpack(array.view(np.int16)).view(torch.bfloat16)
-    return from_dlpack(array)
+    return torch.from_numpy(array) if array.flags.writeable else from_dlpack(array)
 
 
 def as_array(tensor: torch.Tensor, dtype: np.dtype[np.generic]) -> Array:

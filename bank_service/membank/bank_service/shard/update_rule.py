@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 from membank.bank_service.shard.content import Content
 from membank.bank_service.shard.cores import compute
-from membank.bank_service.shard.optimizer import TILE, BlockOptimizer, BlockStep
+from membank.bank_service.shard.optimizer import BlockOptimizer, BlockStep
 from membank.wire.errors import Reason
 from membank.wire.format import NO_SLOT, Entry
 from membank.wire.spec import Array, BankSpec, BlockRef, BlockState
 
-_ALONE_ELEMENTS = 2 * TILE
+_ALONE_ELEMENTS = 1 << 18
 """Elements that one thread updates before another one would have begun to help."""
+_SHARED_ELEMENTS = 1 << 16
+"""Elements of the largest block from which on cores share: on smaller ones, threads spend more in
+waiting for the interpreter's lock, which each call takes anew, than they gain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +88,12 @@ class UpdateRule:
             for step in steps
         ]
         tiles = [(block, tile) for block in begun for tile in range(block.num_tiles)]
-        if sum(step.values.size for step in steps) <= _ALONE_ELEMENTS:
+        sizes = [step.values.size for step in steps]
+        if sum(sizes) > _ALONE_ELEMENTS and max(sizes) >= _SHARED_ELEMENTS:
+            compute(lambda item: item[0].run(item[1]), tiles)
+        else:
             for block, tile in tiles:
                 block.run(tile)
-        else:
-            compute(lambda item: item[0].run(item[1]), tiles)
         return [_after(step.before, block) for step, block in zip(steps, begun, strict=True)]
 
 
