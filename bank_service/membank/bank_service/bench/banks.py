@@ -48,6 +48,8 @@ class BlockSize:
     """D."""
 
 
+BLOCK_16MB = BlockSize("16mb", 256, 680)
+"""16,711,680 bytes of weight."""
 BLOCK_4MB = BlockSize("4mb", 64, 680)
 """4,177,920 bytes of weight."""
 BLOCK_128KB = BlockSize("128kb", 2, 680)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from membank.bank_service.bench.banks import BLOCK_4MB, BLOCK_128KB, Shelf
+from membank.bank_service.bench.applies import ApplyBench
+from membank.bank_service.bench.banks import BLOCK_4MB, BLOCK_16MB, BLOCK_128KB, Shelf
 from membank.bank_service.bench.consolidation import ConsolidationBench, Plain
 from membank.bank_service.bench.contract import Bench, Row
 from membank.bank_service.bench.journals import JournalBench
@@ -44,6 +45,8 @@ def store_benches(folder: Path, scale: Scale = FULL, *, s3_url: str | None = Non
         *(JournalBench(folder, size, level, scale)
           for size in sizes for level in (Durability.PROCESS, Durability.HOST)),
         JournalBench(folder, BLOCK_128KB, Durability.PROCESS, scale, alone=True),
+        ApplyBench(folder, BLOCK_16MB, 1, scale, target=True),
+        ApplyBench(folder, BLOCK_128KB, 64, scale, target=False),
         *(ConsolidationBench(folder, size, plain, scale) for size in sizes for plain in Plain),
         S3ReadBench(s3_url, scale),
         OpenBench(shelf, scale),
