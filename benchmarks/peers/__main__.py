@@ -29,8 +29,7 @@ def main() -> None:
     """Run, print, and write what was asked for."""
     options = _parser().parse_args()
     scale = QUICK if options.quick else FULL
-    # By an exception, so that no server is left behind.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, _end)
     began = time.monotonic()
 
     def say(line: str) -> None:
@@ -50,6 +49,12 @@ def main() -> None:
     print_document(found)
     if options.compare is not None:
         print_changes(found, options.compare)
+
+
+def _end(number: int, frame: object) -> None:
+    """End by an exception, so that no server is left behind; once, so that all are ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def _parser() -> argparse.ArgumentParser:

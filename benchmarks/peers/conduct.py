@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -68,15 +69,17 @@ class _Party:
         self._stack.close()
 
     def _come_up(self) -> None:
-        addresses: dict[str, str | NotRunError] = {}
+        servers = {c.server.name: c.server for c in self._stage.contestants}
+        for server in servers.values():
+            self._stack.callback(self._stop, server)
+        self._say(f"starting {', '.join(servers)}")
+        # Side by side: to come up is mostly to wait for others.
+        with ThreadPoolExecutor(len(servers)) as pool:
+            addresses = dict(zip(servers, pool.map(self._start, servers.values()), strict=True))
         for contestant in self._stage.contestants:
-            server = contestant.server
-            if server.name not in addresses:
-                self._say(f"starting {server.name}")
-                addresses[server.name] = self._start(server)
-            match addresses[server.name]:
+            match addresses[contestant.server.name]:
                 case NotRunError() as err:
-                    self._outcome.not_run[contestant.name] = str(err)
+                    self._leave_out(contestant, str(err))
                 case address:
                     self._begin_clients(contestant, str(address))
         for contestant in self._stage.contestants:
@@ -92,15 +95,14 @@ class _Party:
             for c in sharing:
                 said = {"reach": c.reach.value, "note": c.note}
                 self._outcome.about[c.name] = {**about, **said}
-            self._stack.callback(self._stop, server)
             return server.start(folder, max(map(self._stage.num_clients, sharing)))
-        except (NotRunError, OSError) as err:
-            return err if isinstance(err, NotRunError) else NotRunError(str(err))
+        except Exception as err:
+            return err if isinstance(err, NotRunError) else NotRunError(repr(err))
 
     def _stop(self, server: Server) -> None:
         try:
             server.stop()
-        except (NotRunError, OSError) as err:
+        except Exception as err:
             # The others still have to be ended.
             self._say(f"{server.name} did not stop in order: {err}")
 
@@ -148,9 +150,12 @@ class _Party:
         try:
             use(clients)
         except NotRunError as err:
-            self._say(f"{contestant.name} is not run: {err}")
-            self._outcome.not_run[contestant.name] = str(err)
-            del self.clients[contestant.name]
+            self._leave_out(contestant, str(err))
+
+    def _leave_out(self, contestant: Contestant, reason: str) -> None:
+        self._say(f"{contestant.name} is not run: {reason}")
+        self._outcome.not_run[contestant.name] = reason
+        self.clients.pop(contestant.name, None)
 
 
 def conduct(scale: Scale, only: Sequence[str], folder: Path, say: Say) -> Outcome:

@@ -38,6 +38,8 @@ _READY = "ray at "
 _ACTOR = "blocks"
 _NAMESPACE = "peers"
 _STORE_BYTES = 2 << 30
+_ENVIRONMENT = {"RAY_AUTH_MODE": "disabled"}
+"""Where a user has a token, a Ray that is started asks for it, and a driver does not send it."""
 _HOST = "127.0.0.2"
 """Ray takes 127.0.0.1 for a mistake and dials an address of the network instead."""
 
@@ -68,7 +70,7 @@ class RayServer:
         # Not in `folder`: Ray's sockets lie deep, and the name of a socket has at most 107 bytes.
         self._folder = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
         self._process = ServerProcess.of_module(
-            "ray_actor", [self._folder.name], folder / "server.log"
+            "ray_actor", [self._folder.name], folder / "server.log", _ENVIRONMENT
         )
         return self._process.wait_for_line(_READY)
 
@@ -192,6 +194,7 @@ def contestants() -> list[Contestant]:
             reach=Reach.SAME_HOST,
             note="the method's answer is copied into the object store and mapped by the client",
             many_clients=True,
+            environment=_ENVIRONMENT,
         ),
         Contestant(
             name="ray view",
@@ -200,6 +203,7 @@ def contestants() -> list[Contestant]:
             reach=Reach.VIEW,
             note="the actor answers with references; the client maps what they refer to",
             works=frozenset({Work.FETCH}),
+            environment=_ENVIRONMENT,
         ),
     ]
 

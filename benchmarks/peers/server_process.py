@@ -46,9 +46,16 @@ class ServerProcess:
             )
 
     @classmethod
-    def of_module(cls, module: str, arguments: Sequence[str], log: Path) -> ServerProcess:
+    def of_module(
+        cls,
+        module: str,
+        arguments: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> ServerProcess:
         """Start a module of this package."""
-        return cls([sys.executable, "-u", "-m", f"benchmarks.peers.{module}", *arguments], log)
+        command = [sys.executable, "-u", "-m", f"benchmarks.peers.{module}", *arguments]
+        return cls(command, log, environment)
 
     def wait_for_line(self, mark: str) -> str:
         """Return what follows `mark` at the beginning of a line of its output, once there is one.
