@@ -13,9 +13,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.peers.blocks import Array
-from benchmarks.peers.contestant import About, ClientBase, Contestant, NotRunError, Reach
+from benchmarks.peers.contestant import (
+    About,
+    ClientBase,
+    Contestant,
+    NotRunError,
+    Reach,
+    version_of,
+)
 from benchmarks.peers.server_process import ServerProcess
-from membank.cli.machine import version_of
 
 _READY = "listening on "
 

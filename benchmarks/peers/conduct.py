@@ -211,7 +211,16 @@ def _round(clients: Sequence[MeasuringProcess], task: str, number: int) -> Round
     begin = time.monotonic() + (_AHEAD_S if len(clients) > 1 else 0.0)
     for client in clients:
         client.send(do="measure", task=task, round=number, begin=begin)
-    answers: list[dict[str, Any]] = [client.receive() for client in clients]
+    answers: list[dict[str, Any]] = []
+    errors: list[NotRunError] = []
+    for client in clients:
+        try:
+            answers.append(client.receive())
+        except NotRunError as err:
+            errors.append(err)
+    # Not before all have answered: the next question would get what is left.
+    if errors:
+        raise errors[0]
     calls = tuple(second for answer in answers for second in answer["seconds"])
     if len(clients) == 1:
         return Round(calls)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from importlib import metadata
 from pathlib import Path
 from typing import Protocol
 
@@ -164,3 +165,11 @@ class Contestant:
     """Rule that its pushes follow, by its name in `rules`."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of its measuring processes."""
+
+
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package; None = it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

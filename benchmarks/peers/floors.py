@@ -12,9 +12,16 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.peers.blocks import Array, Blocks, Size, bytes_of
-from benchmarks.peers.contestant import About, Access, ClientBase, Contestant, Reach, Work
+from benchmarks.peers.contestant import (
+    About,
+    Access,
+    ClientBase,
+    Contestant,
+    Reach,
+    Work,
+    version_of,
+)
 from benchmarks.peers.server_process import ServerProcess
-from membank.cli.machine import version_of
 
 _READY = "listening on "
 _LENGTH = struct.Struct("<Q")

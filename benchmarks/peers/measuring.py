@@ -71,10 +71,14 @@ class MeasuringProcess:
                 env={**os.environ, **contestant.environment},
             )
         self._received = b""
+        self._broken = ""
 
     def send(self, **message: object) -> None:
-        """Ask for something."""
+        """Ask for something; errors as `receive`."""
         assert self._process.stdin is not None
+        if self._broken:
+            # What it answers now may be the answer to an older question.
+            raise NotRunError(self._broken)
         try:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
@@ -94,7 +98,8 @@ class MeasuringProcess:
         while b"\n" not in self._received:
             left = max(0.0, deadline - time.monotonic())
             if not select.select([descriptor], [], [], left)[0]:
-                raise NotRunError(f"it did not answer within {_ANSWER_S:.0f} s")
+                self._broken = f"it did not answer within {_ANSWER_S:.0f} s"
+                raise NotRunError(self._broken)
             piece = os.read(descriptor, 1 << 20)
             if not piece:
                 raise NotRunError(f"its measuring process ended: {self._last_words()}")

@@ -6,39 +6,29 @@ its CRC, so both are part of the times.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from benchmarks.peers.blocks import NUM_LAYERS, WIDTH, Array, Blocks
-from benchmarks.peers.contestant import About, Access, Contestant, NotRunError, Reach, Work
-from benchmarks.peers.rules import ADAMW_BETAS, ADAMW_EPS, LEARNING_RATE
-from membank.cli.machine import version_of
-from membank.client import BankClient, ClientConfig, FetchedBlocks
-from membank.wire.spec import BankSpec, BlockRef, LevelSpec, OptimizerKind, OptimizerSpec
+from benchmarks.peers.blocks import NUM_LAYERS, Blocks
+from benchmarks.peers.contestant import (
+    About,
+    Access,
+    Client,
+    Contestant,
+    NotRunError,
+    Reach,
+    Work,
+    version_of,
+)
 
-GRPC = "grpc"
-SAME_HOST = "same-host"
-
-_START_S = 120.0
+_START_S = 150.0
 _RESIDENT_GIB = 4
 _NUM_FETCHED_LEAVES = 256
-
-
-def client_config(transport: str) -> ClientConfig:
-    """Return the configuration of a client that uses `transport`: the one place that chooses it."""
-    if any(field.name == "transport" for field in dataclasses.fields(ClientConfig)):
-        settings: dict[str, Any] = {"transport": transport}
-        return ClientConfig(**settings)
-    if transport == GRPC:
-        return ClientConfig()
-    raise NotRunError(f"this membank has no transport {transport!r}")
 
 
 class BankServer:
@@ -50,8 +40,8 @@ class BankServer:
         Name.
     make
         Makes the bank in a directory, before the service starts; None = the service makes it.
-    spec
-        The bank, where the service makes it.
+    blocks
+        What the bank is to hold, where the service makes it.
     """
 
     def __init__(
@@ -59,11 +49,11 @@ class BankServer:
         name: str,
         *,
         make: Callable[[Path], None] | None = None,
-        spec: BankSpec | None = None,
+        blocks: Blocks | None = None,
     ) -> None:
         self.name = name
         self._make = make
-        self._spec = spec
+        self._blocks = blocks
         self._folder: Path | None = None
 
     def about(self) -> About:
@@ -82,11 +72,13 @@ class BankServer:
         self._folder = folder
         if self._make is not None:
             self._make(folder / "bank")
-        arguments = ("--shards", "1", "--port", "0", "--resident", str(_RESIDENT_GIB))
+        arguments = ("--shards", "1", "--port", "0", "--resident", str(_RESIDENT_GIB),
+                     "--start-timeout", str(_START_S))  # fmt: skip
         endpoint = str(json.loads(self._command("up", *arguments, "--json"))["endpoint"])
-        if self._spec is not None:
-            with BankClient.connect(endpoint) as client:
-                client.create_bank(self._spec)
+        if self._blocks is not None:
+            from benchmarks.peers.membank_client import create_bank
+
+            create_bank(endpoint, self._blocks)
         return endpoint
 
     def stop(self) -> None:
@@ -105,7 +97,7 @@ class BankServer:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=_START_S,
+            timeout=2 * _START_S,
             check=False,
         )
         if answer.returncode:
@@ -113,121 +105,15 @@ class BankServer:
         return answer.stdout
 
 
-class BankClientAdapter:
-    """A client of the bank that holds `Blocks`.
-
-    Parameters
-    ----------
-    access
-        Endpoint of the service, and the blocks.
-    transport
-        How the client reaches the shard.
-    """
-
-    def __init__(self, access: Access, *, transport: str) -> None:
-        self._blocks = access.blocks
-        self._client = BankClient.connect(access.address, config=client_config(transport))
-        self._versions: dict[BlockRef, int] = {}
-
-    def load(self, blocks: Mapping[str, Array]) -> None:
-        # docstring inherited
-        weights = {self._ref(key): array for key, array in blocks.items()}
-        self._client.swap(weights)
-        # A gradient that was computed before a swap is refused.
-        for ref in weights:
-            self._versions.pop(ref, None)
-
-    def fetch(self, keys: Sequence[str]) -> Sequence[Array]:
-        # docstring inherited
-        return self._weights(self._client.fetch_blocks([self._ref(key) for key in keys]))
-
-    def push(self, key: str, gradient: Array) -> None:
-        # docstring inherited
-        ref = self._ref(key)
-        if ref not in self._versions:
-            self._versions.update(self._client.fetch_blocks([ref]).versions)
-        answer = self._client.push({ref: gradient}, base=self._versions)
-        (result,) = answer.results
-        if not result.accepted:
-            raise RuntimeError(f"the bank refused a gradient of {ref}: {result}")
-        self._versions[ref] = result.version
-
-    def fetch_unchanged(self, keys: Sequence[str]) -> None:
-        # docstring inherited
-        raise NotImplementedError
-
-    def close(self) -> None:
-        # docstring inherited
-        self._client.close()
-
-    def _ref(self, key: str) -> BlockRef:
-        label, _, number = key.partition("/")
-        return BlockRef(self._blocks.level(label), int(number))
-
-    @staticmethod
-    def _weights(fetched: FetchedBlocks) -> list[Array]:
-        return list(fetched.weights.values())  # type: ignore[arg-type]  # the bank is float32
-
-
-class PathClient(BankClientAdapter):
-    """A client that fetches paths; a key is ``path/LEAF``.
-
-    Parameters
-    ----------
-    access
-        Endpoint of the service.
-    """
-
-    def __init__(self, access: Access) -> None:
-        super().__init__(access, transport=GRPC)
-        self._held: FetchedBlocks | None = None
-
-    def load(self, blocks: Mapping[str, Array]) -> None:
-        # docstring inherited
-        return
-
-    def fetch(self, keys: Sequence[str]) -> Sequence[Array]:
-        # docstring inherited
-        (key,) = keys
-        return self._weights(self._client.fetch(self._path(key)))
-
-    def fetch_unchanged(self, keys: Sequence[str]) -> None:
-        # docstring inherited
-        (key,) = keys
-        path = self._path(key)
-        if self._held is None or set(self._held) != set(path):
-            self._held = self._client.fetch(path)
-        self._client.fetch(path, held=self._held)
-
-    def _path(self, key: str) -> tuple[BlockRef, ...]:
-        spec = self._client.spec
-        return spec.path_to(BlockRef(spec.num_levels, int(key.partition("/")[2])))
-
-
 def path_keys(num_leaves: int) -> list[str]:
     """Return the paths that are fetched: as many in every bank, spread over its leaves."""
     return [f"path/{leaf}" for leaf in range(0, num_leaves, num_leaves // _NUM_FETCHED_LEAVES)]
 
 
-def blocks_spec(blocks: Blocks) -> BankSpec:
-    """Return the bank whose levels have the sizes of `blocks`."""
-    return BankSpec(
-        name="peers",
-        num_layers=NUM_LAYERS,
-        width=WIDTH,
-        levels=tuple(
-            LevelSpec(fan_out=s.fan_out, block_width=s.block_width, learning_rate=LEARNING_RATE)
-            for s in blocks.sizes
-        ),
-        optimizer=OptimizerSpec(
-            kind=OptimizerKind.ADAMW, beta1=ADAMW_BETAS[0], beta2=ADAMW_BETAS[1], eps=ADAMW_EPS
-        ),
-    )
-
-
 def _make_tree(num_leaves: int, folder: Path) -> None:
     """Make a bank of four levels whose blocks, of 3 KB, are all written."""
     from membank.bank_service.bench.banks import PLAIN_SGD, written_bank
+    from membank.wire.spec import BankSpec, LevelSpec
 
     fan_out = round(num_leaves**0.25)
     spec = BankSpec(
@@ -240,18 +126,36 @@ def _make_tree(num_leaves: int, folder: Path) -> None:
     written_bank(folder, spec)
 
 
-def _view_client(access: Access) -> BankClientAdapter:
+def _over_grpc(access: Access) -> Client:
+    from benchmarks.peers.membank_client import BlocksClient
+
+    return BlocksClient(access, same_host=False)
+
+
+def _same_host(access: Access) -> Client:
+    from benchmarks.peers.membank_client import BlocksClient
+
+    return BlocksClient(access, same_host=True)
+
+
+def _view(access: Access) -> Client:
     raise NotRunError("this membank has no read without a copy")
+
+
+def _paths(access: Access) -> Client:
+    from benchmarks.peers.membank_client import PathsClient
+
+    return PathsClient(access)
 
 
 def contestants(blocks: Blocks) -> list[Contestant]:
     """Return the ways to one bank."""
-    server = BankServer("membank", spec=blocks_spec(blocks))
+    server = BankServer("membank", blocks=blocks)
     return [
         Contestant(
             name="membank grpc",
             server=server,
-            connect=partial(BankClientAdapter, transport=GRPC),
+            connect=_over_grpc,
             reach=Reach.NETWORK,
             note="BankClient.fetch_blocks and push, as they come",
             many_clients=True,
@@ -260,7 +164,7 @@ def contestants(blocks: Blocks) -> list[Contestant]:
         Contestant(
             name="membank same-host",
             server=server,
-            connect=partial(BankClientAdapter, transport=SAME_HOST),
+            connect=_same_host,
             reach=Reach.SAME_HOST,
             note="as membank grpc, through memory that client and shard share",
             many_clients=True,
@@ -269,7 +173,7 @@ def contestants(blocks: Blocks) -> list[Contestant]:
         Contestant(
             name="membank view",
             server=server,
-            connect=_view_client,
+            connect=_view,
             reach=Reach.VIEW,
             note="the client maps what the shard holds",
             works=frozenset({Work.FETCH}),
@@ -283,7 +187,7 @@ def path_contestant(num_leaves: int) -> Contestant:
     return Contestant(
         name=name,
         server=BankServer(name, make=partial(_make_tree, num_leaves)),
-        connect=PathClient,
+        connect=_paths,
         reach=Reach.NETWORK,
         note="over gRPC; 4 blocks of 3 KB, 256 paths that have been fetched before",
         works=frozenset({Work.FETCH, Work.CONDITIONAL}),

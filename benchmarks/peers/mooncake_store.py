@@ -24,9 +24,9 @@ from benchmarks.peers.contestant import (
     Contestant,
     NotRunError,
     Reach,
+    version_of,
 )
 from benchmarks.peers.server_process import ServerProcess, free_port
-from membank.cli.machine import version_of
 
 _READY = "mounted"
 _SEGMENT_BYTES = 2 << 30

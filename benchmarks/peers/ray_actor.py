@@ -26,10 +26,10 @@ from benchmarks.peers.contestant import (
     NotRunError,
     Reach,
     Work,
+    version_of,
 )
 from benchmarks.peers.rules import Adagrad
 from benchmarks.peers.server_process import ServerProcess
-from membank.cli.machine import version_of
 
 if TYPE_CHECKING:
     import ray

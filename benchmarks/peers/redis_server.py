@@ -16,9 +16,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from benchmarks.peers.blocks import Array, bytes_of
-from benchmarks.peers.contestant import About, Access, ClientBase, Contestant, NotRunError, Reach
+from benchmarks.peers.contestant import (
+    About,
+    Access,
+    ClientBase,
+    Contestant,
+    NotRunError,
+    Reach,
+    version_of,
+)
 from benchmarks.peers.server_process import ServerProcess, free_port
-from membank.cli.machine import version_of
 
 if TYPE_CHECKING:
     import redis

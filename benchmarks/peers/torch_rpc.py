@@ -15,10 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.peers.blocks import Array
-from benchmarks.peers.contestant import About, Access, ClientBase, Contestant, NotRunError, Reach
+from benchmarks.peers.contestant import (
+    About,
+    Access,
+    ClientBase,
+    Contestant,
+    NotRunError,
+    Reach,
+    version_of,
+)
 from benchmarks.peers.rules import Adagrad
 from benchmarks.peers.server_process import ServerProcess, free_port
-from membank.cli.machine import version_of
 
 if TYPE_CHECKING:
     import torch
