@@ -10,6 +10,7 @@ import typer
 
 from membank.cli.bench.display import pairs_table, print_machine, shown_progress
 from membank.cli.bench.load_command import fetch, mixed, push, scratch_folder
+from membank.cli.bench.train_command import train
 from membank.cli.extras import needs_extra
 from membank.cli.machine import environment
 from membank.cli.output import console
@@ -28,6 +29,7 @@ def register(app: typer.Typer) -> None:
     group.command("fetch")(fetch)
     group.command("push")(push)
     group.command("mixed")(mixed)
+    group.command("train")(train)
     group.command("store")(store)
     app.add_typer(group, name="bench")
 

@@ -63,6 +63,7 @@ def rows_of(path: Path) -> dict[str, dict[str, Any]]:
         (("fetch", "--plot", "figure.docx"), 2, "figure.docx"),
         (("fetch", "--clients", "0"), 2, "--clients"),
         (("mixed", "--push-share", "1"), 2, "--push-share"),
+        (("train", "--model", "gpt"), 2, "demo-10x"),
     ],
 )
 def test_bad_input_is_said_before_anything_is_measured(
@@ -211,6 +212,21 @@ def test_a_large_bank_is_set_beside_a_small_one(tmp_path: Path) -> None:
     (row,) = rows_of(out).values()
     assert row["ratio"] > 0
     assert row["target"] == "ratio <= 1.1"
+
+
+@PATIENT
+@pytest.mark.slow
+def test_training_through_a_service_is_set_beside_training_without(tmp_path: Path) -> None:
+    out = tmp_path / "train.json"
+    ended = membank(
+        "bench", "train", "--quick", "--model", "demo", "--shards", "2", "--json", str(out)
+    )
+    assert ended.code == 0, ended.err
+    (row,) = rows_of(out).values()
+    assert row["name"] == "train-demo-2-shards"
+    assert row["unit"] == "tokens/s"
+    assert row["ours"] > 0
+    assert row["raw"] > 0
 
 
 @pytest.mark.slow

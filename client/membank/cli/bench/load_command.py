@@ -49,7 +49,7 @@ from membank.cli.bench.workload import Traffic
 from membank.cli.connection import CaOption, TokenOption, client_config
 from membank.cli.extras import needs_extra
 from membank.cli.output import console
-from membank.wire.errors import InvalidArgumentError, Reason
+from membank.wire.errors import InvalidArgumentError, MembankError, Reason
 
 _DURATION_S = 10.0
 _QUICK_REQUESTS = 200
@@ -266,12 +266,19 @@ def _run(command: str, options: LoadOptions, push_share: float, outputs: Outputs
     options.check()
     traffic = options.traffic(push_share)
     rows: list[LoadRow] = []
+    failure: MembankError | None = None
     with scratch_folder(options.folder) as scratch:
-        with shown_progress() as notice:
-            for preset in options.preset_names:
-                with _target(options, preset, traffic, scratch, notice) as target:
-                    for num_clients in options.clients or [1]:
-                        rows += _run_once(target, traffic, num_clients, notice)
+        try:
+            with shown_progress() as notice:
+                for preset in options.preset_names:
+                    with _target(options, preset, traffic, scratch, notice) as target:
+                        for num_clients in options.clients or [1]:
+                            rows += _run_once(target, traffic, num_clients, notice)
+        except MembankError as err:
+            if not rows:
+                raise
+            # What was measured before is not lost with what could not be.
+            failure = err
         console.print(load_table(rows))
         print_load_remarks(rows)
         config = {"touch_bytes": options.touch_bytes, "shards": options.shards, **asdict(traffic)}
@@ -283,6 +290,8 @@ def _run(command: str, options: LoadOptions, push_share: float, outputs: Outputs
             outputs=outputs,
             quick=options.quick,
         )
+    if failure is not None:
+        raise failure
     if any(row.gave_up for row in rows) or (options.strict and not all(r.is_good for r in rows)):
         raise typer.Exit(1)
 

@@ -30,7 +30,7 @@ class ProcessFigures:
     """The same at the end."""
     rss_growth_bytes: int | None
     """Growth of that sum over the last two thirds of the run, by a line fitted to it; None where
-    the run was too short to tell."""
+    the run was too short to tell (fewer than 1,000 calls, or less than a second)."""
 
     @property
     def is_flat(self) -> bool | None:
