@@ -84,7 +84,7 @@ class SharedMemory:
     Memory that nobody uses is kept up to an eighth of what is used, and at least 64 MiB.
     """
 
-    # `_returned` is filled by finalizers, which may run anywhere, also in a thread that holds
+    # `_returned` is filled as arrays die, which may be anywhere, also in a thread that holds
     # `_lock`: a deque takes an item without a lock, and the next `take` empties it.
 
     def __init__(self) -> None:
@@ -94,7 +94,8 @@ class SharedMemory:
         self._by_size: dict[int, dict[int, _Segment]] = {}
         self._addresses: list[int] = []
         self._by_address: list[_Segment] = []
-        self._returned: deque[tuple[_Segment, int]] = deque()
+        self._returned: deque[weakref.ref[Bytes]] = deque()
+        self._taken: dict[int, tuple[weakref.ref[Bytes], _Segment, int]] = {}
         self._used_bytes = 0
 
     @property
@@ -122,8 +123,9 @@ class SharedMemory:
         memory = np.frombuffer(segment.mapping, np.uint8, num_bytes, slot * slot_bytes)
         # Views of it refer to it, and not to the mapping: numpy stops where an array's base is
         # no array. So it dies with the last of them.
-        back = weakref.finalize(memory, self._returned.append, (segment, slot))
-        back.atexit = False
+        # No `weakref.finalize`, which takes longer than all the rest.
+        back = weakref.ref(memory, self._returned.append)
+        self._taken[id(back)] = (back, segment, slot)
         return memory
 
     def locate(self, array: Array) -> Place | None:
@@ -159,7 +161,7 @@ class SharedMemory:
         """Take over what finalizers returned, and give up segments that are too many."""
         emptied = []
         while self._returned:
-            segment, slot = self._returned.popleft()
+            _, segment, slot = self._taken.pop(id(self._returned.popleft()))
             segment.free.append(slot)
             self._used_bytes -= segment.slot_bytes
             self._by_size[segment.slot_bytes][segment.number] = segment
