@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -193,7 +193,10 @@ class SameHostTransport(GrpcTransport):
         ends = time.monotonic() + timeout_s
         try:
             async with self._connection(ends) as connection:
-                answer = await self._in_thread(lambda: through(connection, ends - time.monotonic()))
+                answer = await self._in_thread(
+                    lambda: through(connection, ends - time.monotonic()),
+                    on_cancel=connection.abandon,
+                )
             self._counters.count(what)
         except _NoWayError as err:
             self._counters.count(str(err))
@@ -220,8 +223,7 @@ class SameHostTransport(GrpcTransport):
                 connection.close()
                 raise _NoWayError("broken") from err
             except BaseException:
-                # Such as a cancellation: the thread may still be at work on it.
-                connection.abandon()
+                connection.close()
                 raise
             else:
                 self._give_back(connection)
@@ -257,8 +259,23 @@ class SameHostTransport(GrpcTransport):
             raise _NoWayError(self._no_way or "closed")
         return door
 
-    async def _in_thread(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+    async def _in_thread(
+        self, call: Callable[[], T], *, on_cancel: Callable[[], None] = lambda: None
+    ) -> T:
+        """Run a blocking call in a thread; a cancellation waits for its end, which `on_cancel` hastens.
+
+        The thread writes into memory of the caller, which must not be written to later.
+        """
+        running = asyncio.get_running_loop().run_in_executor(self._threads, call)
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            on_cancel()
+            while not running.done():
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([running])
+            running.exception()  # nobody else asks for it
+            raise
 
 
 def same_host_connector(config: ClientConfig, counters: SameHostCounters) -> Connector:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
+import numpy as np
 import pytest
 
 from fake_bank import FakeBank
@@ -19,6 +20,7 @@ from membank.v1 import same_host_pb2 as host_pb
 from membank.wire.copying import copy_checked
 from membank.wire.errors import DeadlineError, NotFoundError
 from membank.wire.same_host import MessageSocket, abstract_address, boot_id
+from membank.wire.shared_memory import Bytes
 from membank.wire.spec import BlockRef
 
 TIMEOUT_S = 10.0
@@ -187,6 +189,30 @@ async def test_a_call_that_is_cancelled_ends_its_connection(
     deaf.messages[0].set_timeout(TIMEOUT_S)
     with pytest.raises(ConnectionError):
         await asyncio.to_thread(deaf.messages[0].receive, host_pb.SameHostRequest)
+
+
+async def test_a_call_that_was_cancelled_writes_nothing_later(
+    bank: FakeBank, transport: SameHostTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await fetched(transport)
+    copying, go_on = threading.Event(), threading.Event()
+
+    def copy_slowly(target: Bytes, source: Bytes) -> int:
+        copying.set()
+        go_on.wait(TIMEOUT_S)
+        return copy_checked(target, source)
+
+    monkeypatch.setattr("membank.client.same_host_connection.copy_checked", copy_slowly)
+    buffer = np.zeros(bank.spec.block_shape(1), bank.spec.numpy_dtype)
+    call = asyncio.create_task(transport.fetch([TOPIC], into={TOPIC: buffer}, timeout_s=TIMEOUT_S))
+    await asyncio.to_thread(copying.wait, TIMEOUT_S)
+    for _ in range(2):
+        call.cancel()
+        await asyncio.sleep(0)
+    assert not call.done()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await call
 
 
 async def test_many_calls_at_once_share_the_connections(
