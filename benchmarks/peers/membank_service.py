@@ -55,6 +55,7 @@ class BankServer:
         self._make = make
         self._blocks = blocks
         self._folder: Path | None = None
+        self._is_up = False
 
     def about(self) -> About:
         # docstring inherited
@@ -75,6 +76,7 @@ class BankServer:
         arguments = ("--shards", "1", "--port", "0", "--resident", str(_RESIDENT_GIB),
                      "--start-timeout", str(_START_S))  # fmt: skip
         endpoint = str(json.loads(self._command("up", *arguments, "--json"))["endpoint"])
+        self._is_up = True
         if self._blocks is not None:
             from benchmarks.peers.membank_client import create_bank
 
@@ -83,9 +85,9 @@ class BankServer:
 
     def stop(self) -> None:
         # docstring inherited
-        if self._folder is not None:
+        if self._is_up:
+            self._is_up = False
             self._command("down")
-            self._folder = None
 
     def _command(self, verb: str, *arguments: str) -> str:
         assert self._folder is not None
