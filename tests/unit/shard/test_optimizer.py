@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -319,3 +321,24 @@ def test_a_sum_that_overflows_is_no_sign_of_numbers_that_do(dtype: str) -> None:
     assert BlockOptimizer(spec).apply(1, before, 0, gradient, 1.0) is not None
     before[Role.WEIGHT][..., 5] = np.inf
     assert BlockOptimizer(spec).apply(1, before, 0, gradient, 1.0) is None
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_what_a_program_makes_the_default_of_torch_changes_no_bit(default: torch.dtype) -> None:
+    spec = _spec("adamw", "bfloat16")
+    before = _random_block(spec, 64, 7)
+    gradient = np.full((1, 1, 1, 64), 0.5, before[Role.WEIGHT].dtype)
+    # A count that bfloat16 would round.
+    expected = BlockOptimizer(spec).apply(1, before, 260, gradient, 1.0)
+    optimizer._after_steps.cache_clear()
+    torch.set_default_dtype(default)
+    try:
+        # A thread that has no scratch memory yet.
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(BlockOptimizer(spec).apply, 1, before, 260, gradient, 1.0).result()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert expected is not None
+    assert found is not None
+    for role in spec.roles:
+        assert found[role].tobytes() == expected[role].tobytes()

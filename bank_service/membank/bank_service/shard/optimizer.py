@@ -230,20 +230,20 @@ class _Kernel:
 def _after_steps(step: int) -> torch.Tensor:
     """Return the count of steps after `step` of them; kernels only read it."""
     # By float32 arithmetic, as torch's optimizers count.
-    return torch.tensor(float(step)) + 1
+    return torch.tensor(float(step), dtype=torch.float32, device="cpu") + 1
 
 
 class _Scratch(threading.local):
     """A thread's own memory for one tile in float32, used again and again."""
 
     def __init__(self) -> None:
-        self._weight = torch.empty(0)
-        self._gradient = torch.empty(0)
+        self._weight = _wide(0)
+        self._gradient = _wide(0)
 
     def weight(self, like: torch.Tensor) -> torch.Tensor:
         """Return as many elements as `like` has, of any content."""
         if len(self._weight) < len(like):
-            self._weight = torch.empty(len(like))
+            self._weight = _wide(len(like))
         return self._weight[: len(like)]
 
     def widened(self, gradient: torch.Tensor) -> torch.Tensor:
@@ -251,8 +251,13 @@ class _Scratch(threading.local):
         if gradient.dtype is torch.float32:
             return gradient
         if len(self._gradient) < len(gradient):
-            self._gradient = torch.empty(len(gradient))
+            self._gradient = _wide(len(gradient))
         return self._gradient[: len(gradient)].copy_(gradient)
+
+
+def _wide(count: int) -> torch.Tensor:
+    # Said in full: the program around a shard may have made others torch's defaults.
+    return torch.empty(count, dtype=torch.float32, device="cpu")
 
 
 _SCRATCH = _Scratch()
