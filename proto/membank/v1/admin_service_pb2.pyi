@@ -1124,7 +1124,7 @@ class ShardStats(google.protobuf.message.Message):
     num_updates_refused: builtins.int
     """Gradients refused."""
     num_bytes_pushed: builtins.int
-    """Payload bytes received."""
+    """Bytes of the gradients received, as they are applied; encoded ones took fewer on the way."""
     resident_bytes: builtins.int
     """Bytes of blocks and optimizer state in memory."""
     journal_bytes: builtins.int

@@ -172,7 +172,7 @@ class FetchBlocksRequest(google.protobuf.message.Message):
     bank: builtins.str
     """Name of the bank; empty = the one that is served."""
     dtype: membank.v1.types_pb2.DataType.ValueType
-    """Element type to send; UNSPECIFIED = as kept in the bank."""
+    """Element type to send, any but SPARSE; UNSPECIFIED = as kept in the bank."""
     min_revision: builtins.int
     """Answer only at this revision or a later one; UNAVAILABLE where the shard is behind."""
     snapshot: builtins.str
@@ -250,9 +250,9 @@ class UpdateHeader(google.protobuf.message.Message):
     base_version: builtins.int
     """Version that the gradient was computed on."""
     dtype: membank.v1.types_pb2.DataType.ValueType
-    """Element type of the gradient."""
+    """Element type of the gradient; INT8 and SPARSE are decoded before they are applied."""
     num_bytes: builtins.int
-    """Payload size in bytes."""
+    """Payload size in bytes; of SPARSE it says how many elements are sent."""
     crc32c: builtins.int
     """CRC-32C of the payload."""
     @property

@@ -38,9 +38,20 @@ class _DataTypeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     """bfloat16, 2 bytes."""
     DATA_TYPE_FLOAT16: _DataType.ValueType  # 3
     """IEEE 754 binary16, 2 bytes."""
+    DATA_TYPE_INT8: _DataType.ValueType  # 4
+    """On the wire only. Groups of 64 consecutive elements, the last one shorter where they do not come
+    out even: first a float32 scale for each group, then an int8 for each element, which is that
+    number times the scale of its group.
+    """
+    DATA_TYPE_SPARSE: _DataType.ValueType  # 5
+    """Of gradients only. Some elements, all others are 0: first the uint32 position of each, strictly
+    ascending, then the float32 value of each. So 8 bytes an element that is sent.
+    """
 
 class DataType(_DataType, metaclass=_DataTypeEnumTypeWrapper):
-    """Element type of an array on the wire or in the bank."""
+    """How the elements of an array are written, on the wire or in the bank. Whoever does not know one
+    refuses it (BAD_DTYPE). All numbers are little-endian, elements are in C order (docs/wire.md).
+    """
 
 DATA_TYPE_UNSPECIFIED: DataType.ValueType  # 0
 """Not set; refused where a type is needed."""
@@ -50,6 +61,15 @@ DATA_TYPE_BFLOAT16: DataType.ValueType  # 2
 """bfloat16, 2 bytes."""
 DATA_TYPE_FLOAT16: DataType.ValueType  # 3
 """IEEE 754 binary16, 2 bytes."""
+DATA_TYPE_INT8: DataType.ValueType  # 4
+"""On the wire only. Groups of 64 consecutive elements, the last one shorter where they do not come
+out even: first a float32 scale for each group, then an int8 for each element, which is that
+number times the scale of its group.
+"""
+DATA_TYPE_SPARSE: DataType.ValueType  # 5
+"""Of gradients only. Some elements, all others are 0: first the uint32 position of each, strictly
+ascending, then the float32 value of each. So 8 bytes an element that is sent.
+"""
 Global___DataType: typing_extensions.TypeAlias = DataType
 
 class _Durability:
@@ -176,7 +196,7 @@ class BlockHeader(google.protobuf.message.Message):
     dtype: Global___DataType.ValueType
     """Element type of the payload."""
     num_bytes: builtins.int
-    """Payload size in bytes; 0 where nothing follows."""
+    """Payload size in bytes, as it travels; 0 where nothing follows."""
     crc32c: builtins.int
     """CRC-32C of the payload; where the block is unchanged, of what it would be, 0 = not known."""
     unchanged: builtins.bool

@@ -313,7 +313,7 @@ class ShardStats:
     num_updates_refused: int = 0
     """Gradients refused."""
     num_bytes_pushed: int = 0
-    """Payload bytes received."""
+    """Bytes of the gradients received, as they are applied; encoded ones took fewer on the way."""
     resident_bytes: int = 0
     """Bytes of blocks and optimizer state in memory."""
     journal_bytes: int = 0

@@ -6,6 +6,8 @@ import pytest
 
 from membank.v1 import admin_service_pb2 as admin_pb
 from membank.wire import convert
+from membank.wire.codec import PUSH_CODECS
+from membank.wire.errors import InvalidArgumentError, Reason
 from membank.wire.records import BankInfo, Garbage, GarbageKind, GarbageReport, Placement
 from membank.wire.spec import Durability
 from tiny_bank import tiny_spec
@@ -63,3 +65,17 @@ def test_an_older_server_promises_the_least() -> None:
     )
     message.ClearField("durability")
     assert convert.info_from_pb(message).durability is Durability.PROCESS
+
+
+@pytest.mark.parametrize("name", PUSH_CODECS)
+def test_every_encoding_has_a_number(name: str) -> None:
+    assert convert.dtype_from_pb(convert.dtype_to_pb(name)) == name
+
+
+@pytest.mark.parametrize("dtype", ["int8", "sparse"])
+def test_no_bank_keeps_what_is_for_the_wire_only(dtype: str) -> None:
+    message = convert.spec_to_pb(tiny_spec())
+    message.dtype = convert.dtype_to_pb(dtype)
+    with pytest.raises(InvalidArgumentError) as caught:
+        convert.spec_from_pb(message)
+    assert caught.value.reason is Reason.BAD_DTYPE

@@ -28,6 +28,9 @@ _DTYPE_TO_PB = {
     "float32": types_pb.DATA_TYPE_FLOAT32,
     "bfloat16": types_pb.DATA_TYPE_BFLOAT16,
     "float16": types_pb.DATA_TYPE_FLOAT16,
+    # No elements of a bank: what travels so is decoded first (membank.wire.codec).
+    "int8": types_pb.DATA_TYPE_INT8,
+    "sparse": types_pb.DATA_TYPE_SPARSE,
 }
 _DTYPE_FROM_PB = {value: name for name, value in _DTYPE_TO_PB.items()}
 
