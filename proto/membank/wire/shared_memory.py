@@ -28,8 +28,11 @@ Bytes = npt.NDArray[np.uint8]
 _ALIGNMENT = 64
 """A cache line. Copies between addresses that differ by 16 modulo the page size, as malloc's and
 mmap's do, take 15 times as long on some processors (``rep movsb`` of glibc)."""
-_SEGMENT_BYTES = 32 << 20
-"""Bytes of a segment that holds several arrays; a larger array has a segment of its own."""
+_MIN_SEGMENT_BYTES = 32 << 20
+"""Bytes of a segment, but for a larger array, which has a segment of its own."""
+_SEGMENT_SHARE = 32
+"""Segments grow with the memory that is used, of which each new one is such a part: each takes a
+pair of descriptors, of which a process often has no more than 1024, sockets and files included."""
 _MIN_SLOT_BYTES = 4 << 10
 _MIN_SPARE_BYTES = 64 << 20
 _SPARE_SHARE = 8
@@ -50,10 +53,10 @@ class Place:
 class _Segment:
     """One anonymous file, cut into slots of one size."""
 
-    def __init__(self, number: int, slot_bytes: int) -> None:
+    def __init__(self, number: int, slot_bytes: int, num_slots: int) -> None:
         self.number = number
         self.slot_bytes = slot_bytes
-        self.num_slots = max(1, _SEGMENT_BYTES // slot_bytes)
+        self.num_slots = num_slots
         self.num_bytes = self.num_slots * slot_bytes
         self.free = list(range(self.num_slots))
         self.descriptor = os.memfd_create("membank", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -151,7 +154,9 @@ class SharedMemory:
         open_ones = self._by_size.setdefault(slot_bytes, {})
         if open_ones:
             return next(iter(open_ones.values()))
-        segment = _Segment(next(self._numbers), slot_bytes)
+        segment_bytes = max(_MIN_SEGMENT_BYTES, self._used_bytes // _SEGMENT_SHARE)
+        num_slots = max(1, segment_bytes // slot_bytes)
+        segment = _Segment(next(self._numbers), slot_bytes, num_slots)
         self._segments[segment.number] = segment
         open_ones[segment.number] = segment
         self._index()

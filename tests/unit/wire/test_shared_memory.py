@@ -111,6 +111,17 @@ def test_no_descriptor_leaks() -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
+def test_much_memory_takes_few_descriptors() -> None:
+    # None of it is touched, so none is really there.
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    memory = SharedMemory()
+    held = [memory.take(40 * MIB + 64 * (index % 3)) for index in range(1_500)]
+    assert len(list(Path("/proc/self/fd").iterdir())) - before < 400
+    held.clear()
+    memory.take(1)
+    assert memory.num_bytes <= (64 + 40 + 32 + 1) * MIB
+
+
 def test_a_peer_is_told_of_what_it_does_not_have() -> None:
     memory, peer = SharedMemory(), MappedSegments()
     array = memory.take(MIB)
@@ -130,7 +141,7 @@ def test_memory_that_may_shrink_is_not_mapped(tmp_path: Path, sealed: bool) -> N
     else:
         handle = os.open(tmp_path / "file", os.O_CREAT | os.O_RDWR)
     os.ftruncate(handle, MIB)
-    with pytest.raises(OSError, match="shrink|Invalid"):
+    with pytest.raises(OSError, match=r"shrink|Invalid"):
         MappedSegments().adopt(1, handle)
     with pytest.raises(OSError, match="Bad file"):
         os.fstat(handle)
