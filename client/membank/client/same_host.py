@@ -6,18 +6,16 @@ this process the gradients lie. Whatever keeps that from working is answered by 
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from membank.client.config import ClientConfig, SameHostConfig
 from membank.client.grpc_transport import GrpcTransport, grpc_connector
 from membank.client.landing import Landing
+from membank.client.lent_connections import LentConnections
 from membank.client.requests import fetch_request
 from membank.client.same_host_connection import SameHostConnection
 from membank.client.transport import (
@@ -110,10 +108,8 @@ class SameHostTransport(GrpcTransport):
         self._endpoint = endpoint
         self._counters = counters
         self._staging = SharedMemory()
-        self._idle: list[SameHostConnection] = []
-        self._free = asyncio.Semaphore(bounds.max_connections)
-        self._threads = ThreadPoolExecutor(
-            bounds.max_connections, thread_name_prefix="membank-same-host"
+        self._connections: LentConnections[SameHostConnection] = LentConnections(
+            bounds.max_connections, thread_name="membank-same-host"
         )
         self._no_way: str | None = None
         """Why this endpoint has no such way, and never will; None = it may have."""
@@ -179,9 +175,7 @@ class SameHostTransport(GrpcTransport):
         """Close all connections; calls that still run have `grace_s` seconds to end."""
         self._no_way = self._no_way or "closed"
         await super().close(grace_s=grace_s)
-        while self._idle:
-            self._idle.pop().close()
-        self._threads.shutdown(wait=False)
+        await self._connections.close()
 
     async def _call(
         self,
@@ -192,52 +186,34 @@ class SameHostTransport(GrpcTransport):
     ) -> T:
         ends = time.monotonic() + timeout_s
         try:
-            async with self._connection(ends) as connection:
-                answer = await self._in_thread(
-                    lambda: through(connection, ends - time.monotonic()),
-                    on_cancel=connection.abandon,
-                )
+            answer = await self._answer(through, ends)
             self._counters.count(what)
         except _NoWayError as err:
             self._counters.count(str(err))
             return await over(max(0.0, ends - time.monotonic()))
         return answer
 
-    @asynccontextmanager
-    async def _connection(self, ends: float) -> AsyncIterator[SameHostConnection]:
-        """Lend a connection for one call; one that breaks in it is given up."""
+    async def _answer(self, through: Callable[[SameHostConnection, float], T], ends: float) -> T:
         if self._no_way is not None:
             raise _NoWayError(self._no_way)
-        async with self._free:
-            connection = self._idle.pop() if self._idle else await self._opened(ends)
-            try:
-                yield connection
-            except MembankError:
-                # The shard's answer; several leaves are errors of the system's kinds as well.
-                self._give_back(connection)
-                raise
-            except TimeoutError as err:
-                connection.close()
-                raise DeadlineError(f"{self._endpoint} did not answer in time") from err
-            except (OSError, LookupError) as err:
-                connection.close()
-                raise _NoWayError("broken") from err
-            except BaseException:
-                connection.close()
-                raise
-            else:
-                self._give_back(connection)
-
-    def _give_back(self, connection: SameHostConnection) -> None:
-        if self._no_way is None:
-            self._idle.append(connection)
-        else:
-            connection.close()
+        try:
+            return await self._connections.call(
+                lambda connection: through(connection, ends - time.monotonic()),
+                lambda: self._opened(ends),
+                ends=ends,
+            )
+        except MembankError:
+            # The shard's answer; several leaves are errors of the system's kinds as well.
+            raise
+        except TimeoutError as err:
+            raise DeadlineError(f"{self._endpoint} did not answer in time") from err
+        except (OSError, LookupError) as err:
+            raise _NoWayError("broken") from err
 
     async def _opened(self, ends: float) -> SameHostConnection:
         door = await self._door(ends)
         try:
-            return await self._in_thread(
+            return await self._connections.in_thread(
                 lambda: SameHostConnection.open(
                     door, self._endpoint, timeout_s=max(0.001, ends - time.monotonic())
                 )
@@ -258,24 +234,6 @@ class SameHostTransport(GrpcTransport):
         if door is None or self._no_way is not None:
             raise _NoWayError(self._no_way or "closed")
         return door
-
-    async def _in_thread(
-        self, call: Callable[[], T], *, on_cancel: Callable[[], None] = lambda: None
-    ) -> T:
-        """Run a blocking call in a thread; a cancellation waits for its end, which `on_cancel` hastens.
-
-        The thread writes into memory of the caller, which must not be written to later.
-        """
-        running = asyncio.get_running_loop().run_in_executor(self._threads, call)
-        try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            on_cancel()
-            while not running.done():
-                with suppress(asyncio.CancelledError):
-                    await asyncio.wait([running])
-            running.exception()  # nobody else asks for it
-            raise
 
 
 def same_host_connector(config: ClientConfig, counters: SameHostCounters) -> Connector:

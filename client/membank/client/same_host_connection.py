@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from membank.v1 import same_host_pb2 as host_pb
 from membank.wire.convert import header_from_pb, result_from_pb
 from membank.wire.copying import copy_checked
 from membank.wire.crc import as_uint8
-from membank.wire.errors import from_status_proto
+from membank.wire.errors import MembankError, from_status_proto
 from membank.wire.records import Block, BlockHeader, Update
 from membank.wire.same_host import MessageSocket, abstract_address
 from membank.wire.shared_memory import MappedSegments, SharedMemory, pack
@@ -51,9 +50,7 @@ class SameHostConnection:
         self._messages = messages
         self._where = where
         self._segments = MappedSegments()
-        self._lock = threading.Lock()
-        self._is_in_use = False
-        self._is_abandoned = False
+        self._is_usable = True
 
     @classmethod
     def open(cls, door: SameHostDoor, where: str, *, timeout_s: float) -> Self:
@@ -138,16 +135,15 @@ class SameHostConnection:
             results=tuple(map(result_from_pb, pushed.results)), duplicate=pushed.duplicate
         )
 
+    def is_usable(self) -> bool:
+        """Say whether another call may be made."""
+        return self._is_usable
+
     def abandon(self) -> None:
-        """End the connection, also under a call in another thread, which fails then."""
-        with self._lock:
-            self._is_abandoned = True
-            if self._is_in_use:
-                # Closed by that thread: another file could get the socket's number before it is out
-                # of the kernel.
-                self._messages.shut_down()
-            else:
-                self._messages.close()
+        """Make a call in another thread fail; that thread, or whoever waits for it, closes."""
+        self._is_usable = False
+        # Not closed: another file could get the socket's number while that thread still uses it.
+        self._messages.shut_down()
 
     def close(self) -> None:
         """End the connection; nobody may be using it."""
@@ -155,23 +151,14 @@ class SameHostConnection:
 
     @contextmanager
     def _use(self) -> Iterator[None]:
-        self._begin()
         try:
             yield
-        finally:
-            self._end()
-
-    def _begin(self) -> None:
-        with self._lock:
-            if self._is_abandoned:
-                raise ConnectionError("the connection was given up")
-            self._is_in_use = True
-
-    def _end(self) -> None:
-        with self._lock:
-            self._is_in_use = False
-            if self._is_abandoned:
-                self._messages.close()
+        except MembankError:
+            # The shard's answer; several leaves are errors of the system's kinds as well.
+            raise
+        except BaseException:
+            self._is_usable = False
+            raise
 
     def _ask(
         self, request: host_pb.SameHostRequest, timeout_s: float, descriptors: Sequence[int] = ()
