@@ -17,6 +17,9 @@ _LENGTH_DELIMITED = 2
 _MAX_LENGTH_BYTES = 5
 """Of a varint that says how long a field is; more than 32 bits fit into no message."""
 
+DATA_HEAD_BYTES = 2 + _MAX_LENGTH_BYTES
+"""Most bytes in front of the data of a message that has nothing else."""
+
 
 class DataMessage(Protocol):
     """A message with a field ``bytes data``, beside whatever else."""
@@ -74,19 +77,27 @@ class DataCodec(Generic[M]):
         google.protobuf.message.DecodeError
             If it is no message of this type.
         """
-        start = self._data_start(encoded)
+        start = self.data_start(encoded[:DATA_HEAD_BYTES], len(encoded))
         return self._kind.FromString(encoded) if start is None else memoryview(encoded)[start:]
 
-    def _data_start(self, encoded: bytes) -> int | None:
-        """Return where the data begin that go on to the end, or None where something else is."""
-        if not encoded.startswith(self._tag):
+    def data_start(self, head: bytes, num_bytes: int) -> int | None:
+        """Return where the data of a message begin, or None where it has anything else.
+
+        Parameters
+        ----------
+        head
+            The first `DATA_HEAD_BYTES` of the message, or all where it has less.
+        num_bytes
+            Size of the message.
+        """
+        if not head.startswith(self._tag):
             return None
         length, at = 0, len(self._tag)
-        for shift, byte in enumerate(encoded[at : at + _MAX_LENGTH_BYTES]):
+        for shift, byte in enumerate(head[at : at + _MAX_LENGTH_BYTES]):
             length |= (byte & 0x7F) << (7 * shift)
             at += 1
             if byte < 0x80:
-                return at if at + length == len(encoded) else None
+                return at if at + length == num_bytes else None
         return None
 
 

@@ -306,14 +306,35 @@ def from_rpc_error(error: grpc.RpcError, *, where: str) -> MembankError:
         The leaf that the server raised, or the nearest leaf where gRPC itself failed.
     """
     call: grpc.Call = error  # type: ignore[assignment]  # grpcio raises calls as errors
-    code = call.code()
+    trailing = dict(call.trailing_metadata() or ())
+    details = trailing.get("grpc-status-details-bin")
+    return from_rpc_status(
+        call.code(), call.details() or "", details if isinstance(details, bytes) else None, where
+    )
+
+
+def from_rpc_status(
+    code: grpc.StatusCode, message: str, details: bytes | None, where: str
+) -> MembankError:
+    """Decode the status that ended an RPC.
+
+    Parameters
+    ----------
+    code
+        Its code, but OK.
+    message
+        What is said about it; may be empty.
+    details
+        The serialized ``google.rpc.Status``; None = there is none.
+    where
+        As for `from_rpc_error`.
+    """
     leaf = _LEAF_BY_CODE.get(code, UnavailableError if _is_cancel(code) else InternalError)
     reason: Reason | None = None
     metadata: dict[str, str] = {}
-    for key, value in call.trailing_metadata() or ():
-        if key == "grpc-status-details-bin":
-            reason, metadata = _error_info(status_pb2.Status.FromString(value))
-    message = call.details() or code.name
+    if details is not None:
+        reason, metadata = _error_info(status_pb2.Status.FromString(details))
+    message = message or code.name
     if reason is None:
         reason = _REASON_WITHOUT_DETAILS.get(code, leaf.default_reason)
         message = f"{where}: {message} ({code.name})"

@@ -23,6 +23,12 @@ Frame size, windows and read sizes of the transport made no difference beyond th
 MAX_MESSAGE_BYTES = 8 << 20
 """Largest message either end accepts; headers of 65,536 blocks take about 3 MiB."""
 
+CHECK_BYTES = 1 << 20
+"""Bytes that are checked at a time as they arrive: as many as stay in a processor's cache."""
+
+_MAX_PIECES = 64
+"""Most pieces of memory that are filled at a time; some systems take no more than 1,024."""
+
 WATCH_ON_KEY = "membank-watch-on"
 """Key in the initial metadata of `WatchBlocks`: from now on no change is missed. An empty initial
 metadata says nothing, since a call that failed has one too."""
@@ -70,7 +76,7 @@ class Payload:
 class PayloadAssembler:
     """Puts the chunks of a stream back together, each payload in a buffer of its own.
 
-    Each piece is checked right after it was copied, while the processor's cache holds it: a pass
+    Bytes are checked soon after they have landed, while the processor's cache holds them: a pass
     over the whole payload at the end would read it from memory again.
 
     Parameters
@@ -86,8 +92,10 @@ class PayloadAssembler:
         self._payloads: list[Payload] = []
         self._buffers: list[_Bytes] = []
         self._crcs: list[int] = []
+        # Of the payload that is being received: which one, how much is here, how much is checked.
         self._current = 0
         self._filled = 0
+        self._checked = 0
 
     def expect(self, payload: Payload, place: Callable[[], _Bytes] | None = None) -> None:
         """Announce the next payload.
@@ -125,22 +133,61 @@ class PayloadAssembler:
         InvalidArgumentError
             If more bytes come than were announced.
         """
-        view = np.frombuffer(data, np.uint8) if len(data) else _NOTHING
-        while view.size:
-            if self._current == len(self._buffers):
-                raise InvalidArgumentError(
-                    "the stream carries more bytes than its headers announce"
-                )
+        source = np.frombuffer(data, np.uint8) if len(data) else _NOTHING
+        while source.size:
+            (target,) = self.room(source.size, max_pieces=1)
+            np.frombuffer(target, np.uint8)[...] = source[: len(target)]
+            self.landed(len(target))
+            source = source[len(target) :]
+
+    def room(self, max_bytes: int, *, max_pieces: int = _MAX_PIECES) -> list[memoryview]:
+        """Return where the next bytes are to land, for whoever writes them there; then `landed`.
+
+        Parameters
+        ----------
+        max_bytes
+            Most bytes of room, >= 1.
+        max_pieces
+            Most pieces, >= 1.
+
+        Returns
+        -------
+        list of memoryview
+            At least one piece of at least one byte, all at most `CHECK_BYTES` together.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If all announced bytes are there.
+        """
+        left = min(max_bytes, CHECK_BYTES)
+        pieces: list[memoryview] = []
+        at, start = self._current, self._filled
+        while left and len(pieces) < max_pieces and at < len(self._buffers):
+            if piece := self._buffers[at].data[start : start + left]:
+                pieces.append(piece)
+                left -= len(piece)
+            at, start = at + 1, 0
+        if not pieces:
+            raise InvalidArgumentError("the stream carries more bytes than its headers announce")
+        return pieces
+
+    def landed(self, num_bytes: int) -> None:
+        """Say that the next `num_bytes` are where `room` put them."""
+        self._received_bytes += num_bytes
+        while num_bytes:
             buffer = self._buffers[self._current]
-            piece = buffer[self._filled : self._filled + view.size]
-            piece[...] = view[: piece.size]
-            # Of what has landed, not of what was sent: damage on the way here is noticed too.
-            self._crcs[self._current] = crc32c(piece, start=self._crcs[self._current])
-            self._filled += piece.size
-            self._received_bytes += piece.size
-            view = view[piece.size :]
-            if self._filled == buffer.size:
-                self._current, self._filled = self._current + 1, 0
+            count = min(num_bytes, buffer.size - self._filled)
+            self._filled += count
+            num_bytes -= count
+            is_whole = self._filled == buffer.size
+            if is_whole or self._filled - self._checked >= CHECK_BYTES:
+                # Of what has landed, not of what was sent: damage on the way here is noticed too.
+                piece = buffer[self._checked : self._filled]
+                self._crcs[self._current] = crc32c(piece, start=self._crcs[self._current])
+                self._checked = self._filled
+            if is_whole:
+                self._current, self._filled, self._checked = self._current + 1, 0, 0
 
     def finish(self) -> list[_Bytes]:
         """Check everything and return the payloads in order.
