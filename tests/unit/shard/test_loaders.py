@@ -46,6 +46,41 @@ def test_a_call_that_finds_all_threads_at_work_does_not_wait_for_them() -> None:
     assert loaders.map(lambda item: -item, range(3)) == [0, -1, -2]
 
 
+def test_help_that_comes_although_no_thread_could_be_started_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaders = Loaders(2)
+    at_work, go, begun = threading.Semaphore(0), threading.Event(), threading.Event()
+
+    def keep_busy(item: int) -> int:
+        at_work.release()
+        assert go.wait(30)
+        return item
+
+    other = threading.Thread(target=lambda: loaders.map(keep_busy, range(2)))
+    other.start()
+    for _ in range(2):
+        assert at_work.acquire(timeout=30)
+
+    def refuse(thread: threading.Thread) -> None:
+        del thread
+        raise RuntimeError("can't start new thread")
+
+    def load(item: int) -> int:
+        if item == 0:
+            go.set()
+            # The pool's only thread is free now, and finds what was handed to another one.
+            begun.wait(1)
+        else:
+            begun.set()
+            other.join(30)
+        return item
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert loaders.map(load, range(2)) == [0, 1]
+    loaders.close()
+
+
 class _Rendezvous(UnsyncedObjects):
     """Answers a read of a slot only while another one is under way."""
 

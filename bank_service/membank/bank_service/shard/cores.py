@@ -33,6 +33,10 @@ def _crew(num_threads: int) -> Loaders:
     return Loaders(num_threads, "membank-compute")
 
 
+# Threads do not survive a fork: a child makes some of its own.
+os.register_at_fork(after_in_child=_crew.cache_clear)
+
+
 def _num_cores() -> int:
     # Not those of the machine: a container may have few of them.
     return len(os.sched_getaffinity(0))

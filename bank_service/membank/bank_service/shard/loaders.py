@@ -50,10 +50,12 @@ class Loaders:
                     pass  # nobody needs the rest
                 raise
 
-        num_helpers = min(self._num_threads, len(items)) - 1
-        helpers: list[Future[None]] = []
-        with suppress(RuntimeError):  # closed meanwhile: then without help
-            helpers += (self._pool.submit(work) for _ in range(num_helpers))
+        # Futures of our own: where no thread can be started, the pool raises, and yet does what it
+        # was handed as soon as one of its threads is free.
+        helpers = [Future[None]() for _ in range(min(self._num_threads, len(items)) - 1)]
+        with suppress(RuntimeError):  # that, or closed meanwhile: then without help
+            for helper in helpers:
+                self._pool.submit(_help, helper, work)
         try:
             work()
         finally:
@@ -66,3 +68,14 @@ class Loaders:
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown()
+
+
+def _help(helper: Future[None], work: Callable[[], None]) -> None:
+    if not helper.set_running_or_notify_cancel():
+        return
+    try:
+        work()
+    except BaseException as err:
+        helper.set_exception(err)
+    else:
+        helper.set_result(None)
