@@ -91,6 +91,35 @@ async def call_with_retries(
     DeadlineError
         If the deadline passed during an attempt.
     """
+    # The usual call is answered at once: what retries need takes longer to make than a small fetch.
+    try:
+        return await attempt(deadline.remaining_s(what))
+    except MembankError as err:
+        if not is_retryable(err):
+            raise
+        failure = err
+    is_first = True
+
+    async def again() -> T:
+        nonlocal failure, is_first
+        if is_first:
+            is_first = False
+            raise failure  # counts as the first attempt
+        if deadline.left_s() <= 0:
+            # Why nothing came of it says more than that time ran out.
+            raise failure
+        if recover is not None:
+            await recover(failure)
+        try:
+            return await attempt(deadline.remaining_s(what))
+        except MembankError as err:
+            failure = err
+            raise
+
+    return await _retrying(what, deadline, config)(again)
+
+
+def _retrying(what: str, deadline: Deadline, config: RetryConfig) -> AsyncRetrying:
     jittered = wait_random_exponential(
         multiplier=config.initial_backoff_s, max=config.max_backoff_s
     )
@@ -98,7 +127,7 @@ async def call_with_retries(
     def wait_s(state: RetryCallState) -> float:
         return max(jittered(state), hinted_wait_s(_failure(state)))
 
-    retrying = AsyncRetrying(
+    return AsyncRetrying(
         retry=retry_if_exception(is_retryable),
         wait=wait_s,
         stop=stop_after_attempt(config.max_attempts) | _StopAtDeadline(deadline),
@@ -111,23 +140,6 @@ async def call_with_retries(
         ),
         reraise=True,
     )
-    failure: MembankError | None = None
-
-    async def once() -> T:
-        nonlocal failure
-        if failure is not None:
-            if deadline.left_s() <= 0:
-                # Why nothing came of it says more than that time ran out.
-                raise failure
-            if recover is not None:
-                await recover(failure)
-        try:
-            return await attempt(deadline.remaining_s(what))
-        except MembankError as err:
-            failure = err
-            raise
-
-    return await retrying(once)
 
 
 def _failure(state: RetryCallState) -> BaseException | None:
