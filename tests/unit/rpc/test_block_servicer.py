@@ -17,6 +17,7 @@ from membank.bank_service.shard.contract import FetchResult
 from membank.v1 import block_service_pb2 as pb
 from membank.v1 import types_pb2 as types_pb
 from membank.wire import convert
+from membank.wire.codec import Sparse, push_codec
 from membank.wire.crc import crc32c
 from membank.wire.errors import MembankError, Reason
 from membank.wire.format import decode_tree
@@ -71,6 +72,15 @@ def push_messages(
     data = b"".join(array.tobytes() for array in gradients.values())
     for start in range(0, len(data), chunk_bytes):
         yield pb.PushUpdatesRequest(data=data[start : start + chunk_bytes])
+
+
+def encoded_push(
+    payloads: dict[BlockRef, Array], name: str, *, request_id: str = "p1"
+) -> Iterator[pb.PushUpdatesRequest]:
+    first, *rest = push_messages(payloads, request_id=request_id)
+    for header in first.headers:
+        header.dtype = convert.dtype_to_pb(name)
+    return iter([first, *rest])
 
 
 def ones(ref: BlockRef) -> Array:
@@ -224,6 +234,65 @@ def test_push_applies_gradients_that_come_in_pieces(rig: RpcRig) -> None:
     answer = rig.blocks.PushUpdates(push_messages({TOPIC: ones(TOPIC), LEAF: ones(LEAF)}))
     assert [(r.accepted, r.version) for r in answer.results] == [(True, 1), (True, 1)]
     assert rig.bank.status(TOPIC).crc32c != before
+
+
+@pytest.mark.parametrize(("name", "share"), [("int8", 1.0), ("sparse", 1.0), ("sparse", 0.1)])
+def test_an_encoded_push_does_what_the_decoded_one_does(
+    rig: RpcRig, tmp_path: Path, name: str, share: float
+) -> None:
+    codec = Sparse(share) if name == "sparse" else push_codec(name)
+    values = np.random.default_rng(0).standard_normal(RIG_SPEC.block_shape(1), np.float32)
+    payload = codec.encode(values)
+    rig.blocks.PushUpdates(encoded_push({TOPIC: payload}, name))
+    with RpcRig(tmp_path / "twin") as twin:
+        decoded = codec.decode(payload, values.shape)
+        twin.blocks.PushUpdates(push_messages({TOPIC: decoded}))
+        assert rig.bank.status(TOPIC) == twin.bank.status(TOPIC)
+    assert rig.budget.used_bytes == 0
+
+
+def test_an_encoded_gradient_is_replayed(rig: RpcRig) -> None:
+    values = np.random.default_rng(0).standard_normal(RIG_SPEC.block_shape(1), np.float32)
+    rig.blocks.PushUpdates(encoded_push({TOPIC: push_codec("int8").encode(values)}, "int8"))
+    before = rig.bank.status(TOPIC)
+    rig.bank.kill_shards()
+    rig.bank.open_shards()
+    assert rig.bank.status(TOPIC) == before
+
+
+def test_a_gradient_of_nothing_is_one(rig: RpcRig) -> None:
+    nothing = np.empty(0, np.uint8)
+    answer = rig.blocks.PushUpdates(encoded_push({TOPIC: nothing, LEAF: nothing}, "sparse"))
+    assert [result.accepted for result in answer.results] == [True, True]
+
+
+def test_wrong_encoded_pushes_change_nothing(rig: RpcRig) -> None:
+    size = RIG_SPEC.block_params(1)
+    int8 = push_codec("int8").encode(np.ones(size, np.float32))
+    outside = Sparse().encode(np.ones(size + 1, np.float32))[-16:].copy()
+    outside.view(np.uint32)[:2] = (0, size)
+    cases: list[tuple[Array, str, Reason]] = [
+        (int8[:-1], "int8", Reason.BAD_SHAPE),
+        (int8[:-4], "sparse", Reason.BAD_SHAPE),
+        (Sparse().encode(np.ones(size + 1, np.float32)), "sparse", Reason.BAD_SHAPE),
+        (outside, "sparse", Reason.BAD_SHAPE),
+    ]
+    for payload, name, reason in cases:
+        assert failure(rig, encoded_push({TOPIC: payload}, name)).reason is reason
+    # A service that does not know an encoding says so; this one knows none of this number.
+    messages = list(encoded_push({TOPIC: int8}, "int8"))
+    messages[0].headers[0].dtype = types_pb.DataType.ValueType(99)
+    assert failure(rig, messages).reason is Reason.BAD_DTYPE
+    assert rig.bank.status(TOPIC).version == 0
+    assert rig.budget.used_bytes == 0
+
+
+def test_what_a_small_payload_stands_for_counts(tmp_path: Path) -> None:
+    with RpcRig(tmp_path / "bank", budget_bytes=RIG_SPEC.block_params(1) * 4 + 8) as rig:
+        one = Sparse(1e-9).encode(ones(TOPIC))
+        assert rig.blocks.PushUpdates(encoded_push({TOPIC: one}, "sparse")).results[0].accepted
+        error = failure(rig, encoded_push({TOPIC: one, LEAF: one}, "sparse", request_id="p2"))
+        assert error.reason is Reason.MESSAGE_TOO_LARGE
 
 
 def test_a_repeated_push_is_not_applied_again(rig: RpcRig) -> None:

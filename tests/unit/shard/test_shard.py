@@ -20,6 +20,7 @@ from membank.bank_service.shard.content import initial_content, zero_state
 from membank.bank_service.shard.contract import SetState
 from membank.bank_service.shard.optimizer import BlockOptimizer
 from membank.bank_service.store import Bank
+from membank.wire.codec import fetch_codec
 from membank.wire.crc import crc32c
 from membank.wire.errors import (
     FailedPreconditionError,
@@ -157,6 +158,33 @@ def test_dtype_of_a_fetch(tmp_path: Path, stored: str, asked: str) -> None:
     assert block.weight.tobytes() == expected.tobytes()
     assert block.header.crc32c == crc32c(expected)
     assert (block.header.dtype, block.header.num_bytes) == (asked, expected.nbytes)
+    shard.close()
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_a_fetch_in_an_encoding_gives_its_payload(tmp_path: Path, stored: str) -> None:
+    shard = Shard.open(create_bank(tmp_path, tiny_spec(dtype=stored)))
+    _push(shard, "p1", A)
+    (exact,) = shard.fetch([A]).blocks
+    (block,) = shard.fetch([A], dtype="int8").blocks
+    assert exact.weight is not None
+    assert block.weight is not None
+    assert block.weight.tobytes() == fetch_codec("int8").encode(exact.weight).tobytes()
+    assert not block.weight.flags.writeable
+    header = block.header
+    assert (header.dtype, header.shape) == ("int8", exact.weight.shape)
+    assert (header.num_bytes, header.crc32c) == (block.weight.nbytes, crc32c(block.weight))
+    # Its CRC is not that of the elements, which is all that is known without reading them.
+    unchanged = shard.fetch([A], held_versions=[1], dtype="int8").blocks[0].header
+    assert (unchanged.unchanged, unchanged.crc32c) == (True, 0)
+    shard.close()
+
+
+def test_blocks_are_not_sent_in_part(tmp_path: Path) -> None:
+    shard = Shard.open(create_bank(tmp_path, tiny_spec()))
+    with pytest.raises(InvalidArgumentError) as caught:
+        shard.fetch([A], dtype="sparse")
+    assert caught.value.reason is Reason.BAD_DTYPE
     shard.close()
 
 

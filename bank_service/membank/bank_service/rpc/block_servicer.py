@@ -16,7 +16,13 @@ from membank.bank_service.rpc.auth import current_principal
 from membank.bank_service.rpc.budget import ByteBudget
 from membank.bank_service.rpc.interceptor import check_alive
 from membank.bank_service.rpc.payload_interceptor import FETCH_DATA
-from membank.bank_service.rpc.requests import check_bank, read_fetch, read_push, update_of
+from membank.bank_service.rpc.requests import (
+    check_bank,
+    push_bytes,
+    read_fetch,
+    read_push,
+    update_of,
+)
 from membank.bank_service.rpc.same_host import SameHostDoor
 from membank.bank_service.shard.contract import FetchResult, ShardApi
 from membank.v1 import block_service_pb2 as pb
@@ -203,11 +209,11 @@ class BlockServicer(BankInfoServicer):
         payloads = read_push(head, spec)
         with self._budget.reserve(0, what="push") as reservation:
             # Reserved before a byte is allocated.
-            reservation.grow(sum(payload.num_bytes for payload in payloads))
+            reservation.grow(push_bytes(head, spec))
             buffers = self._receive(payloads, chain([head], request_iterator))
             # A caller that left will send the same request id again; do the work once, then.
             check_alive(context)
-            result = self._shard.push(update_of(head, buffers, spec))
+            result = self._shard.push(update_of(head, buffers, spec, self._pool.take))
         return pb.PushUpdatesResponse(
             results=[convert.result_to_pb(item) for item in result.results],
             duplicate=result.duplicate,

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from membank.v1 import block_service_pb2 as pb
 from membank.wire import convert
+from membank.wire.codec import Bytes, Take, fetch_codec, fresh, push_codec
 from membank.wire.errors import InvalidArgumentError, NotFoundError, Reason
 from membank.wire.framing import Payload
 from membank.wire.records import Gradient, Update
-from membank.wire.spec import Array, BankSpec, BlockRef, dtype_of
+from membank.wire.spec import DTYPES, BankSpec, BlockRef
 
 MAX_REFS = 65_536
 """Most blocks that one request may name."""
@@ -96,8 +97,18 @@ def read_push(head: pb.PushUpdatesRequest, spec: BankSpec) -> list[Payload]:
     return [_payload(header, spec) for header in head.headers]
 
 
-def update_of(head: pb.PushUpdatesRequest, buffers: Sequence[Array], spec: BankSpec) -> Update:
-    """Return the update that `read_push` has checked.
+def push_bytes(head: pb.PushUpdatesRequest, spec: BankSpec) -> int:
+    """Return the bytes that a push needs here: what travels, and what is made of it.
+
+    A payload of a few bytes may stand for a whole block, so that those alone bound nothing.
+    """
+    return sum(header.num_bytes + _decoded_bytes(header, spec) for header in head.headers)
+
+
+def update_of(
+    head: pb.PushUpdatesRequest, buffers: Sequence[Bytes], spec: BankSpec, take: Take = fresh
+) -> Update:
+    """Return the update that `read_push` has checked, with gradients of one element per parameter.
 
     Parameters
     ----------
@@ -107,19 +118,19 @@ def update_of(head: pb.PushUpdatesRequest, buffers: Sequence[Array], spec: BankS
         Bytes of each gradient, flat uint8, with the CRC that its header has.
     spec
         Spec of the bank.
+    take
+        Gives the memory of gradients that are decoded.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a gradient is none that its encoding can stand for.
     """
     return Update(
         request_id=head.request_id,
         step=head.step,
         gradients=tuple(
-            Gradient(
-                ref=convert.ref_from_pb(header.ref),
-                base_version=header.base_version,
-                values=buffer.view(dtype_of(_gradient_dtype(header))).reshape(
-                    spec.block_shape(header.ref.level)
-                ),
-                crc32c=header.crc32c,
-            )
+            _gradient(header, buffer, spec, take)
             for header, buffer in zip(head.headers, buffers, strict=True)
         ),
         learning_rate_scale=(
@@ -151,21 +162,41 @@ def _held_versions(request: pb.FetchBlocksRequest, count: int) -> list[int | Non
 
 
 def _weight_bytes(spec: BankSpec, refs: Sequence[BlockRef], dtype: str | None) -> int:
-    itemsize = dtype_of(dtype or spec.dtype).itemsize
-    return sum(spec.block_params(ref.level) for ref in refs) * itemsize
+    codec = fetch_codec(dtype or spec.dtype)
+    return sum(codec.num_bytes(spec.block_params(ref.level)) for ref in refs)
 
 
 def _payload(header: pb.UpdateHeader, spec: BankSpec) -> Payload:
     ref = convert.ref_from_pb(header.ref)
-    expected = spec.block_params(ref.level) * dtype_of(_gradient_dtype(header)).itemsize
-    if header.num_bytes != expected:
+    codec = push_codec(_gradient_dtype(header))
+    sizes = codec.sizes(spec.block_params(ref.level))
+    if header.num_bytes not in sizes:
+        takes = f"{sizes[0]}" if len(sizes) == 1 else f"up to {sizes[-1]} in steps of {sizes.step}"
         raise InvalidArgumentError(
             f"gradient of block {ref} has {header.num_bytes} bytes; its shape "
-            f"{spec.block_shape(ref.level)} takes {expected}",
+            f"{spec.block_shape(ref.level)} takes {takes} as {codec.name}",
             reason=Reason.BAD_SHAPE,
             metadata={"block": str(ref)},
         )
     return Payload(num_bytes=header.num_bytes, crc32c=header.crc32c, what=f"gradient of {ref}")
+
+
+def _gradient(header: pb.UpdateHeader, buffer: Bytes, spec: BankSpec, take: Take) -> Gradient:
+    name = _gradient_dtype(header)
+    return Gradient(
+        ref=convert.ref_from_pb(header.ref),
+        base_version=header.base_version,
+        values=push_codec(name).decode(buffer, spec.block_shape(header.ref.level), take),
+        # That of an encoded one says nothing of what is made of it.
+        crc32c=header.crc32c if name in DTYPES else None,
+    )
+
+
+def _decoded_bytes(header: pb.UpdateHeader, spec: BankSpec) -> int:
+    name = _gradient_dtype(header)
+    if name in DTYPES:
+        return 0
+    return spec.block_params(header.ref.level) * push_codec(name).dtype.itemsize
 
 
 def _gradient_dtype(header: pb.UpdateHeader) -> str:

@@ -22,7 +22,7 @@ from contextlib import ExitStack, suppress
 
 from membank.bank_service.rpc.auth import BLOCK_SERVICE, Principal, require_role
 from membank.bank_service.rpc.budget import ByteBudget
-from membank.bank_service.rpc.requests import read_fetch, read_push, update_of
+from membank.bank_service.rpc.requests import push_bytes, read_fetch, read_push, update_of
 from membank.bank_service.shard.contract import ShardApi
 from membank.bank_service.store.block_memory import block_memory
 from membank.v1 import block_service_pb2 as pb
@@ -279,12 +279,12 @@ class _Calls:
             raise InvalidArgumentError(
                 f"{len(request.places)} places for {len(payloads)} gradients"
             )
-        with self._budget.reserve(sum(payload.num_bytes for payload in payloads), what="push"):
+        with self._budget.reserve(push_bytes(head, spec), what="push"):
             buffers = [
                 self._taken_over(payload, place, segments)
                 for payload, place in zip(payloads, request.places, strict=True)
             ]
-            result = self._shard.push(update_of(head, buffers, spec))
+            result = self._shard.push(update_of(head, buffers, spec, self._gradients.take))
         pushed = pb.PushUpdatesResponse(
             results=[convert.result_to_pb(item) for item in result.results],
             duplicate=result.duplicate,

@@ -94,7 +94,8 @@ class FetchResult:
     """The revision."""
     blocks: tuple[Block, ...]
     """In the order of the request. Weights are read-only views that stay valid and unchanged
-    however the block is updated afterwards."""
+    however the block is updated afterwards; asked for in an encoding that no bank keeps, they are as
+    they travel, (num_bytes,) uint8."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,7 +230,7 @@ class ShardApi(Protocol):
         held_versions
             Version that the caller holds of each, None = none; None = of none.
         dtype
-            Element type to return; None = as kept in the bank.
+            Element type or encoding to return (`membank.wire.codec`); None = as kept in the bank.
         min_revision
             Revision that this shard must have installed.
         snapshot

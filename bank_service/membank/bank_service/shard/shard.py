@@ -44,6 +44,7 @@ from membank.bank_service.shard.watch import WatchHub
 from membank.bank_service.store.bank import Bank
 from membank.bank_service.store.journal import LogFile, PosixLogFile
 from membank.bank_service.store.objects import ObjectStore, probe_create_only
+from membank.wire.codec import fetch_codec
 from membank.wire.errors import (
     InvalidArgumentError,
     MembankError,
@@ -58,7 +59,7 @@ from membank.wire.records import (
     Update,
     UpdateResult,
 )
-from membank.wire.spec import DTYPES, BankSpec, BlockRef, BlockState, Role, dtype_of
+from membank.wire.spec import DTYPES, BankSpec, BlockRef, BlockState, Role
 
 _LOG = logging.getLogger(__name__)
 
@@ -229,7 +230,7 @@ class Shard:
         if len(held) != len(refs):
             raise InvalidArgumentError(f"{len(held)} held versions for {len(refs)} blocks")
         name = self.spec.dtype if dtype is None else dtype
-        dtype_of(name)
+        fetch_codec(name)
         self._check_owned(refs)
         self._require_revision(min_revision)
 
