@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from threading import Lock
 from typing import TypeVar
 
 S = TypeVar("S")
@@ -50,19 +51,17 @@ class Loaders:
                     pass  # nobody needs the rest
                 raise
 
-        # Futures of our own: where no thread can be started, the pool raises, and yet does what it
-        # was handed as soon as one of its threads is free.
-        helpers = [Future[None]() for _ in range(min(self._num_threads, len(items)) - 1)]
-        with suppress(RuntimeError):  # that, or closed meanwhile: then without help
+        helpers = [_Helper(work) for _ in range(min(self._num_threads, len(items)) - 1)]
+        with suppress(RuntimeError):  # closed meanwhile, or no thread can be started
             for helper in helpers:
-                self._pool.submit(_help, helper, work)
+                self._pool.submit(helper.run)
         try:
             work()
         finally:
-            started = [helper for helper in helpers if not helper.cancel()]
-            wait(started)
-        for helper in started:
-            helper.result()
+            for helper in helpers:
+                helper.end()
+        for helper in helpers:
+            helper.require_success()
         return loaded  # type: ignore[return-value]  # every place is filled by now
 
     def close(self) -> None:
@@ -70,12 +69,39 @@ class Loaders:
         self._pool.shutdown()
 
 
-def _help(helper: Future[None], work: Callable[[], None]) -> None:
-    if not helper.set_running_or_notify_cancel():
-        return
-    try:
-        work()
-    except BaseException as err:
-        helper.set_exception(err)
-    else:
-        helper.set_result(None)
+class _Helper:
+    """Work that another thread does unless it is over by then.
+
+    The pool's futures would tell the same, but not of work that the pool refused because it could
+    start no thread, and yet does as soon as one of its threads is free. They also take longer.
+    """
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work: Callable[[], None] | None = work
+        self._running = Lock()
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        """Do the work, unless `end` was called."""
+        with self._running:
+            if self._work is None:
+                return
+            try:
+                self._work()
+            except BaseException as err:
+                self._error = err
+
+    def end(self) -> None:
+        """Wait for the work if it has begun; it is not begun any more from then on."""
+        with self._running:
+            self._work = None
+
+    def require_success(self) -> None:
+        """After `end`: raise what the work ended with, if that was an error."""
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                # Its traceback has this frame: together they would keep what was worked on.
+                del error
