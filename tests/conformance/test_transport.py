@@ -15,6 +15,7 @@ from fake_shard import FakeShard
 from in_process import InProcessTransport
 from membank.client import ClientConfig, GrpcTransport, Transport
 from membank.client.same_host import SameHostCounters, same_host_connector
+from membank.wire.codec import fetch_codec, push_codec
 from membank.wire.crc import crc32c
 from membank.wire.errors import (
     AlreadyExistsError,
@@ -76,6 +77,31 @@ class TransportSuite:
             assert block.weight.shape == SPEC.block_shape(block.ref.level)
             assert not block.weight.flags.writeable
 
+    async def test_fetch_in_an_encoding_returns_float32(
+        self, shard: FakeShard, transport: Transport
+    ) -> None:
+        codec = fetch_codec("int8")
+        buffer = np.zeros(SPEC.block_shape(2), np.float32)
+        answer = await transport.fetch(
+            [TOPIC, LEAF], dtype="int8", into={LEAF: buffer}, timeout_s=TIMEOUT_S
+        )
+        for block in answer.blocks:
+            kept = shard.blocks[block.ref].weight
+            assert block.weight is not None
+            assert block.weight.dtype == np.float32
+            payload = codec.encode(kept)
+            np.testing.assert_array_equal(block.weight, codec.decode(payload, kept.shape))
+            assert not block.weight.flags.writeable
+            # What came is not the kept block, and says so.
+            assert block.header.dtype == "int8"
+            assert block.header.num_bytes == payload.nbytes
+            assert block.header.crc32c == crc32c(payload)
+
+    async def test_fetch_in_an_encoding_that_there_is_not(self, transport: Transport) -> None:
+        with pytest.raises(InvalidArgumentError) as caught:
+            await transport.fetch([TOPIC], dtype="sparse", timeout_s=TIMEOUT_S)
+        assert caught.value.reason is Reason.BAD_DTYPE
+
     async def test_fetch_sends_no_content_that_is_held(self, transport: Transport) -> None:
         answer = await transport.fetch([TOPIC, LEAF], held_versions=[0, None], timeout_s=TIMEOUT_S)
         unchanged, sent = answer.blocks
@@ -126,6 +152,22 @@ class TransportSuite:
         assert [(r.ref, r.accepted, r.version) for r in answer.results] == [(TOPIC, True, 1)]
         np.testing.assert_array_equal(shard.blocks[TOPIC].weight, before[TOPIC] - 0.5)
         np.testing.assert_array_equal(shard.blocks[LEAF].weight, before[LEAF])
+
+    @pytest.mark.parametrize("name", ["int8", "sparse"])
+    async def test_push_takes_what_an_encoding_made_of_a_gradient(
+        self, shard: FakeShard, transport: Transport, name: str
+    ) -> None:
+        before = shard.blocks[TOPIC].weight.astype(np.float32)
+        codec = push_codec(name)
+        values = np.random.default_rng(0).standard_normal(SPEC.block_shape(1), np.float32)
+        payload = codec.encode(values)
+        update = _update(Gradient(ref=TOPIC, base_version=0, values=payload, encoding=name))
+        answer = await transport.push(update, timeout_s=TIMEOUT_S)
+        assert [(r.ref, r.accepted, r.version) for r in answer.results] == [(TOPIC, True, 1)]
+        rate = np.float64(SPEC.levels[0].learning_rate)
+        applied = rate * codec.decode(payload, values.shape).astype(np.float32)
+        after = shard.blocks[TOPIC].weight.astype(np.float32)
+        np.testing.assert_allclose(after, before - applied, rtol=1e-5)
 
     async def test_push_is_applied_once_per_request_id(
         self, shard: FakeShard, transport: Transport

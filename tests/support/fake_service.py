@@ -27,6 +27,7 @@ from membank.v1.block_service_pb2_grpc import (
     add_BlockServiceServicer_to_server,
 )
 from membank.wire import convert
+from membank.wire.codec import push_codec
 from membank.wire.crc import crc32c
 from membank.wire.errors import (
     InternalError,
@@ -46,7 +47,7 @@ from membank.wire.framing import (
     iter_chunks,
 )
 from membank.wire.records import Gradient, Update
-from membank.wire.spec import Array, BlockRef, BlockState, dtype_of
+from membank.wire.spec import Array, BlockRef, BlockState
 
 REFUSALS: dict[Fault, Callable[[], MembankError]] = {
     Fault.UNAVAILABLE: lambda: UnavailableError("away"),
@@ -253,8 +254,8 @@ def _receive(bank: FakeBank, headers: Any, chunks: Iterator[bytes]) -> list[Arra
     for chunk in chunks:
         assembler.feed(chunk)
     return [
-        buffer.view(dtype_of(convert.dtype_from_pb(header.dtype) or "")).reshape(
-            bank.spec.block_shape(header.ref.level)
+        push_codec(convert.dtype_from_pb(header.dtype) or "").decode(
+            buffer, bank.spec.block_shape(header.ref.level)
         )
         for header, buffer in zip(headers, assembler.finish(), strict=True)
     ]

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from membank.wire.codec import fetch_codec
 from membank.wire.crc import crc32c
 from membank.wire.errors import Reason, UnavailableError
 from membank.wire.format import initial_weight
@@ -20,7 +21,7 @@ from membank.wire.records import (
     Update,
     UpdateResult,
 )
-from membank.wire.spec import Array, BankSpec, BlockRef, BlockState, dtype_of
+from membank.wire.spec import DTYPES, Array, BankSpec, BlockRef, BlockState
 
 
 @dataclass(slots=True)
@@ -176,13 +177,18 @@ class FakeShard:
         if held_version == kept.version:
             known = crc32c(kept.weight) if dtype == self.spec.dtype else 0
             return Block(header=replace(header, unchanged=True, crc32c=known), weight=None)
-        weight = kept.weight.astype(dtype_of(dtype))
+        codec = fetch_codec(dtype)
+        payload = codec.encode(kept.weight)
         self.num_weights_sent += 1
         return Block(
             header=replace(
-                header, shape=weight.shape, num_bytes=weight.nbytes, crc32c=crc32c(weight)
+                header,
+                shape=kept.weight.shape,
+                num_bytes=payload.nbytes,
+                crc32c=crc32c(payload),
             ),
-            weight=weight,
+            # As a shard does: what no bank keeps is as it travels.
+            weight=codec.decode(payload, kept.weight.shape).copy() if dtype in DTYPES else payload,
         )
 
     def push(self, update: Update) -> Pushed:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, BinaryIO, Protocol
+
+import numpy as np
 
 from fake_bank import FakeBank
 from fake_service import REFUSALS
 from faults import Fault, FaultScript
 from membank.client import FetchAnswer, ImportAnswer, PackInfo, PushAnswer, Transport, WatchAnswer
+from membank.wire.codec import fetch_codec, push_codec
 from membank.wire.crc import crc32c
 from membank.wire.errors import DeadlineError, Reason, UnavailableError
 from membank.wire.records import (
@@ -20,13 +24,14 @@ from membank.wire.records import (
     BlockDescription,
     BlockEvent,
     GarbageReport,
+    Gradient,
     Snapshot,
     Topic,
     TransactionReport,
     Update,
     UpdateResult,
 )
-from membank.wire.spec import Array, BankSpec, BlockRef, BlockState
+from membank.wire.spec import DTYPES, Array, BankSpec, BlockRef, BlockState
 
 
 class FetchedLike(Protocol):
@@ -77,6 +82,22 @@ class ShardLike(Protocol):
     ) -> SubscriptionLike: ...
 
 
+def _decoded_block(block: Block) -> Block:
+    header = block.header
+    if block.weight is None or header.dtype in DTYPES:
+        return block
+    weight = fetch_codec(header.dtype).decode(block.weight.view(np.uint8), header.shape)
+    return replace(block, weight=weight)
+
+
+def _decoded_gradient(spec: BankSpec, gradient: Gradient) -> Gradient:
+    if not gradient.encoding:
+        return gradient
+    shape = spec.block_shape(gradient.ref.level)
+    values = push_codec(gradient.encoding).decode(gradient.values.view(np.uint8), shape)
+    return replace(gradient, values=values, encoding="")
+
+
 class InProcessTransport:
     """A transport to the gateway of `bank`, and to `shard` where one is given."""
 
@@ -115,13 +136,16 @@ class InProcessTransport:
             min_revision=min_revision,
             snapshot=snapshot,
         )
-        for block in fetched.blocks:
+        blocks = tuple(map(_decoded_block, fetched.blocks))
+        for block in blocks:
             if block.weight is not None:
                 block.weight.flags.writeable = False
-        return FetchAnswer(revision=fetched.revision, blocks=fetched.blocks)
+        return FetchAnswer(revision=fetched.revision, blocks=blocks)
 
     async def push(self, update: Update, *, timeout_s: float) -> PushAnswer:
-        pushed = self._shard.push(update)
+        spec = self._bank.info().spec
+        gradients = tuple(_decoded_gradient(spec, gradient) for gradient in update.gradients)
+        pushed = self._shard.push(replace(update, gradients=gradients))
         return PushAnswer(results=pushed.results, duplicate=pushed.duplicate)
 
     async def watch(

@@ -24,6 +24,7 @@ from membank.client.memory import FetchedBlocks
 from membank.client.retrying import call_with_retries, is_retryable
 from membank.client.shards import ShardMap
 from membank.client.transport import PushAnswer
+from membank.wire.codec import fetch_codec
 from membank.wire.errors import (
     ConflictError,
     InternalError,
@@ -32,7 +33,7 @@ from membank.wire.errors import (
     UnavailableError,
 )
 from membank.wire.records import Block, Update, UpdateResult
-from membank.wire.spec import Array, BankSpec, BlockRef, dtype_of
+from membank.wire.spec import Array, BankSpec, BlockRef
 
 MAX_REFS = 65_536
 """Most blocks that one request may name."""
@@ -262,10 +263,11 @@ class ShardedBlocks:
 
     def _parts(self, refs: Sequence[BlockRef], dtype: str) -> Iterator[list[BlockRef]]:
         """Cut what one shard is asked for into requests of a bounded size."""
+        codec = fetch_codec(dtype)
         part: list[BlockRef] = []
         part_bytes = 0
         for ref in refs:
-            num_bytes = self._spec.block_params(ref.level) * dtype_of(dtype).itemsize
+            num_bytes = codec.num_bytes(self._spec.block_params(ref.level))
             is_full = part_bytes + num_bytes > self._config.max_request_bytes
             if part and (is_full or len(part) == MAX_REFS):
                 yield part

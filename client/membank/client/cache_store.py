@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from membank.client.config import CacheConfig, Eviction
+from membank.wire.codec import FETCH_CODECS
 from membank.wire.records import Block, BlockHeader
-from membank.wire.spec import DTYPES, Array, BlockRef
+from membank.wire.spec import Array, BlockRef
 
 _Key = tuple[BlockRef, str]
 _Rank = tuple[bool, int, int]
@@ -58,7 +59,7 @@ class KeptBlock:
 
     @property
     def key(self) -> _Key:
-        """Block and element type."""
+        """Block and element type that it was fetched in."""
         return (self.header.ref, self.header.dtype)
 
     @property
@@ -127,7 +128,7 @@ class BlockStore:
 
     def copies(self, ref: BlockRef) -> Iterator[KeptBlock]:
         """Yield what is kept of a block in any element type."""
-        return (kept for dtype in DTYPES if (kept := self.get(ref, dtype)) is not None)
+        return (kept for dtype in FETCH_CODECS if (kept := self.get(ref, dtype)) is not None)
 
     def use(self, kept: KeptBlock) -> None:
         """Take note that a block was asked for."""

@@ -53,7 +53,7 @@ class CacheStats:
     num_bytes: int
     """Bytes of weights held in memory now."""
     num_bytes_saved: int
-    """Bytes of weights that did not travel."""
+    """Bytes that did not travel."""
     disk: DiskStats | None = None
     """The disk tier; None where none is configured."""
 
@@ -300,7 +300,7 @@ class CachedBlocks:
             else:
                 self._store.put(each.block, each.confirmed)
             self._num_hits += 1
-            self._num_bytes_saved += each.weight.nbytes
+            self._num_bytes_saved += each.header.num_bytes
         revision = next(iter(kept.values())).confirmed.revision
         return FetchedBlocks(revision, (each.block for each in kept.values()))
 
@@ -330,7 +330,7 @@ class CachedBlocks:
     def _count(self, block: Block, *, is_held: bool) -> None:
         if is_held and block.weight is not None:
             self._num_confirmed += 1
-            self._num_bytes_saved += block.weight.nbytes
+            self._num_bytes_saved += block.header.num_bytes
         else:
             self._num_misses += 1
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from membank.client.requests import dtype_name
+from membank.wire.codec import Encoded, fetch_codec
 from membank.wire.errors import InvalidArgumentError, Reason
 from membank.wire.spec import Array, BankSpec, BlockRef
 
 
 def check_arrays(
-    spec: BankSpec, arrays: Mapping[BlockRef, Array], *, what: str, max_bytes: int
+    spec: BankSpec, arrays: Mapping[BlockRef, Array | Encoded], *, what: str, max_bytes: int
 ) -> None:
     """Raise unless each array fits its block.
 
@@ -26,7 +27,8 @@ def check_arrays(
     """
     for ref, array in arrays.items():
         spec.check_ref(ref)
-        dtype_name(array)
+        if not isinstance(array, Encoded):
+            dtype_name(array)
         expected = spec.block_shape(ref.level)
         if array.shape != expected:
             raise InvalidArgumentError(
@@ -44,7 +46,28 @@ def check_arrays(
         )
 
 
-def check_bases(arrays: Mapping[BlockRef, Array], base: Mapping[BlockRef, int]) -> None:
+def check_answer_bytes(
+    spec: BankSpec, refs: Sequence[BlockRef], dtype: str, *, max_bytes: int
+) -> None:
+    """Raise unless the weights of `refs`, as a fetch in `dtype` gives them, fit into a bound.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If they have more bytes than `max_bytes`, or the dtype is unknown.
+    """
+    itemsize = fetch_codec(dtype).dtype.itemsize
+    total = sum(spec.block_params(ref.level) for ref in refs) * itemsize
+    if total > max_bytes:
+        raise InvalidArgumentError(
+            f"{len(refs)} blocks have {total} bytes, more than max_answer_bytes, {max_bytes}; "
+            "fetch fewer at a time",
+            reason=Reason.MESSAGE_TOO_LARGE,
+            metadata={"num_bytes": str(total), "max_bytes": str(max_bytes)},
+        )
+
+
+def check_bases(arrays: Mapping[BlockRef, object], base: Mapping[BlockRef, int]) -> None:
     """Raise `InvalidArgumentError` unless `base` has a version for each array."""
     missing = [ref for ref in arrays if ref not in base]
     if missing:

@@ -13,13 +13,19 @@ from membank.client.admin import AdminCalls
 from membank.client.blocks import BlockSource, ShardedBlocks
 from membank.client.cache_store import BlockStore
 from membank.client.cached_blocks import CachedBlocks, CacheStats
-from membank.client.checks import check_arrays, check_bases, check_scale
+from membank.client.checks import (
+    check_answer_bytes,
+    check_arrays,
+    check_bases,
+    check_scale,
+)
 from membank.client.config import CacheConfig, ClientConfig
 from membank.client.disk_tier import DiskTier
 from membank.client.landing import CallerBuffers
 from membank.client.listening import WatchEar
 from membank.client.memory import FetchedBlocks, Memory
 from membank.client.opened import AsyncOpenedBank, open_bank
+from membank.client.requests import encoded, gradient_to_send
 from membank.client.retriever import Embedder
 from membank.client.routing import RoutingCalls
 from membank.client.same_host import SameHostCounters, SameHostStats, same_host_connector
@@ -27,14 +33,14 @@ from membank.client.session import Session, new_request_id
 from membank.client.transaction import Transaction
 from membank.client.transport import Connector, PushAnswer
 from membank.client.watching import Changes, ShardWatch, watch_shards
+from membank.wire.codec import Encoded
 from membank.wire.errors import (
     FailedPreconditionError,
-    InvalidArgumentError,
     NotFoundError,
     Reason,
 )
-from membank.wire.records import Block, Gradient, Update
-from membank.wire.spec import Array, BankSpec, BlockRef, dtype_of
+from membank.wire.records import Block, Update
+from membank.wire.spec import Array, BankSpec, BlockRef
 
 
 class AsyncBankClient(RoutingCalls, AdminCalls):
@@ -215,7 +221,9 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
         path
             Blocks, usually from `route`; several paths at a time may share blocks.
         dtype
-            Element type to get: float32, bfloat16 or float16; None = as kept in the bank.
+            Element type to get: float32, bfloat16 or float16; None = as kept in the bank; or
+            ``int8``: a quarter of the bytes travel, and float32 is returned, of the accuracy that
+            docs/wire.md states.
         held
             An earlier answer; a block whose version is still right is taken from there and does not
             travel.
@@ -273,12 +281,12 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
         refs
             The blocks.
         dtype
-            Element type to get: float32, bfloat16 or float16; None = as kept in the bank.
+            As for `fetch`.
         held
             An earlier answer.
         into
-            Buffers of the caller's for some of the blocks, (L, P, R, D) of the element type asked
-            for, writable, C-contiguous, without overlap. They hold the weights afterwards, and the
+            Buffers of the caller's for some of the blocks, (L, P, R, D) of the element type that
+            the weights will have, writable, C-contiguous, without overlap. They hold the weights afterwards, and the
             answer has read-only views of them. Content lands there straight from the connection;
             with `held` or a cache it is copied there at the end, also where it did not travel.
             Undefined after an error; untouched for a block without weight. None = memory that the
@@ -294,7 +302,7 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
         for ref in wanted:
             spec.check_ref(ref)
         dtype = dtype or spec.dtype
-        self._check_answer_bytes(spec, wanted, dtype)
+        check_answer_bytes(spec, wanted, dtype, max_bytes=self.config.max_answer_bytes)
         buffers = CallerBuffers(spec, into or {}, wanted, dtype)
         # What somebody holds already stays as it is until the answer is whole.
         lands = not held and self.config.cache is None
@@ -316,11 +324,12 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
 
     async def push(
         self,
-        gradients: Mapping[BlockRef, Array],
+        gradients: Mapping[BlockRef, Array | Encoded],
         *,
         base: Mapping[BlockRef, int],
         step: int = 0,
         learning_rate_scale: float = 1.0,
+        wire: str | None = None,
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> PushAnswer:
@@ -330,13 +339,16 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
         ----------
         gradients
             Gradient of each block, (L, P, R, D) float32, bfloat16 or float16, CPU; must not change
-            before the answer; not retained.
+            before the answer; not retained. Or what an encoding made of it.
         base
             Version that each gradient was computed on, such as ``memory.versions``; may have more.
         step
             Training step of the sender; recorded.
         learning_rate_scale
             Multiplies the bank's learning rates for this push; finite, >= 0.
+        wire
+            What gradients travel as: float32, bfloat16, float16, ``int8`` or ``sparse``; None = as
+            they are. What rounding takes away is lost; `CompressedPushes` sends it later.
         request_id
             Id of the request; None = a new one. A push that was applied under the same id is not
             applied again.
@@ -367,11 +379,13 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
         check_scale(learning_rate_scale)
         if not gradients:
             return PushAnswer(results=(), duplicate=False)
+        if wire is not None:
+            gradients = await asyncio.to_thread(encoded, gradients, wire)
         update = Update(
             request_id=request_id or new_request_id(),
             step=step,
             gradients=tuple(
-                Gradient(ref=BlockRef(*ref), base_version=base[ref], values=values)
+                gradient_to_send(BlockRef(*ref), base[ref], values)
                 for ref, values in gradients.items()
             ),
             learning_rate_scale=learning_rate_scale,
@@ -482,14 +496,3 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
         )
         self._session.report_listeners.append(self._cache.hear_report)
         return self._cache
-
-    def _check_answer_bytes(self, spec: BankSpec, refs: Sequence[BlockRef], dtype: str) -> None:
-        total = sum(map(spec.block_params, (ref.level for ref in refs))) * dtype_of(dtype).itemsize
-        limit = self._session.config.max_answer_bytes
-        if total > limit:
-            raise InvalidArgumentError(
-                f"{len(refs)} blocks have {total} bytes, more than max_answer_bytes, {limit}; "
-                "fetch fewer at a time",
-                reason=Reason.MESSAGE_TOO_LARGE,
-                metadata={"num_bytes": str(total), "max_bytes": str(limit)},
-            )

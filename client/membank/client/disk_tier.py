@@ -27,10 +27,11 @@ from membank.client.disk_files import (
     DirectoryInUseError,
 )
 from membank.wire.buffers import BufferPool
+from membank.wire.codec import FETCH_CODECS
 from membank.wire.crc import crc32c
 from membank.wire.errors import NotFoundError
 from membank.wire.records import Block, BlockHeader
-from membank.wire.spec import DTYPES, Array, BankSpec, BlockRef, dtype_of
+from membank.wire.spec import DTYPES, Array, BankSpec, BlockRef
 
 _LOGGER = logging.getLogger(__name__)
 _READERS = 4
@@ -189,7 +190,7 @@ class DiskTier:
 
     def copies(self, ref: BlockRef) -> Iterator[DiskBlock]:
         """Yield what is there of a block in any element type."""
-        return (found for dtype in DTYPES if (found := self.get(ref, dtype)) is not None)
+        return (found for dtype in FETCH_CODECS if (found := self.get(ref, dtype)) is not None)
 
     async def read(self, wanted: Sequence[DiskBlock]) -> dict[BlockRef, KeptBlock]:
         """Return those of the blocks that are what they should be.
@@ -291,10 +292,12 @@ class DiskTier:
             self._spec.check_ref(file.ref)
         except NotFoundError:
             return None
-        is_known = file.dtype in DTYPES and file.version < _MAX_VERSION
+        is_known = file.dtype in FETCH_CODECS and file.version < _MAX_VERSION
         if not is_known or file.ref.level not in self._levels:
             return None
-        return self._spec.block_params(file.ref.level) * dtype_of(file.dtype).itemsize
+        # What is kept is what callers get: a weight that was encoded on its way is decoded here.
+        itemsize = FETCH_CODECS[file.dtype].dtype.itemsize
+        return self._spec.block_params(file.ref.level) * itemsize
 
     def _adopt(self, file: BlockFile) -> None:
         num_bytes = (self._content_bytes(file) or 0) + TRAILER_BYTES
@@ -381,14 +384,17 @@ class DiskTier:
         except (OSError, DamagedFileError) as err:
             _LOGGER.debug("a block of the disk tier is fetched again: %s", err)
             return
-        weight = buffer.view(dtype_of(file.dtype)).reshape(self._spec.block_shape(file.ref.level))
+        dtype = FETCH_CODECS[file.dtype].dtype
+        weight = buffer.view(dtype).reshape(self._spec.block_shape(file.ref.level))
         weight.flags.writeable = False
         reading.weight = weight
 
 
 def _crc_of(block: Block) -> int:
-    if block.header.crc32c or block.weight is None:
-        return block.header.crc32c
+    header = block.header
+    # That of an encoded block is of what travelled, and not of the weight.
+    if block.weight is None or (header.crc32c and header.dtype in DTYPES):
+        return header.crc32c
     return crc32c(block.weight)
 
 
@@ -398,6 +404,6 @@ def _header_of(file: BlockFile, weight: Array) -> BlockHeader:
         version=file.version,
         dtype=file.dtype,
         shape=weight.shape,
-        num_bytes=weight.nbytes,
-        crc32c=file.crc32c,
+        num_bytes=FETCH_CODECS[file.dtype].num_bytes(weight.size),
+        crc32c=file.crc32c if file.dtype in DTYPES else 0,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import islice, pairwise
 from operator import itemgetter
 
@@ -13,10 +14,11 @@ import numpy.typing as npt
 
 from membank.client.memory import FetchedBlocks
 from membank.wire.buffers import BufferPool
+from membank.wire.codec import fetch_codec
 from membank.wire.crc import as_uint8
 from membank.wire.errors import InvalidArgumentError, Reason
 from membank.wire.records import BlockHeader
-from membank.wire.spec import Array, BankSpec, BlockRef, dtype_of
+from membank.wire.spec import DTYPES, Array, BankSpec, BlockRef
 
 
 class Landing:
@@ -35,11 +37,25 @@ class Landing:
         self._into = into or {}
 
     def place(self, header: BlockHeader) -> npt.NDArray[np.uint8]:
-        """Return the memory for a block, (num_bytes,) uint8, writable."""
-        buffer = self._into.get(header.ref)
-        # An answer in another element type than was asked for is its receiver's to refuse.
-        if buffer is None or buffer.nbytes != header.num_bytes:
+        """Return the memory for the bytes of a block that travel, (num_bytes,) uint8, writable."""
+        if header.dtype not in DTYPES:
+            # The caller's buffer is for what is decoded from them.
             return self._pool.take(header.num_bytes)
+        return self._memory(header.ref, header.num_bytes)
+
+    def weight(self, header: BlockHeader, payload: npt.NDArray[np.uint8]) -> Array:
+        """Return the weight that has arrived where `place` said; read-only."""
+        take = partial(self._memory, header.ref)
+        weight = fetch_codec(header.dtype).decode(payload, header.shape, take)
+        # Fetches share unchanged blocks, and so does a cache: nobody may write into one.
+        weight.flags.writeable = False
+        return weight
+
+    def _memory(self, ref: BlockRef, num_bytes: int) -> npt.NDArray[np.uint8]:
+        buffer = self._into.get(ref)
+        # An answer in another element type than was asked for is its receiver's to refuse.
+        if buffer is None or buffer.nbytes != num_bytes:
+            return self._pool.take(num_bytes)
         return as_uint8(buffer)
 
 
@@ -55,7 +71,7 @@ class CallerBuffers:
     refs
         Blocks that are fetched.
     dtype
-        Element type that they are asked for in.
+        Element type that they are asked for in, or the encoding.
 
     Raises
     ------
@@ -124,9 +140,10 @@ def _check_fits(buffer: Array, ref: BlockRef, shape: tuple[int, ...], dtype: str
             reason=Reason.BAD_SHAPE,
             metadata=metadata,
         )
-    if buffer.dtype != dtype_of(dtype):
+    if buffer.dtype != fetch_codec(dtype).dtype:
         raise InvalidArgumentError(
-            f"{what} is of {buffer.dtype}; the block is fetched as {dtype}",
+            f"{what} is of {buffer.dtype}; blocks fetched as {dtype} are of "
+            f"{fetch_codec(dtype).dtype}",
             reason=Reason.BAD_DTYPE,
             metadata=metadata,
         )

@@ -9,18 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import numpy as np
-
 from membank.client.bank_files import open_files
 from membank.client.memory import FetchedBlocks, Memory
 from membank.client.retriever import Embedder, Retriever, ScoredPath
+from membank.wire.codec import fetch_codec
 from membank.wire.crc import crc32c
 from membank.wire.errors import InvalidArgumentError
 from membank.wire.format import TreeDocument
 from membank.wire.format.entries import NO_SLOT
 from membank.wire.format.stored import BankObjects, StoredBank
 from membank.wire.records import Block, BlockHeader, Topic
-from membank.wire.spec import BankSpec, BlockRef, BlockState, Path, dtype_of
+from membank.wire.spec import BankSpec, BlockRef, BlockState, Path
 
 _THREADS = 8
 
@@ -93,7 +92,8 @@ class OpenedBank:
         path
             Blocks, usually from `route`.
         dtype
-            Element type to get: float32, bfloat16 or float16; None = as kept in the bank.
+            Element type to get: float32, bfloat16 or float16; None = as kept in the bank. ``int8``
+            gives, as float32, what a fetch over the wire in it does.
         held
             An earlier answer; a block whose version is still right is taken from there.
 
@@ -130,7 +130,7 @@ class OpenedBank:
         for ref in wanted:
             self.spec.check_ref(ref)
         name = dtype or self.spec.dtype
-        dtype_of(name)
+        fetch_codec(name)
 
         def read(ref: BlockRef) -> Block:
             return self._read(ref, name, (held or {}).get(ref))
@@ -211,14 +211,15 @@ class OpenedBank:
         if held is not None and usable and held.version == entry.version:
             return held
         stored = self._bank.weight(ref, entry)
-        # A number that is out of range becomes infinite, in a shard too.
-        with np.errstate(over="ignore"):
-            weight = stored.astype(dtype_of(dtype), copy=False)
+        # The very numbers that a shard would send, and what a client would make of them.
+        codec = fetch_codec(dtype)
+        payload = codec.encode(stored)
+        weight = codec.decode(payload, stored.shape)
         weight.flags.writeable = False
-        is_checked = weight.dtype == stored.dtype and entry.slot != NO_SLOT
-        crc = entry.crcs[0] if is_checked else crc32c(weight)
+        is_checked = dtype == self.spec.dtype and entry.slot != NO_SLOT
+        crc = entry.crcs[0] if is_checked else crc32c(payload)
         return Block(
-            header=replace(header, shape=weight.shape, num_bytes=weight.nbytes, crc32c=crc),
+            header=replace(header, shape=weight.shape, num_bytes=payload.nbytes, crc32c=crc),
             weight=weight,
         )
 

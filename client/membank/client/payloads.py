@@ -17,13 +17,14 @@ from membank.client.requests import dtype_name, push_head
 from membank.client.transport import FetchAnswer, PackInfo
 from membank.v1 import admin_service_pb2 as admin_pb
 from membank.v1 import block_service_pb2 as block_pb
+from membank.wire.codec import FETCH_CODECS
 from membank.wire.convert import dtype_to_pb, header_from_pb, ref_to_pb
 from membank.wire.crc import crc32c
 from membank.wire.data_messages import DataCodec, data_of
 from membank.wire.errors import CorruptionError, InvalidArgumentError, Reason
 from membank.wire.framing import CHUNK_BYTES, Payload, PayloadAssembler, iter_chunks, iter_parts
 from membank.wire.records import Block, BlockHeader, Update
-from membank.wire.spec import Array, BlockRef, BlockState, dtype_of
+from membank.wire.spec import Array, BlockRef, BlockState
 
 FETCH_DATA = DataCodec(block_pb.FetchBlocksResponse)
 """Messages of an answer to a fetch."""
@@ -128,7 +129,7 @@ async def read_blocks(
     blocks = tuple(
         Block(
             header=header,
-            weight=as_weight(next(payloads), header) if header.num_bytes else None,
+            weight=landing.weight(header, next(payloads)) if header.num_bytes else None,
         )
         for header in headers
     )
@@ -200,20 +201,13 @@ def _finish(assembler: PayloadAssembler, *, where: str) -> list[npt.NDArray[np.u
 
 def check_header(header: BlockHeader, *, where: str) -> None:
     """Raise `CorruptionError` unless a block's size is that of its shape."""
-    announced = math.prod(header.shape) * dtype_of(header.dtype).itemsize
+    codec = FETCH_CODECS.get(header.dtype)
+    announced = None if codec is None else codec.num_bytes(math.prod(header.shape))
     travels = header.state is BlockState.ACTIVE and not header.unchanged
     if header.num_bytes != (announced if travels else 0):
         raise _malformed(
             where, f"block {header.ref} of shape {header.shape} has {header.num_bytes} bytes"
         )
-
-
-def as_weight(buffer: Array, header: BlockHeader) -> Array:
-    """Return the weight in a buffer that has been filled; read-only."""
-    weight = buffer.view(dtype_of(header.dtype)).reshape(header.shape)
-    # Fetches share unchanged blocks, and so will a cache: nobody may write into one.
-    weight.flags.writeable = False
-    return weight
 
 
 def _malformed(where: str, problem: str) -> CorruptionError:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from membank.v1 import block_service_pb2 as block_pb
+from membank.wire.codec import Encoded, push_codec
 from membank.wire.convert import dtype_to_pb, ref_to_pb
 from membank.wire.errors import InvalidArgumentError, Reason
-from membank.wire.records import Update
+from membank.wire.records import Gradient, Update
 from membank.wire.spec import DTYPES, Array, BlockRef
 
 
@@ -48,7 +51,7 @@ def push_head(update: Update, crcs: Sequence[int], *, bank: str) -> block_pb.Pus
         block_pb.UpdateHeader(
             ref=ref_to_pb(gradient.ref),
             base_version=gradient.base_version,
-            dtype=dtype_to_pb(dtype_name(gradient.values)),
+            dtype=dtype_to_pb(gradient.encoding or dtype_name(gradient.values)),
             num_bytes=gradient.values.nbytes,
             crc32c=crc,
         )
@@ -62,6 +65,42 @@ def push_head(update: Update, crcs: Sequence[int], *, bank: str) -> block_pb.Pus
         mode=block_pb.UPDATE_MODE_ASYNC,
         headers=headers,
     )
+
+
+def gradient_to_send(ref: BlockRef, base_version: int, values: Array | Encoded) -> Gradient:
+    """Return a gradient as a push takes it.
+
+    Parameters
+    ----------
+    ref
+        The block.
+    base_version
+        Version that it was computed on.
+    values
+        (L, P, R, D), or that encoded.
+    """
+    if isinstance(values, Encoded):
+        return Gradient(
+            ref=ref, base_version=base_version, values=values.payload, encoding=values.codec
+        )
+    return Gradient(ref=ref, base_version=base_version, values=values)
+
+
+def encoded(gradients: Mapping[BlockRef, Array | Encoded], wire: str) -> dict[BlockRef, Encoded]:
+    """Return gradients in the encoding `wire`; those that are in one already stay as they are.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If there is no such encoding (BAD_DTYPE).
+    """
+    codec = push_codec(wire)
+    return {
+        ref: values
+        if isinstance(values, Encoded)
+        else Encoded(wire, codec.encode(np.ascontiguousarray(values)), values.shape)
+        for ref, values in gradients.items()
+    }
 
 
 def dtype_name(array: Array) -> str:

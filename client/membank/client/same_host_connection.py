@@ -14,7 +14,7 @@ import numpy as np
 from google.rpc import status_pb2
 
 from membank.client.landing import Landing
-from membank.client.payloads import as_weight, check_header
+from membank.client.payloads import check_header
 from membank.client.requests import push_head
 from membank.client.transport import FetchAnswer, PushAnswer, SameHostDoor
 from membank.v1 import block_service_pb2 as block_pb
@@ -191,4 +191,4 @@ class SameHostConnection:
         if actual != header.crc32c:
             # The shard took the memory back, such as after a lease that was overstayed.
             raise ConnectionError(f"{self._where}: block {header.ref} changed while it was copied")
-        return Block(header=header, weight=as_weight(target, header))
+        return Block(header=header, weight=landing.weight(header, target))

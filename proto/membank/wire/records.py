@@ -24,13 +24,13 @@ class BlockHeader:
     state: BlockState = BlockState.ACTIVE
     """Anything but ACTIVE has no content and ends the path there."""
     dtype: str = "float32"
-    """Element type of the content."""
+    """Element type of the content as it travels; ``int8`` is an encoding of float32."""
     shape: tuple[int, ...] = ()
     """(L, P, R, D); empty where there is no content."""
     num_bytes: int = 0
-    """Bytes of the content; 0 where nothing travels."""
+    """Bytes of the content as it travels; 0 where nothing does."""
     crc32c: int = 0
-    """CRC-32C of the content's bytes; of an unchanged block's too, where the service knows it, else 0."""
+    """CRC-32C of those bytes; of an unchanged block's too, where the service knows it, else 0."""
     unchanged: bool = False
     """True where the caller already holds this version."""
 
@@ -42,7 +42,7 @@ class Block:
     header: BlockHeader
     """Version, state and shape."""
     weight: Array | None
-    """(L, P, R, D) in ``header.dtype``; None where nothing travelled."""
+    """(L, P, R, D) in ``header.dtype``, float32 where that is ``int8``; None where nothing travelled."""
 
     @property
     def ref(self) -> BlockRef:
@@ -68,6 +68,9 @@ class Gradient:
     crc32c: int | None = None
     """CRC-32C of the bytes of `values`, as whoever received them has checked it: what is kept of them
     is then checked end to end. None = not known."""
+    encoding: str = ""
+    """Encoding that `values` are in, on their way to a service: then they are a payload of
+    `membank.wire.codec`, (num_bytes,) uint8. Empty = none; what a shard gets has none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -145,6 +145,23 @@ class TestOneLife:
             np.testing.assert_array_equal(fetched[TOP].weight, expected, strict=True)
         assert (rig.num_sent, len(files_of(rig))) == (3, 3)
 
+    async def test_what_came_in_an_encoding_comes_back_as_it_was(
+        self, make_rig: Callable[..., CacheRig]
+    ) -> None:
+        rig = make_rig(memory=1)
+        first = await rig.fetch(TOP, dtype="int8")
+        await rig.settle()
+        exact = await rig.fetch(TOP)
+        await rig.settle()
+        again = await rig.fetch(TOP, dtype="int8")
+        assert (rig.num_sent, len(files_of(rig)), stats_of(rig).num_damaged) == (2, 2, 0)
+        np.testing.assert_array_equal(again[TOP].weight, first[TOP].weight, strict=True)
+        np.testing.assert_array_equal(exact[TOP].weight, weight_of(rig, TOP), strict=True)
+        assert again[TOP].header.num_bytes == first[TOP].header.num_bytes
+        # Put there again, it is known to be there.
+        await rig.settle()
+        assert (stats_of(rig).num_writes, len(files_of(rig))) == (2, 2)
+
 
 class TestLevels:
     async def test_direct_ones_go_to_the_disk_alone(

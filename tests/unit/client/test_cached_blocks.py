@@ -12,6 +12,7 @@ from fake_bank import SPEC
 from faults import Fault
 from membank.client import FetchedBlocks, PushAnswer
 from membank.client.deadline import Deadline
+from membank.wire.codec import FETCH_CODECS
 from membank.wire.errors import UnavailableError
 from membank.wire.records import BlockEvent, Update
 from membank.wire.spec import BlockRef, BlockState
@@ -45,6 +46,24 @@ class TestAskedEveryTime:
         half = await rig.fetch(TOP, dtype="float16")
         assert half[TOP].header.dtype == "float16"
         assert (rig.num_sent, rig.cache.stats.num_blocks) == (2, 2)
+
+    async def test_what_came_in_an_encoding_is_not_taken_for_the_block(self) -> None:
+        rig = CacheRig()
+        rough = await rig.fetch(TOP, dtype="int8")
+        exact = await rig.fetch(TOP, held=rough)
+        np.testing.assert_array_equal(exact[TOP].weight, rig.bank.held(TOP).weight)
+        again = await rig.fetch(TOP, dtype="int8", held=exact)
+        assert again[TOP].weight is rough[TOP].weight
+        assert (rig.num_sent, rig.cache.stats.num_blocks) == (2, 2)
+        # What need not travel is what travelled the first time.
+        assert rig.cache.stats.num_bytes_saved == rough[TOP].header.num_bytes
+
+    @pytest.mark.parametrize("dtype", FETCH_CODECS)
+    async def test_what_is_withheld_is_let_go_however_it_came(self, dtype: str) -> None:
+        rig = CacheRig()
+        await rig.fetch(TOP, dtype=dtype)
+        rig.cache.hear_event(BlockEvent(ref=TOP, version=1, state=BlockState.WITHHELD, revision=1))
+        assert rig.cache.stats.num_blocks == 0
 
     async def test_of_the_callers_block_and_its_own_the_newer_is_offered(self) -> None:
         rig = CacheRig()

@@ -11,6 +11,7 @@ from fake_bank import SPEC, FakeBank
 from faults import Fault
 from in_process import InProcessNetwork
 from membank.client import AsyncBankClient, ClientConfig, Memory, RetryConfig, Transaction
+from membank.wire.codec import PUSH_CODECS, Encoded, Sparse, push_codec
 from membank.wire.errors import (
     ConflictError,
     DeadlineError,
@@ -124,6 +125,27 @@ class TestFetch:
         memory = await client.fetch(PATH, dtype="bfloat16")
         assert {weight.dtype for weight in memory.weights.values()} == {dtype_of("bfloat16")}
 
+    async def test_int8_gives_float32_close_to_what_is_kept(
+        self, bank: FakeBank, client: AsyncBankClient
+    ) -> None:
+        memory = await client.fetch(PATH, dtype="int8")
+        for ref, weight in memory.weights.items():
+            kept = bank.held(ref).weight.astype(np.float32)
+            assert weight.dtype == np.float32
+            np.testing.assert_allclose(
+                weight.astype(np.float32), kept, atol=np.abs(kept).max() / 253
+            )
+
+    async def test_what_is_held_in_an_encoding_is_not_the_block(
+        self, bank: FakeBank, client: AsyncBankClient
+    ) -> None:
+        rough = await client.fetch(PATH, dtype="int8")
+        exact = await client.fetch(PATH, held=rough)
+        for ref, weight in exact.weights.items():
+            np.testing.assert_array_equal(weight, bank.held(ref).weight)
+        again = await client.fetch(PATH, dtype="int8", held=rough)
+        assert all(again[ref] is rough[ref] for ref in PATH)
+
     async def test_a_block_named_twice_travels_once(
         self, network: InProcessNetwork, client: AsyncBankClient
     ) -> None:
@@ -167,7 +189,7 @@ class TestFetch:
 
     async def test_unknown_dtype(self, client: AsyncBankClient) -> None:
         with pytest.raises(InvalidArgumentError) as caught:
-            await client.fetch(PATH, dtype="int8")
+            await client.fetch(PATH, dtype="int4")
         assert caught.value.reason is Reason.BAD_DTYPE
 
     async def test_answers_are_bounded_before_anything_is_sent(
@@ -306,6 +328,44 @@ class TestPush:
         await client.push(gradients(PATH[1]), base=base(PATH[1]))
         changed = {ref for ref in before if bank.held(ref).weight.tobytes() != before[ref]}
         assert changed == {PATH[1]}
+
+    @pytest.mark.parametrize("wire", PUSH_CODECS)
+    async def test_travels_as_it_is_told(
+        self, bank: FakeBank, client: AsyncBankClient, wire: str
+    ) -> None:
+        before = bank.held(PATH[1]).weight.astype(np.float32)
+        values = np.random.default_rng(0).standard_normal(SPEC.block_shape(2), np.float32)
+        codec = push_codec(wire)
+        applied = codec.decode(codec.encode(values), values.shape).astype(np.float32)
+        answer = await client.push({PATH[1]: values}, base=base(PATH[1]), wire=wire)
+        assert answer.versions == {PATH[1]: 1}
+        rate = SPEC.levels[1].learning_rate
+        np.testing.assert_allclose(
+            bank.held(PATH[1]).weight.astype(np.float32),
+            before - rate * applied,
+            rtol=1e-5,
+            atol=1e-7,
+        )
+
+    async def test_takes_what_is_encoded_already(
+        self, bank: FakeBank, client: AsyncBankClient
+    ) -> None:
+        ref = PATH[1]
+        encoded = Encoded("sparse", Sparse().encode(ones(ref)), SPEC.block_shape(2))
+        before = bank.held(ref).weight.astype(np.float32)
+        await client.push({ref: encoded}, base=base(ref))
+        rate = SPEC.levels[1].learning_rate
+        after = bank.held(ref).weight.astype(np.float32)
+        np.testing.assert_allclose(after, before - np.float32(rate), rtol=1e-5, atol=1e-7)
+        wrong = Encoded("sparse", encoded.payload, (1, 2))
+        with pytest.raises(InvalidArgumentError) as caught:
+            await client.push({ref: wrong}, base={ref: 1})
+        assert caught.value.reason is Reason.BAD_SHAPE
+
+    async def test_in_an_unknown_encoding_is_refused(self, client: AsyncBankClient) -> None:
+        with pytest.raises(InvalidArgumentError) as caught:
+            await client.push(gradients(PATH[1]), base=base(PATH[1]), wire="int4")
+        assert caught.value.reason is Reason.BAD_DTYPE
 
     async def test_of_nothing(self, network: InProcessNetwork, client: AsyncBankClient) -> None:
         answer = await client.push({}, base={})

@@ -121,6 +121,21 @@ class TestCallersBuffers:
         np.testing.assert_array_equal(slots[0], bank.held(B).weight)
         np.testing.assert_array_equal(fetched.weights[A], bank.held(A).weight)
 
+    async def test_hold_what_is_decoded(self, bank: FakeBank, client: AsyncBankClient) -> None:
+        into = {A: buffer(A)}
+        fetched = await client.fetch_blocks([A, B], dtype="int8", into=into)
+        assert np.shares_memory(fetched.weights[A], into[A])
+        kept = bank.held(A).weight.astype(np.float32)
+        np.testing.assert_allclose(into[A].astype(np.float32), kept, atol=np.abs(kept).max() / 253)
+        assert fetched.weights[B].dtype == np.float32
+
+    async def test_are_of_the_type_that_the_weights_will_have(
+        self, client: AsyncBankClient
+    ) -> None:
+        with pytest.raises(InvalidArgumentError, match="int8 are of float32") as caught:
+            await client.fetch_blocks([A], dtype="int8", into={A: buffer(A, np.int8)})
+        assert caught.value.reason is Reason.BAD_DTYPE
+
     async def test_stay_as_they_are_without_a_weight(
         self, bank: FakeBank, client: AsyncBankClient
     ) -> None:
