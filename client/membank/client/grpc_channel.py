@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
+from membank.client.call_errors import call_error
 from membank.client.config import ClientConfig, TlsConfig
 from membank.client.grpc_status import ServedStatus
 from membank.wire.buffers import keep_freed_memory
@@ -21,7 +22,6 @@ from membank.wire.errors import (
     MembankError,
     Reason,
     UnavailableError,
-    from_rpc_error,
 )
 from membank.wire.framing import MAX_MESSAGE_BYTES
 
@@ -128,14 +128,15 @@ class GrpcChannel:
             ) from None
 
     def _decoded(self, err: grpc.aio.AioRpcError, method: str) -> MembankError:
-        if err.code() is grpc.StatusCode.UNIMPLEMENTED:
-            return FailedPreconditionError(
-                f"{self.endpoint} does not offer {method}; connect to the gateway's address, "
-                "and see that client and service are of versions that fit",
-                reason=Reason.BAD_CONFIG,
-                metadata={"endpoint": self.endpoint, "method": method},
-            )
-        return from_rpc_error(err, where=f"{self.endpoint} {method}")
+        # Not of the mapping itself: before grpcio 1.80 its keys were its items.
+        details = dict(iter(err.trailing_metadata() or ())).get("grpc-status-details-bin")
+        return call_error(
+            err.code(),
+            err.details() or "",
+            details if isinstance(details, bytes) else None,
+            endpoint=self.endpoint,
+            method=method,
+        )
 
 
 def host_of(endpoint: str) -> str:

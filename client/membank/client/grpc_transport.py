@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from membank.client.config import ClientConfig
+from membank.client.direct_fetches import DirectFetches
+from membank.client.fetches import ChannelFetches, Fetches
 from membank.client.grpc_admin import GrpcAdminTransport
 from membank.client.grpc_channel import GrpcChannel
 from membank.client.landing import Landing
-from membank.client.payloads import (
-    FETCH_DATA,
-    PUSH_DATA,
-    push_requests,
-    read_blocks,
-    read_document,
-)
+from membank.client.payloads import PUSH_DATA, push_requests, read_document
 from membank.client.requests import fetch_request
 from membank.client.transport import (
     Connector,
@@ -66,17 +63,19 @@ class GrpcTransport(GrpcAdminTransport):
         super().__init__(channel, config)
         self._blocks: BlockServiceAsyncStub = BlockServiceStub(channel.channel)
         self._pool = pool or BufferPool(config.pooled_bytes)
-        # The two streams of payloads, whose data pass the generated code by.
-        self._fetch_blocks = channel.channel.unary_stream(
-            f"{_SERVICE}/FetchBlocks",
-            request_serializer=block_pb.FetchBlocksRequest.SerializeToString,
-            response_deserializer=FETCH_DATA.deserialize,
-        )
+        self._fetches: Fetches = ChannelFetches(channel, max_answer_bytes=config.max_answer_bytes)
+        if config.max_fetch_connections:
+            self._fetches = DirectFetches(endpoint, config, self._fetches)
+        # Its data pass the generated code by.
         self._push_updates = channel.channel.stream_unary(
             f"{_SERVICE}/PushUpdates",
             request_serializer=PUSH_DATA.serialize,
             response_deserializer=block_pb.PushUpdatesResponse.FromString,
         )
+
+    async def close(self, *, grace_s: float = 0.0) -> None:
+        """Close all connections; calls that still run have `grace_s` seconds to end."""
+        await asyncio.gather(self._fetches.close(grace_s=grace_s), super().close(grace_s=grace_s))
 
     async def get_bank(self, *, timeout_s: float) -> BankInfo:
         """Return spec, revision and placement."""
@@ -134,14 +133,8 @@ class GrpcTransport(GrpcAdminTransport):
             min_revision=min_revision,
             snapshot=snapshot,
         )
-        call = self._fetch_blocks(request, timeout=timeout_s, metadata=self._channel.metadata)
-        return await read_blocks(
-            self._channel.stream("FetchBlocks", call),
-            refs,
-            Landing(self._pool, into),
-            max_bytes=self._max_answer_bytes,
-            where=self._channel.endpoint,
-        )
+        landing = Landing(self._pool, into)
+        return await self._fetches.fetch(request, refs, landing, timeout_s=timeout_s)
 
     async def push(self, update: Update, *, timeout_s: float) -> PushAnswer:
         """Apply gradients."""

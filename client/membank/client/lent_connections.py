@@ -89,16 +89,29 @@ class LentConnections(Generic[C]):
         self, call: Callable[[], T], *, on_cancel: Callable[[], None] = lambda: None
     ) -> T:
         """Run a blocking call in a thread; a cancellation waits for its end, which `on_cancel` hastens."""
-        running = asyncio.get_running_loop().run_in_executor(self._threads, call)
+        results: list[T] = []
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            # Not left to the future: the thread holds that for a while after it is done, and so
+            # would keep the memory of an answer that nobody else has any more.
+            try:
+                results.append(call())
+            except BaseException as err:
+                errors.append(err)
+
+        running = asyncio.get_running_loop().run_in_executor(self._threads, run)
         try:
-            return await asyncio.shield(running)
+            await asyncio.shield(running)
         except asyncio.CancelledError:
             on_cancel()
             while not running.done():
                 with suppress(asyncio.CancelledError):
                     await asyncio.wait([running])
-            running.exception()  # nobody else asks for it
             raise
+        if errors:
+            raise errors.pop()
+        return results.pop()
 
     async def close(self, *, grace_s: float = 0.0) -> None:
         """Close all connections; calls that still run have `grace_s` seconds to end."""

@@ -92,54 +92,81 @@ async def import_requests(
         raise
 
 
-async def read_blocks(
-    messages: AsyncIterator[block_pb.FetchBlocksResponse | memoryview],
-    refs: Sequence[BlockRef],
-    landing: Landing,
-    *,
-    max_bytes: int,
-    where: str,
-) -> FetchAnswer:
-    """Put the answer to a fetch together, each block where `landing` says.
+class FetchedPayloads:
+    """Puts the answer to a fetch together, each block where `landing` says.
 
-    Raises
-    ------
-    CorruptionError
-        If bytes are damaged or missing, or the answer is not one to these refs.
-    InvalidArgumentError
-        If the answer would have more than `max_bytes`.
+    Parameters
+    ----------
+    refs
+        Blocks that were asked for.
+    landing
+        Where to.
+    max_bytes
+        Most bytes that the answer may have.
+    where
+        Who answers, for errors.
+
+    Notes
+    -----
+    Every method raises `CorruptionError` if bytes are damaged or missing, or the answer is not one
+    to these refs, and `InvalidArgumentError` if it would have more than `max_bytes`.
     """
-    assembler = PayloadAssembler(max_bytes=max_bytes)
-    headers: list[BlockHeader] = []
-    revision: int | None = None
-    async for message in messages:
+
+    def __init__(
+        self, refs: Sequence[BlockRef], landing: Landing, *, max_bytes: int, where: str
+    ) -> None:
+        self._refs = refs
+        self._landing = landing
+        self._where = where
+        self._assembler = PayloadAssembler(max_bytes=max_bytes)
+        self._headers: list[BlockHeader] = []
+        self._revision: int | None = None
+
+    def take(self, message: block_pb.FetchBlocksResponse | memoryview) -> None:
+        """Take the next message of the answer, or its data where it has nothing else."""
         if not isinstance(message, memoryview):
-            revision = message.revision if revision is None else revision
+            self._revision = message.revision if self._revision is None else self._revision
             for header in map(header_from_pb, message.headers):
-                check_header(header, where=where)
-                headers.append(header)
+                check_header(header, where=self._where)
+                self._headers.append(header)
                 if header.num_bytes:
-                    what = f"{where}: block {header.ref}"
+                    what = f"{self._where}: block {header.ref}"
                     payload = Payload(header.num_bytes, header.crc32c, what)
-                    assembler.expect(payload, partial(landing.place, header))
-        _feed(assembler, data_of(message), where=where)
-    if [header.ref for header in headers] != list(refs):
-        raise _malformed(where, f"{len(headers)} blocks for {len(refs)} that were asked for")
-    payloads = iter(_finish(assembler, where=where))
-    blocks = tuple(
-        Block(
-            header=header,
-            weight=landing.weight(header, next(payloads)) if header.num_bytes else None,
+                    self._assembler.expect(payload, partial(self._landing.place, header))
+        _feed(self._assembler, data_of(message), where=self._where)
+
+    def room(self, max_bytes: int) -> list[memoryview]:
+        """Return where the next data are to land, as `PayloadAssembler.room` does."""
+        try:
+            return self._assembler.room(max_bytes)
+        except InvalidArgumentError as err:
+            raise _malformed(self._where, err.message) from err
+
+    def landed(self, num_bytes: int) -> None:
+        """Say that the next `num_bytes` are where `room` put them."""
+        self._assembler.landed(num_bytes)
+
+    def finish(self) -> FetchAnswer:
+        """Check everything and return the answer."""
+        headers = self._headers
+        if [header.ref for header in headers] != list(self._refs):
+            problem = f"{len(headers)} blocks for {len(self._refs)} that were asked for"
+            raise _malformed(self._where, problem)
+        payloads = iter(_finish(self._assembler, where=self._where))
+        blocks = tuple(
+            Block(
+                header=header,
+                weight=self._landing.weight(header, next(payloads)) if header.num_bytes else None,
+            )
+            for header in headers
         )
-        for header in headers
-    )
-    return FetchAnswer(revision=revision or 0, blocks=blocks)
+        return FetchAnswer(revision=self._revision or 0, blocks=blocks)
 
 
 async def read_document(
     messages: AsyncIterator[block_pb.GetTreeResponse], *, max_bytes: int, where: str
 ) -> bytes:
-    """Put the tree document together; errors as for `read_blocks`."""
+    """Put the tree document together; errors as of `FetchedPayloads`."""
     assembler = PayloadAssembler(max_bytes=max_bytes)
     is_first = True
     async for message in messages:
@@ -161,7 +188,7 @@ async def write_pack(
     max_bytes: int,
     where: str,
 ) -> PackInfo:
-    """Write an exported pack to `target` as it comes; errors as for `read_blocks`."""
+    """Write an exported pack to `target` as it comes; errors as of `FetchedPayloads`."""
     head: admin_pb.ExportTopicResponse | None = None
     written = crc = 0
     async for message in messages:

@@ -306,7 +306,8 @@ def from_rpc_error(error: grpc.RpcError, *, where: str) -> MembankError:
         The leaf that the server raised, or the nearest leaf where gRPC itself failed.
     """
     call: grpc.Call = error  # type: ignore[assignment]  # grpcio raises calls as errors
-    trailing = dict(call.trailing_metadata() or ())
+    # Not of grpc.aio's mapping itself: before grpcio 1.80 its keys were its items.
+    trailing = dict(iter(call.trailing_metadata() or ()))
     details = trailing.get("grpc-status-details-bin")
     return from_rpc_status(
         call.code(), call.details() or "", details if isinstance(details, bytes) else None, where

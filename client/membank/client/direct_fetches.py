@@ -1,0 +1,164 @@
+"""Fetches that pass grpcio by, where that works; where it does not, grpcio makes them."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from membank.client.config import ClientConfig, TlsConfig
+from membank.client.fetch_connection import Address, FetchConnection
+from membank.client.fetches import Fetches
+from membank.client.grpc_channel import host_of
+from membank.client.http2 import ProtocolError
+from membank.client.landing import Landing
+from membank.client.lent_connections import LentConnections
+from membank.client.payloads import FetchedPayloads
+from membank.client.transport import FetchAnswer
+from membank.v1 import block_service_pb2 as block_pb
+from membank.wire.errors import DeadlineError, MembankError
+from membank.wire.spec import BlockRef
+
+_LOGGER = logging.getLogger(__name__)
+
+_CONNECT_TIMEOUT_S = 5.0
+_PAUSE_S = 1.0
+"""Time in which nobody tries to connect again: an address that swallows what is sent there would
+cost every call `_CONNECT_TIMEOUT_S`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DirectStats:
+    """What passed grpcio by."""
+
+    num_fetches: int
+    """Fetches from single shards that did."""
+    fallbacks: Mapping[str, int]
+    """Fetches that grpcio made instead, by why: ``not connected``, or ``not understood``."""
+
+
+class _NoWayError(Exception):
+    """grpcio has to do it; the text says why, as in `DirectStats`."""
+
+
+class DirectFetches:
+    """Fetches over connections of their own.
+
+    Parameters
+    ----------
+    endpoint
+        Address, ``host:port``.
+    config
+        Limits, TLS and credentials.
+    otherwise
+        Makes the fetches that this cannot; not closed.
+    """
+
+    def __init__(self, endpoint: str, config: ClientConfig, otherwise: Fetches) -> None:
+        self._endpoint = endpoint
+        self._config = config
+        self._otherwise = otherwise
+        self._connections: LentConnections[FetchConnection] = LentConnections(
+            config.max_fetch_connections, thread_name="membank-fetch"
+        )
+        self._paused_until = 0.0
+        self._is_not_understood = False
+        self._counts: Counter[str] = Counter()
+
+    @property
+    def stats(self) -> DirectStats:
+        """What was counted."""
+        counts = dict(self._counts)
+        return DirectStats(num_fetches=counts.pop("fetch", 0), fallbacks=counts)
+
+    async def fetch(
+        self,
+        request: block_pb.FetchBlocksRequest,
+        refs: Sequence[BlockRef],
+        landing: Landing,
+        *,
+        timeout_s: float,
+    ) -> FetchAnswer:
+        """Return blocks of one revision."""
+        ends = time.monotonic() + timeout_s
+        try:
+            answer = await self._fetch(request, refs, landing, ends)
+        except _NoWayError as err:
+            self._counts[str(err)] += 1
+            left = max(0.0, ends - time.monotonic())
+            return await self._otherwise.fetch(request, refs, landing, timeout_s=left)
+        self._counts["fetch"] += 1
+        return answer
+
+    async def close(self, *, grace_s: float = 0.0) -> None:
+        """Close all connections; calls that still run have `grace_s` seconds to end."""
+        await self._connections.close(grace_s=grace_s)
+
+    async def _fetch(
+        self,
+        request: block_pb.FetchBlocksRequest,
+        refs: Sequence[BlockRef],
+        landing: Landing,
+        ends: float,
+    ) -> FetchAnswer:
+        if self._is_not_understood:
+            raise _NoWayError("not understood")
+
+        def fetched(connection: FetchConnection) -> FetchAnswer:
+            payloads = FetchedPayloads(
+                refs, landing, max_bytes=self._config.max_answer_bytes, where=self._endpoint
+            )
+            connection.fetch(request, payloads, ends=ends)
+            return payloads.finish()
+
+        try:
+            return await self._connections.call(fetched, lambda: self._opened(ends), ends=ends)
+        except MembankError:
+            # Several leaves are errors of the system's kinds as well.
+            raise
+        except TimeoutError as err:
+            raise DeadlineError(f"{self._endpoint} FetchBlocks: no connection came free") from err
+        except ProtocolError as err:
+            # A proxy in between, or a defect of either end; grpcio may cope, and names it if not.
+            _LOGGER.warning("%s is called through grpcio from now on: %s", self._endpoint, err)
+            self._is_not_understood = True
+            raise _NoWayError("not understood") from err
+
+    async def _opened(self, ends: float) -> FetchConnection:
+        now = time.monotonic()
+        if now < self._paused_until:
+            raise _NoWayError("not connected")
+        try:
+            return await self._connections.in_thread(
+                lambda: FetchConnection.open(
+                    _address(self._endpoint, self._config), ends=min(ends, now + _CONNECT_TIMEOUT_S)
+                )
+            )
+        except OSError as err:
+            # grpcio fails as well, most likely, and says how in its own words.
+            self._paused_until = time.monotonic() + _PAUSE_S
+            raise _NoWayError("not connected") from err
+
+
+def _address(endpoint: str, config: ClientConfig) -> Address:
+    """Return what to connect to, with the token and certificates that the files hold now."""
+    token = config.read_token()
+    return Address(
+        endpoint=endpoint,
+        host=host_of(endpoint),
+        port=int(endpoint.rpartition(":")[2]),
+        authorization=None if token is None else f"Bearer {token.reveal()}",
+        tls=None if config.tls is None else _context(config.tls),
+        server_name=None if config.tls is None else config.tls.server_name,
+        keepalive_s=config.keepalive_s,
+        keepalive_timeout_s=config.keepalive_timeout_s,
+    )
+
+
+def _context(tls: TlsConfig) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=tls.root_certificates)
+    context.set_alpn_protocols(["h2"])
+    return context
