@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,12 @@ import pytest
 from membank.bank_service.shard import Shard, ShardConfig
 from membank.bank_service.shard.config import Durability
 from membank.bank_service.shard.content import initial_content, zero_state
-from membank.bank_service.shard.contract import BlockOperation, SetContent
-from membank.bank_service.shard.optimizer import BlockOptimizer
+from membank.bank_service.shard.contract import BlockOperation, Erase, SetContent
+from membank.bank_service.shard.optimizer import BlockOptimizer, BlockStep
 from membank.bank_service.shard.push_queue import Call, PushQueue
 from membank.bank_service.store import Bank
 from membank.bank_service.store.journal import LogFile, PosixLogFile
-from membank.wire.errors import CorruptionError, Reason
+from membank.wire.errors import CorruptionError, Reason, UnavailableError
 from membank.wire.records import Update
 from membank.wire.spec import BlockRef, LevelSpec
 from tiny_bank import (
@@ -170,6 +171,80 @@ def test_what_a_transaction_that_is_given_up_kept_waiting_is_taken_over(
     assert set(_waiting(shard, 1).ahead) == {C}
     shard.abort(1)
     assert push.result().results[0].version == 1
+    shard.close()
+
+
+@contextmanager
+def _computing(
+    shard: Shard, pool: ThreadPoolExecutor, update: Update, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Future[object]]:
+    """Push `update`, and keep its computation waiting until the end."""
+    begun, go = threading.Event(), threading.Event()
+    run = BlockStep.run
+
+    def waiting_run(step: BlockStep, tile: int) -> None:
+        begun.set()
+        assert go.wait(WAIT_S)
+        run(step, tile)
+
+    monkeypatch.setattr(BlockStep, "run", waiting_run)
+    push = pool.submit(shard.push, update)
+    assert begun.wait(WAIT_S)
+    yield push  # type: ignore[misc]
+    go.set()
+
+
+def test_a_block_that_is_deleted_and_made_anew_meanwhile_keeps_nothing_of_the_old(
+    bank: Bank, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = Shard.open(bank)
+    shard.push(make_update(shard, [A], "before"))
+    weight = np.full(shard.spec.block_shape(1), 2.0, np.float32)
+    operations: list[BlockOperation] = [Erase(ref=A), SetContent(ref=A, weight=weight)]
+    with _computing(shard, pool, make_update(shard, [A], "late"), monkeypatch) as push:
+        for revision, operation in enumerate(operations, start=1):
+            prepared = shard.prepare(revision, [operation])
+            shard.commit(bank.decide(commit_record(bank, revision, prepared)))
+    (result,) = push.result().results  # type: ignore[attr-defined]
+    assert (result.accepted, result.reason) == (False, Reason.STALE_VERSION)
+    shard.close(consolidate=False)
+    again = Shard.open(bank)
+    np.testing.assert_array_equal(again.fetch([A]).blocks[0].weight, weight)
+    again.close()
+
+
+def test_a_shard_closes_while_a_push_computes_which_changes_nothing_then(
+    bank: Bank, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = Shard.open(bank)
+    with _computing(shard, pool, make_update(shard, [A], "late"), monkeypatch) as push:
+        shard.close()
+    assert isinstance(push.exception(), UnavailableError)
+    again = Shard.open(bank)
+    assert again.describe([A])[0].version == 0
+    again.close()
+
+
+def test_a_computation_that_fails_is_repeated_in_its_turn(
+    bank: Bank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = Shard.open(bank)
+    run, num_failures = BlockStep.run, 1
+
+    def failing_run(step: BlockStep, tile: int) -> None:
+        nonlocal num_failures
+        num_failures -= 1
+        if num_failures >= 0:
+            raise MemoryError
+        run(step, tile)
+
+    monkeypatch.setattr(BlockStep, "run", failing_run)
+    assert shard.push(make_update(shard, [A], "once")).results[0].version == 1
+    num_failures = 2
+    with pytest.raises(MemoryError):
+        shard.push(make_update(shard, [A], "twice"))
+    assert not shard._partitions[0]._updates._queue._busy
+    assert shard.push(make_update(shard, [A], "twice")).results[0].version == 2
     shard.close()
 
 
