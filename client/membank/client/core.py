@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import Self
 
 from membank.client.admin import AdminCalls
 from membank.client.blocks import BlockSource, ShardedBlocks
+from membank.client.borrowing import borrowed_blocks
 from membank.client.cache_store import BlockStore
 from membank.client.cached_blocks import CachedBlocks, CacheStats
 from membank.client.checks import (
@@ -28,7 +29,12 @@ from membank.client.opened import AsyncOpenedBank, open_bank
 from membank.client.requests import encoded, gradient_to_send
 from membank.client.retriever import Embedder
 from membank.client.routing import RoutingCalls
-from membank.client.same_host import SameHostCounters, SameHostStats, same_host_connector
+from membank.client.same_host import (
+    NoWayError,
+    SameHostCounters,
+    SameHostStats,
+    same_host_connector,
+)
 from membank.client.session import Session, new_request_id
 from membank.client.transaction import Transaction
 from membank.client.transport import Connector, PushAnswer
@@ -38,6 +44,7 @@ from membank.wire.errors import (
     FailedPreconditionError,
     NotFoundError,
     Reason,
+    UnavailableError,
 )
 from membank.wire.records import Block, Update
 from membank.wire.spec import Array, BankSpec, BlockRef
@@ -321,6 +328,60 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
         else:
             self._session.note_revision(fetched.revision)
         return buffers.fill(fetched) if buffers.arrays else fetched
+
+    @asynccontextmanager
+    async def borrow(
+        self, refs: Iterable[BlockRef], *, timeout_s: float | None = None
+    ) -> AsyncIterator[FetchedBlocks]:
+        """Look at blocks where the shard keeps them, without a copy, as long as the context lasts.
+
+        Blocks of shards on this machine are read-only views of the shard's memory, whose bytes have
+        been checked. Do not use them after the context has ended, nor in it for longer than the
+        lease of the shard, 30 s: the shard then uses the memory for something else. Blocks of other
+        shards are fetched.
+
+        Parameters
+        ----------
+        refs
+            The blocks.
+        timeout_s
+            Deadline of getting them.
+
+        Yields
+        ------
+        FetchedBlocks
+            As `fetch_blocks` returns them, of one revision, in the element type of the bank; the
+            client's cache and `ClientConfig.snapshot` have no part in it.
+
+        Raises
+        ------
+        UnavailableError
+            At the end, if the shard had taken the memory back: what was read may be anything.
+        """
+        deadline = self._session.deadline(timeout_s)
+        spec = await self._session.spec(deadline)
+        wanted = list(dict.fromkeys(BlockRef(*ref) for ref in refs))
+        for ref in wanted:
+            spec.check_ref(ref)
+        async with AsyncExitStack() as lease:
+            try:
+                blocks = await lease.enter_async_context(
+                    borrowed_blocks(
+                        self._session.shards,
+                        spec,
+                        wanted,
+                        dtype=spec.dtype,
+                        min_revision=self._session.revision,
+                        deadline=deadline,
+                    )
+                )
+                self._session.note_revision(blocks.revision)
+            except (NoWayError, UnavailableError):
+                # With its retries, a fetch also finds shards that have moved.
+                blocks = await self.fetch_blocks(
+                    wanted, snapshot="", timeout_s=deadline.remaining_s("borrow")
+                )
+            yield blocks
 
     async def push(
         self,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from typing import Generic, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -72,6 +72,12 @@ class LentConnections(Generic[C]):
         TimeoutError
             If its turn did not come.
         """
+        async with self.lend(connect, ends=ends) as connection:
+            return await self.in_thread(lambda: work(connection), on_cancel=connection.abandon)
+
+    @asynccontextmanager
+    async def lend(self, connect: Callable[[], Awaitable[C]], *, ends: float) -> AsyncIterator[C]:
+        """Lend a connection for as long as the context lasts; arguments and errors as of `call`."""
         async with asyncio.timeout(ends - time.monotonic()):
             await self._free.acquire()
         try:
@@ -79,7 +85,7 @@ class LentConnections(Generic[C]):
             self._lent.add(connection)
             self._none_lent.clear()
             try:
-                return await self.in_thread(lambda: work(connection), on_cancel=connection.abandon)
+                yield connection
             finally:
                 self._give_back(connection)
         finally:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -29,6 +30,7 @@ from membank.wire.errors import (
     DeadlineError,
     FailedPreconditionError,
     MembankError,
+    UnavailableError,
 )
 from membank.wire.records import Update
 from membank.wire.same_host import boot_id
@@ -46,6 +48,8 @@ class SameHostStats:
     """Fetches from single shards that did."""
     num_pushes: int
     """Pushes to single shards that did."""
+    num_borrows: int
+    """Borrowings from single shards that did."""
     fallbacks: Mapping[str, int]
     """Calls that were made over gRPC instead, by what the shared memory lacked: ``not offered``,
     ``other host``, ``not let in``, ``broken``."""
@@ -68,12 +72,13 @@ class SameHostCounters:
         return SameHostStats(
             num_fetches=counts.pop("fetch", 0),
             num_pushes=counts.pop("push", 0),
+            num_borrows=counts.pop("borrow", 0),
             fallbacks=counts,
         )
 
 
-class _NoWayError(Exception):
-    """Shared memory cannot be used; the text says why, as in `SameHostStats`."""
+class NoWayError(Exception):
+    """Shared memory cannot be used; the text says why, as in `SameHostStats`. Never leaves a client."""
 
 
 class SameHostTransport(GrpcTransport):
@@ -110,6 +115,10 @@ class SameHostTransport(GrpcTransport):
         self._staging = SharedMemory()
         self._connections: LentConnections[SameHostConnection] = LentConnections(
             bounds.max_connections, thread_name="membank-same-host"
+        )
+        # Apart from the others: who borrows much must not keep fetches out.
+        self._views: LentConnections[SameHostConnection] = LentConnections(
+            bounds.max_connections, thread_name="membank-borrow"
         )
         self._no_way: str | None = None
         """Why this endpoint has no such way, and never will; None = it may have."""
@@ -159,6 +168,45 @@ class SameHostTransport(GrpcTransport):
 
         return await self._call("fetch", through, over, timeout_s)
 
+    @asynccontextmanager
+    async def borrow(
+        self, refs: Sequence[BlockRef], *, dtype: str, min_revision: int, timeout_s: float
+    ) -> AsyncIterator[FetchAnswer]:
+        """Show blocks where the shard keeps them, as long as the context lasts.
+
+        Raises
+        ------
+        NoWayError
+            If they can only be fetched.
+        UnavailableError
+            At the end, if the shard took the memory back before.
+        """
+        request = fetch_request(
+            refs,
+            bank=self._bank,
+            held_versions=None,
+            dtype=dtype,
+            min_revision=min_revision,
+            snapshot="",
+        )
+        ends = time.monotonic() + timeout_s
+        self._require_way()
+        async with self._views.lend(lambda: self._opened(ends), ends=ends) as connection:
+            with self._translated():
+                answer = await self._views.in_thread(
+                    lambda: connection.view(request, refs, timeout_s=ends - time.monotonic()),
+                    on_cancel=connection.abandon,
+                )
+            self._counters.count("borrow")
+            yield answer
+            try:
+                connection.let_go()
+            except OSError as err:
+                raise UnavailableError(
+                    f"{self._endpoint} took the memory of borrowed blocks back before they were "
+                    "returned; use them for less than its lease, and borrow again"
+                ) from err
+
     async def push(self, update: Update, *, timeout_s: float) -> PushAnswer:
         """Apply gradients, which the shard takes out of this process's memory."""
 
@@ -176,6 +224,7 @@ class SameHostTransport(GrpcTransport):
         self._no_way = self._no_way or "closed"
         await super().close(grace_s=grace_s)
         await self._connections.close()
+        await self._views.close()
 
     async def _call(
         self,
@@ -188,27 +237,35 @@ class SameHostTransport(GrpcTransport):
         try:
             answer = await self._answer(through, ends)
             self._counters.count(what)
-        except _NoWayError as err:
+        except NoWayError as err:
             self._counters.count(str(err))
             return await over(max(0.0, ends - time.monotonic()))
         return answer
 
     async def _answer(self, through: Callable[[SameHostConnection, float], T], ends: float) -> T:
-        if self._no_way is not None:
-            raise _NoWayError(self._no_way)
-        try:
+        self._require_way()
+        with self._translated():
             return await self._connections.call(
                 lambda connection: through(connection, ends - time.monotonic()),
                 lambda: self._opened(ends),
                 ends=ends,
             )
+
+    def _require_way(self) -> None:
+        if self._no_way is not None:
+            raise NoWayError(self._no_way)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
         except MembankError:
             # The shard's answer; several leaves are errors of the system's kinds as well.
             raise
         except TimeoutError as err:
             raise DeadlineError(f"{self._endpoint} did not answer in time") from err
         except (OSError, LookupError) as err:
-            raise _NoWayError("broken") from err
+            raise NoWayError("broken") from err
 
     async def _opened(self, ends: float) -> SameHostConnection:
         door = await self._door(ends)
@@ -220,7 +277,7 @@ class SameHostTransport(GrpcTransport):
             )
         except OSError as err:
             # Also where the shard has connections enough; one may be free the next time.
-            raise _NoWayError("not let in") from err
+            raise NoWayError("not let in") from err
 
     async def _door(self, ends: float) -> SameHostDoor:
         try:
@@ -232,7 +289,7 @@ class SameHostTransport(GrpcTransport):
         elif door.boot_id != boot_id():
             self._no_way = "other host"
         if door is None or self._no_way is not None:
-            raise _NoWayError(self._no_way or "closed")
+            raise NoWayError(self._no_way or "closed")
         return door
 
 

@@ -6,8 +6,9 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -19,14 +20,15 @@ from membank.client.requests import push_head
 from membank.client.transport import FetchAnswer, PushAnswer, SameHostDoor
 from membank.v1 import block_service_pb2 as block_pb
 from membank.v1 import same_host_pb2 as host_pb
+from membank.wire.codec import fetch_codec
 from membank.wire.convert import header_from_pb, result_from_pb
 from membank.wire.copying import copy_checked
-from membank.wire.crc import as_uint8
+from membank.wire.crc import as_uint8, crc32c
 from membank.wire.errors import MembankError, from_status_proto
 from membank.wire.records import Block, BlockHeader, Update
 from membank.wire.same_host import MessageSocket, abstract_address
-from membank.wire.shared_memory import MappedSegments, SharedMemory, pack
-from membank.wire.spec import BlockRef
+from membank.wire.shared_memory import Bytes, MappedSegments, SharedMemory, pack
+from membank.wire.spec import Array, BlockRef
 
 
 class SameHostConnection:
@@ -94,13 +96,45 @@ class SameHostConnection:
             Seconds that it may last.
         """
         with self._use():
-            return self._fetch(request, refs, landing, timeout_s)
+            answer = self._found(request, refs, partial(self._copied, landing), timeout_s)
+            # From now on the shard may use the memory for something else.
+            self._messages.send(host_pb.SameHostRequest(release=host_pb.SameHostRelease()))
+        return answer
 
-    def _fetch(
+    def view(
+        self, request: block_pb.FetchBlocksRequest, refs: Sequence[BlockRef], *, timeout_s: float
+    ) -> FetchAnswer:
+        """Show blocks in the shard's memory, each checked by its CRC, until `let_go`.
+
+        Parameters
+        ----------
+        request
+            What to look at.
+        refs
+            Its blocks.
+        timeout_s
+            Seconds that it may last.
+        """
+        with self._use():
+            return self._found(request, refs, self._checked, timeout_s)
+
+    def let_go(self) -> None:
+        """End a view.
+
+        Raises
+        ------
+        OSError
+            If the shard had ended it before: what was read since then may have been anything.
+        """
+        with self._use():
+            self._messages.require_open()
+            self._messages.send(host_pb.SameHostRequest(release=host_pb.SameHostRelease()))
+
+    def _found(
         self,
         request: block_pb.FetchBlocksRequest,
         refs: Sequence[BlockRef],
-        landing: Landing,
+        take: Callable[[BlockHeader, Bytes], Array],
         timeout_s: float,
     ) -> FetchAnswer:
         answer = self._ask(host_pb.SameHostRequest(fetch=request), timeout_s).blocks
@@ -108,10 +142,16 @@ class SameHostConnection:
         if [header.ref for header in headers] != list(refs):
             raise LookupError(f"{len(headers)} other blocks than the {len(refs)} asked for")
         places = deque(answer.places)
-        blocks = tuple(self._copied(header, places, landing) for header in headers)
-        # Later than this the shard may use the memory for something else.
-        self._messages.send(host_pb.SameHostRequest(release=host_pb.SameHostRelease()))
-        return FetchAnswer(revision=answer.revision, blocks=blocks)
+        blocks = []
+        for header in headers:
+            check_header(header, where=self._where)
+            weight = None
+            if header.num_bytes:
+                place = places.popleft()
+                source = self._segments.view(place.segment, place.offset, header.num_bytes)
+                weight = take(header, source)
+            blocks.append(Block(header=header, weight=weight))
+        return FetchAnswer(revision=answer.revision, blocks=tuple(blocks))
 
     def push(
         self, update: Update, *, bank: str, staging: SharedMemory, timeout_s: float
@@ -178,17 +218,16 @@ class SameHostConnection:
             raise from_status_proto(status_pb2.Status.FromString(response.status))
         return response
 
-    def _copied(
-        self, header: BlockHeader, places: deque[host_pb.SharedPlace], landing: Landing
-    ) -> Block:
-        check_header(header, where=self._where)
-        if not header.num_bytes:
-            return Block(header=header, weight=None)
-        place = places.popleft()
-        source = self._segments.view(place.segment, place.offset, header.num_bytes)
+    def _copied(self, landing: Landing, header: BlockHeader, source: Bytes) -> Array:
         target = landing.place(header)
-        actual = copy_checked(target, source)
+        self._require(header, copy_checked(target, source))
+        return landing.weight(header, target)
+
+    def _checked(self, header: BlockHeader, source: Bytes) -> Array:
+        self._require(header, crc32c(source))
+        return fetch_codec(header.dtype).decode(source, header.shape)
+
+    def _require(self, header: BlockHeader, actual: int) -> None:
         if actual != header.crc32c:
             # The shard took the memory back, such as after a lease that was overstayed.
-            raise ConnectionError(f"{self._where}: block {header.ref} changed while it was copied")
-        return Block(header=header, weight=landing.weight(header, target))
+            raise ConnectionError(f"{self._where}: block {header.ref} changed while it was read")

@@ -13,6 +13,7 @@ from membank.client.cached_blocks import CacheStats
 from membank.client.config import ClientConfig
 from membank.client.core import AsyncBankClient
 from membank.client.loop_thread import loop_thread
+from membank.client.memory import FetchedBlocks
 from membank.client.opened import OpenedBank, open_bank
 from membank.client.retriever import Embedder
 from membank.client.same_host import SameHostStats
@@ -217,6 +218,26 @@ class BankClient:
             # After a fork, or while the process ends, there is no loop left to close it on.
             with suppress(FailedPreconditionError):
                 self._run(changes.aclose())
+
+    @contextmanager
+    def borrow(
+        self, refs: Iterable[BlockRef], *, timeout_s: float | None = None
+    ) -> Iterator[FetchedBlocks]:
+        """Look at blocks where the shard keeps them; see `AsyncBankClient.borrow`.
+
+        Parameters
+        ----------
+        refs
+            The blocks.
+        timeout_s
+            Deadline of getting them.
+        """
+        lease = self._core.borrow(refs, timeout_s=timeout_s)
+        blocks = self._run(lease.__aenter__())
+        try:
+            yield blocks
+        finally:
+            self._run(lease.__aexit__(None, None, None))
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:

@@ -89,6 +89,18 @@ class MessageSocket:
                 os.close(descriptor)
             raise
 
+    def require_open(self) -> None:
+        """Raise `ConnectionError` if the other end has closed the connection, or sent something."""
+        timeout_s = self._socket.gettimeout()
+        self._socket.settimeout(0)
+        try:
+            data = self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return
+        finally:
+            self._socket.settimeout(timeout_s)
+        raise ConnectionError("the other end spoke out of turn" if data else "it was closed")
+
     def shut_down(self) -> None:
         """End the connection; a thread that waits on it is told, and may still close it."""
         with suppress(OSError):  # the other end was quicker

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -13,15 +14,15 @@ import pytest
 
 from fake_bank import FakeBank
 from fake_service import FakeService
-from membank.client import AsyncBankClient, ClientConfig, SameHostConfig
+from membank.client import AsyncBankClient, BankClient, ClientConfig, SameHostConfig
 from membank.client.same_host import SameHostCounters, SameHostTransport
 from membank.client.transport import SameHostDoor
 from membank.v1 import same_host_pb2 as host_pb
 from membank.wire.copying import copy_checked
-from membank.wire.errors import DeadlineError, NotFoundError
+from membank.wire.errors import DeadlineError, NotFoundError, UnavailableError
 from membank.wire.same_host import MessageSocket, abstract_address, boot_id
 from membank.wire.shared_memory import Bytes
-from membank.wire.spec import BlockRef
+from membank.wire.spec import Array, BlockRef
 
 TIMEOUT_S = 10.0
 TOPIC = BlockRef(1, 0)
@@ -223,3 +224,80 @@ async def test_many_calls_at_once_share_the_connections(
     assert transport.stats.num_fetches == 40
     door = service.doors[bank.shard_of(TOPIC).shard_id]
     assert door.num_connections <= SameHostConfig().max_connections
+
+
+# ---- blocks that are borrowed
+
+
+async def test_what_is_borrowed_lies_in_the_memory_of_the_shard(
+    bank: FakeBank, service: FakeService
+) -> None:
+    door = service.doors[bank.shard_of(TOPIC).shard_id]
+    async with await AsyncBankClient.connect(service.endpoint) as client:
+        async with client.borrow([TOPIC]) as blocks:
+            weight = blocks[TOPIC].weight
+            assert weight is not None
+            assert weight.tobytes() == content(bank)
+            assert not weight.flags.writeable
+            assert isinstance(_memory_under(weight), mmap.mmap)
+            assert door._calls._budget.used_bytes == weight.nbytes
+        fetched_too = await client.fetch_blocks([TOPIC])
+        assert fetched_too[TOPIC].version == blocks[TOPIC].version
+        assert client.same_host_stats.num_borrows == 1
+    for connection in list(door._connections):
+        await asyncio.to_thread(connection.join, TIMEOUT_S)
+    assert door._calls._budget.used_bytes == 0
+
+
+async def test_blocks_of_several_shards_are_borrowed_together(
+    bank: FakeBank, service: FakeService
+) -> None:
+    refs = [BlockRef(1, cluster) for cluster in range(2)]
+    assert bank.shard_of(refs[0]) is not bank.shard_of(refs[1])
+    async with await AsyncBankClient.connect(service.endpoint) as client:
+        async with client.borrow(refs) as blocks:
+            assert list(blocks) == refs
+        assert client.same_host_stats.num_borrows == 2
+
+
+async def test_what_cannot_be_borrowed_is_fetched(bank: FakeBank) -> None:
+    service = FakeService(bank)
+    async with await AsyncBankClient.connect(service.endpoint) as client:
+        async with client.borrow([TOPIC]) as blocks:
+            weight = blocks[TOPIC].weight
+            assert weight is not None
+            assert weight.tobytes() == content(bank)
+        assert client.same_host_stats.num_borrows == 0
+        with pytest.raises(NotFoundError):
+            async with client.borrow([BlockRef(1, 99)]):
+                pass
+    service.close()
+
+
+async def test_a_lease_that_was_overstayed_is_told(bank: FakeBank, service: FakeService) -> None:
+    door = service.doors[bank.shard_of(TOPIC).shard_id]
+    door._lease_s = 0.05
+    async with await AsyncBankClient.connect(service.endpoint) as client:
+        lease = client.borrow([TOPIC])
+        await lease.__aenter__()
+        for connection in list(door._connections):
+            await asyncio.to_thread(connection.join, TIMEOUT_S)
+        with pytest.raises(UnavailableError, match="took the memory"):
+            await lease.__aexit__(None, None, None)
+        async with client.borrow([TOPIC]) as blocks:
+            assert blocks[TOPIC].weight is not None
+
+
+def test_a_sync_client_borrows_too(bank: FakeBank, service: FakeService) -> None:
+    with BankClient.connect(service.endpoint) as client, client.borrow([TOPIC]) as blocks:
+        weight = blocks[TOPIC].weight
+        assert weight is not None
+        assert weight.tobytes() == content(bank)
+        assert client.same_host_stats.num_borrows == 1
+
+
+def _memory_under(array: Array) -> object:
+    under: object = array
+    while isinstance(under, np.ndarray):
+        under = under.base
+    return under.obj if isinstance(under, memoryview) else under
