@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from benchmarks.peers.blocks import NUM_LAYERS, WIDTH, Array, Blocks
@@ -109,6 +110,31 @@ class BlocksClient:
     @staticmethod
     def _weights(fetched: FetchedBlocks) -> list[Array]:
         return list(fetched.weights.values())  # type: ignore[arg-type]  # the bank is float32
+
+
+class ViewClient(BlocksClient):
+    """A client that looks at blocks where the shard keeps them, each until its next fetch.
+
+    Parameters
+    ----------
+    access
+        Endpoint of the service, and the blocks.
+    """
+
+    def __init__(self, access: Access) -> None:
+        super().__init__(access, same_host=True)
+        self._lease = ExitStack()
+
+    def fetch(self, keys: Sequence[str]) -> Sequence[Array]:
+        # docstring inherited
+        self._lease.close()
+        refs = [self._ref(key) for key in keys]
+        return self._weights(self._lease.enter_context(self._client.borrow(refs)))
+
+    def close(self) -> None:
+        # docstring inherited
+        self._lease.close()
+        super().close()
 
 
 class PathsClient(BlocksClient):

@@ -141,7 +141,9 @@ def _same_host(access: Access) -> Client:
 
 
 def _view(access: Access) -> Client:
-    raise NotRunError("this membank has no read without a copy")
+    from benchmarks.peers.membank_client import ViewClient
+
+    return ViewClient(access)
 
 
 def _paths(access: Access) -> Client:
