@@ -380,6 +380,21 @@ class TestGrpcTransport(TransportSuite):
         transport = GrpcTransport(bank.endpoints[shard.shard_id], ClientConfig())
         yield transport
         await transport.close()
+        assert not transport.direct_stats.fallbacks
+
+
+class TestGrpcioTransport(TestGrpcTransport):
+    """Fetches over the channel of all other calls."""
+
+    @pytest.fixture
+    async def transport(
+        self, bank: FakeBank, shard: FakeShard, service: FakeService
+    ) -> AsyncIterator[Transport]:
+        config = ClientConfig(max_fetch_connections=0)
+        transport = GrpcTransport(bank.endpoints[shard.shard_id], config)
+        yield transport
+        await transport.close()
+        assert transport.direct_stats.num_fetches == 0
 
 
 class TestSameHostTransport(TestGrpcTransport):

@@ -132,7 +132,7 @@ class DirectFetches:
         if now < self._paused_until:
             raise _NoWayError("not connected")
         try:
-            return await self._connections.in_thread(
+            return await self._connections.open(
                 lambda: FetchConnection.open(
                     _address(self._endpoint, self._config), ends=min(ends, now + _CONNECT_TIMEOUT_S)
                 )

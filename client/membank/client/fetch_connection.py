@@ -40,6 +40,7 @@ _METHOD = "FetchBlocks"
 _PATH = f"/membank.v1.BlockService/{_METHOD}"
 _MESSAGE_HEAD = struct.Struct(">BI")
 _MAX_TIMEOUT_DIGITS = 8
+_REFRESH_S = 0.05
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 # What gRPC makes of answers that are none of its own (doc/http-grpc-status-mapping.md).
@@ -186,10 +187,11 @@ class FetchConnection:
                     self._http2.cancel()
 
     def is_usable(self) -> bool:
-        """Say, without waiting for anything, whether another call may be made."""
+        """Say, without waiting for anything to come, whether another call may be made."""
         if self._is_abandoned or not self._http2.is_usable:
             return False
-        self._end.end_at(time.monotonic())
+        # What has begun to come is waited for; nothing else is.
+        self._end.end_at(time.monotonic() + _REFRESH_S)
         try:
             self._http2.refresh()
         except (OSError, ProtocolError, StreamResetError):

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from membank.client.config import ClientConfig
-from membank.client.direct_fetches import DirectFetches
+from membank.client.direct_fetches import DirectFetches, DirectStats
 from membank.client.fetches import ChannelFetches, Fetches
 from membank.client.grpc_admin import GrpcAdminTransport
 from membank.client.grpc_channel import GrpcChannel
@@ -64,14 +64,22 @@ class GrpcTransport(GrpcAdminTransport):
         self._blocks: BlockServiceAsyncStub = BlockServiceStub(channel.channel)
         self._pool = pool or BufferPool(config.pooled_bytes)
         self._fetches: Fetches = ChannelFetches(channel, max_answer_bytes=config.max_answer_bytes)
+        self._direct: DirectFetches | None = None
         if config.max_fetch_connections:
-            self._fetches = DirectFetches(endpoint, config, self._fetches)
+            self._fetches = self._direct = DirectFetches(endpoint, config, self._fetches)
         # Its data pass the generated code by.
         self._push_updates = channel.channel.stream_unary(
             f"{_SERVICE}/PushUpdates",
             request_serializer=PUSH_DATA.serialize,
             response_deserializer=block_pb.PushUpdatesResponse.FromString,
         )
+
+    @property
+    def direct_stats(self) -> DirectStats:
+        """How many fetches passed grpcio by, and why others did not."""
+        if self._direct is None:
+            return DirectStats(num_fetches=0, fallbacks={})
+        return self._direct.stats
 
     async def close(self, *, grace_s: float = 0.0) -> None:
         """Close all connections; calls that still run have `grace_s` seconds to end."""

@@ -293,10 +293,7 @@ class Http2Connection:
 
     def _frame_head(self) -> tuple[int, int, int, int]:
         high, low, kind, flags, stream = _FRAME_HEAD.unpack(self._end.take(_FRAME_HEAD.size))
-        length = high << 8 | low
-        if length > _MAX_FRAME_BYTES:
-            raise ProtocolError(f"a frame has {length} bytes")
-        return length, kind, flags, stream & _MAX_STREAM
+        return high << 8 | low, kind, flags, stream & _MAX_STREAM
 
     def _next_frame(self) -> None:
         """Read the next frame; of one with data, what precedes them."""

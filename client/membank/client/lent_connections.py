@@ -91,9 +91,28 @@ class LentConnections(Generic[C]):
         finally:
             self._free.release()
 
-    async def in_thread(
-        self, call: Callable[[], T], *, on_cancel: Callable[[], None] = lambda: None
-    ) -> T:
+    async def open(self, connect: Callable[[], C]) -> C:
+        """Connect in a thread; a connection that nobody waits for any more is closed."""
+        opening = asyncio.get_running_loop().run_in_executor(self._threads, connect)
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_close_unclaimed)
+            raise
+
+    async def close(self, *, grace_s: float = 0.0) -> None:
+        """Close all connections; calls that still run have `grace_s` seconds to end."""
+        self._is_closed = True
+        while self._idle:
+            self._idle.pop().close()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await self._none_lent.wait()
+        for connection in self._lent:
+            connection.abandon()
+        self._threads.shutdown(wait=False)
+
+    async def in_thread(self, call: Callable[[], T], *, on_cancel: Callable[[], None]) -> T:
         """Run a blocking call in a thread; a cancellation waits for its end, which `on_cancel` hastens."""
         results: list[T] = []
         errors: list[BaseException] = []
@@ -119,18 +138,6 @@ class LentConnections(Generic[C]):
             raise errors.pop()
         return results.pop()
 
-    async def close(self, *, grace_s: float = 0.0) -> None:
-        """Close all connections; calls that still run have `grace_s` seconds to end."""
-        self._is_closed = True
-        while self._idle:
-            self._idle.pop().close()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(grace_s):
-                await self._none_lent.wait()
-        for connection in self._lent:
-            connection.abandon()
-        self._threads.shutdown(wait=False)
-
     def _take(self) -> C | None:
         while self._idle:
             connection = self._idle.pop()
@@ -147,3 +154,8 @@ class LentConnections(Generic[C]):
             self._idle.append(connection)
         else:
             connection.close()
+
+
+def _close_unclaimed(opening: asyncio.Future[C]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()

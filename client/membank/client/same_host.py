@@ -270,7 +270,7 @@ class SameHostTransport(GrpcTransport):
     async def _opened(self, ends: float) -> SameHostConnection:
         door = await self._door(ends)
         try:
-            return await self._connections.in_thread(
+            return await self._connections.open(
                 lambda: SameHostConnection.open(
                     door, self._endpoint, timeout_s=max(0.001, ends - time.monotonic())
                 )
