@@ -5,6 +5,7 @@
 
 from membank.client.blocks import BlockSource
 from membank.client.cached_blocks import CacheStats
+from membank.client.compression import CompressedPushes, Compression
 from membank.client.config import (
     CacheConfig,
     ClientConfig,
@@ -17,6 +18,7 @@ from membank.client.config import (
 )
 from membank.client.core import AsyncBankClient
 from membank.client.disk_tier import DiskStats
+from membank.client.error_feedback import ErrorFeedback, Sending
 from membank.client.grpc_transport import GrpcTransport, grpc_connector
 from membank.client.memory import FetchedBlocks, Memory
 from membank.client.opened import AsyncOpenedBank, OpenedBank, StateRead
@@ -49,10 +51,13 @@ __all__ = [
     "CacheStats",
     "Changes",
     "ClientConfig",
+    "CompressedPushes",
+    "Compression",
     "Connector",
     "DiskStats",
     "DiskTierConfig",
     "Embedder",
+    "ErrorFeedback",
     "Eviction",
     "FetchAnswer",
     "FetchedBlocks",
@@ -69,6 +74,7 @@ __all__ = [
     "SameHostStats",
     "ScoredPath",
     "Secret",
+    "Sending",
     "StateRead",
     "TlsConfig",
     "Transaction",
