@@ -135,15 +135,15 @@ class SameHostDoor:
                 continue
             messages = MessageSocket(accepted)
             connection = _Connection(self, messages)
-            if self._admit(connection):
-                connection.start()
-            else:
+            if not self._admit(connection):
                 messages.close()
 
     def _admit(self, connection: _Connection) -> bool:
         with self._lock:
             if self._is_closed or len(self._connections) >= self._max_connections:
                 return False
+            # Before anybody can see it: a thread that was not started cannot be waited for.
+            connection.start()
             self._connections.add(connection)
             return True
 
