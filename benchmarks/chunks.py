@@ -1,10 +1,11 @@
-"""Chunk sizes of the payload streams: what gRPC carries in one, beside a plain socket.
+"""Chunk sizes of the payload streams: what a fetch carries in one, beside a plain socket.
 
     python benchmarks/chunks.py [--bytes N] [--rounds N]
 
-A process sends N bytes, framed as the data path frames them, and this one puts them into a buffer
-that it uses again; in turn, the same over a socket. Nothing is checked and no block is looked up:
-the table says what is left to win, and which `CHUNK_BYTES` to choose.
+A process sends a block of N bytes as the data path frames them, and this one receives it as a client
+does, into memory that it uses again; in turn, the same over grpcio and over a socket. No block is
+looked up and the socket's bytes are not checked: the table says what is left to win, and which
+`CHUNK_BYTES` to choose.
 """
 
 from __future__ import annotations
@@ -17,21 +18,30 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import grpc
-import grpc.aio
 import numpy as np
 
+from membank.client.config import ClientConfig
+from membank.client.direct_fetches import DirectFetches
+from membank.client.fetches import ChannelFetches, Fetches
+from membank.client.grpc_channel import GrpcChannel
+from membank.client.landing import Landing
 from membank.v1 import block_service_pb2 as pb
-from membank.wire.buffers import keep_freed_memory
-from membank.wire.data_messages import DataCodec, data_of
-from membank.wire.framing import MAX_MESSAGE_BYTES, iter_parts
+from membank.wire.buffers import BufferPool, keep_freed_memory
+from membank.wire.convert import header_to_pb
+from membank.wire.crc import crc32c
+from membank.wire.data_messages import DataCodec
+from membank.wire.framing import iter_parts
+from membank.wire.records import BlockHeader
+from membank.wire.spec import BlockRef, BlockState
 
-_METHOD = "/chunks/send"
+_SERVICE = "membank.v1.BlockService"
 _CODEC = DataCodec(pb.FetchBlocksResponse)
-_OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+_REF = BlockRef(1, 0)
 _CHUNKS = [size << 10 for size in (64, 256, 512, 1024, 2048, 4096)]
 
 
@@ -39,14 +49,27 @@ def serve(num_bytes: int) -> None:
     """Send `num_bytes` to whoever asks, over gRPC and over a socket, until the input ends."""
     keep_freed_memory()
     payload = np.random.default_rng(0).integers(0, 256, num_bytes, np.uint8)
+    header = BlockHeader(
+        ref=_REF,
+        version=0,
+        state=BlockState.ACTIVE,
+        dtype="float32",
+        shape=(num_bytes // 4,),
+        num_bytes=num_bytes,
+        crc32c=crc32c(payload),
+    )
+    head = pb.FetchBlocksResponse(headers=[header_to_pb(header)]).SerializeToString()
 
-    def send(request: bytes, _: grpc.ServicerContext) -> Iterator[bytes]:
-        return map(_CODEC.encode, iter_parts([payload], chunk_bytes=int(request)))
+    def send(request: pb.FetchBlocksRequest, _: grpc.ServicerContext) -> Iterator[bytes]:
+        chunks = iter_parts([payload], chunk_bytes=int(request.bank))
+        return chain([head], map(_CODEC.encode, chunks))
 
     server = grpc.server(ThreadPoolExecutor(2))
-    handler = grpc.unary_stream_rpc_method_handler(send)
+    handler = grpc.unary_stream_rpc_method_handler(
+        send, request_deserializer=pb.FetchBlocksRequest.FromString
+    )
     server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler("chunks", {"send": handler}),)
+        (grpc.method_handlers_generic_handler(_SERVICE, {"FetchBlocks": handler}),)
     )
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
@@ -61,19 +84,17 @@ def serve(num_bytes: int) -> None:
 
 async def measure(grpc_port: int, socket_port: int, num_bytes: int, rounds: int) -> None:
     """Print a row for each chunk size."""
-    keep_freed_memory()
     target = np.zeros(num_bytes, np.uint8)
     plain = socket.create_connection(("127.0.0.1", socket_port))
-    channel = grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}", _OPTIONS)
-    method: grpc.aio.UnaryStreamMultiCallable[bytes, pb.FetchBlocksResponse | memoryview]
-    method = channel.unary_stream(_METHOD, response_deserializer=_CODEC.deserialize)
+    endpoint, config = f"127.0.0.1:{grpc_port}", ClientConfig()
+    channel = GrpcChannel(endpoint, config)
+    grpcio = ChannelFetches(channel, max_answer_bytes=num_bytes)
+    direct = DirectFetches(endpoint, config, grpcio)
+    landing = Landing(BufferPool(0), {_REF: target})
 
-    async def by_grpc(chunk_bytes: int) -> None:
-        filled = 0
-        async for message in method(str(chunk_bytes).encode()):
-            data = np.frombuffer(data_of(message), np.uint8)
-            target[filled : filled + data.size] = data
-            filled += data.size
+    async def by(fetches: Fetches, chunk_bytes: int) -> None:
+        request = pb.FetchBlocksRequest(bank=str(chunk_bytes))
+        await fetches.fetch(request, [_REF], landing, timeout_s=60.0)
 
     async def by_socket() -> None:
         plain.sendall(b"x")
@@ -81,18 +102,23 @@ async def measure(grpc_port: int, socket_port: int, num_bytes: int, rounds: int)
         while filled < num_bytes:
             filled += plain.recv_into(target.data[filled:])
 
-    print("chunk KiB   gRPC GB/s   socket GB/s   gRPC/socket")
+    print("chunk KiB   direct GB/s   grpcio GB/s   socket GB/s   direct/socket   grpcio/socket")
     for chunk_bytes in _CHUNKS:
-        await by_grpc(chunk_bytes)
-        pairs = [
-            (await _seconds(by_grpc(chunk_bytes)), await _seconds(by_socket()))
-            for _ in range(rounds)
+        ways: list[Callable[[], Awaitable[None]]] = [
+            lambda size=chunk_bytes: by(direct, size),
+            lambda size=chunk_bytes: by(grpcio, size),
+            by_socket,
         ]
-        ours, theirs = (
-            num_bytes / 1e9 / statistics.median(each) for each in zip(*pairs, strict=True)
+        times = [[await _seconds(way()) for way in ways] for _ in range(rounds + 1)][1:]
+        speeds = [num_bytes / 1e9 / statistics.median(each) for each in zip(*times, strict=True)]
+        ratios = [statistics.median(each[2] / each[way] for each in times) for way in (0, 1)]
+        print(
+            f"{chunk_bytes >> 10:9} {speeds[0]:13.2f} {speeds[1]:13.2f} {speeds[2]:13.2f} "
+            f"{ratios[0]:15.2f} {ratios[1]:15.2f}",
+            flush=True,
         )
-        ratio = statistics.median(raw / own for own, raw in pairs)
-        print(f"{chunk_bytes >> 10:9} {ours:11.2f} {theirs:13.2f} {ratio:13.2f}", flush=True)
+    assert not direct.stats.fallbacks, direct.stats
+    await direct.close()
     await channel.close()
     plain.close()
 

@@ -15,10 +15,11 @@ _Bytes = npt.NDArray[np.uint8]
 _NOTHING: _Bytes = np.empty(0, np.uint8)
 
 CHUNK_BYTES = 1 << 20
-"""Payload bytes per message. 1 MiB carried 32 MB at 1.2 GB/s through gRPC over loopback, beside 2.6
-of a plain socket; 256 KiB at 0.7, 64 KiB at 0.24, 4 MiB at 0.55 (2 cores, median of 11 by
-benchmarks/chunks.py's method). Small messages wait for each other, large ones leave the caches.
-Frame size, windows and read sizes of the transport made no difference beyond the noise."""
+"""Payload bytes per message. In chunks of 1 MiB a fetch of 32 MB over loopback came at 1.04 times the
+speed of a plain socket, in 512 KiB and 2 MiB at 1.06 and 1.16, in 256 KiB at 0.88, 64 KiB at 0.45,
+4 MiB at 0.88; one of 8 MB at 0.78, 0.76, 0.79, 0.63, 0.40 and 0.74; through grpcio, at 0.6 to 0.8 at
+best (2 busy cores, median of 11, benchmarks/chunks.py). Between 512 KiB and 2 MiB is noise; small
+messages wait for each other, large ones leave the caches."""
 
 MAX_MESSAGE_BYTES = 8 << 20
 """Largest message either end accepts; headers of 65,536 blocks take about 3 MiB."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from membank.wire.crc import crc32c
 from membank.wire.errors import CorruptionError, InvalidArgumentError, Reason
-from membank.wire.framing import Payload, PayloadAssembler, iter_chunks
+from membank.wire.framing import CHECK_BYTES, Payload, PayloadAssembler, iter_chunks
 
 
 def _announce(payloads: list[bytes], *, max_bytes: int = 1 << 20) -> PayloadAssembler:
@@ -55,3 +55,48 @@ def test_bound_is_enforced_before_allocation() -> None:
 def test_arrays_are_cut_without_a_format() -> None:
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
     assert b"".join(iter_chunks([array], chunk_bytes=5)) == array.tobytes()
+
+
+@given(
+    st.lists(st.binary(max_size=40), max_size=8), st.integers(1, 17), st.integers(1, 3), st.data()
+)
+def test_bytes_that_are_written_where_there_is_room(
+    payloads: list[bytes], max_bytes: int, max_pieces: int, drawn: st.DataObject
+) -> None:
+    assembler = _announce(payloads)
+    rest = b"".join(payloads)
+    while rest:
+        pieces = assembler.room(max_bytes, max_pieces=max_pieces)
+        assert len(pieces) <= max_pieces
+        assert all(pieces)
+        room = sum(map(len, pieces))
+        assert 1 <= room <= max_bytes
+        count = drawn.draw(st.integers(1, room))
+        arrived, rest = rest[:count], rest[count:]
+        for piece in pieces:
+            part = arrived[: len(piece)]
+            piece[: len(part)] = part
+            arrived = arrived[len(part) :]
+        assembler.landed(count)
+    with pytest.raises(InvalidArgumentError, match="more bytes"):
+        assembler.room(1)
+    assert [bytes(payload) for payload in assembler.finish()] == payloads
+
+
+def test_large_payloads_are_checked_piece_by_piece() -> None:
+    payload = np.random.default_rng(0).integers(0, 256, 2 * CHECK_BYTES + 5, np.uint8)
+    for damaged in (None, 3, CHECK_BYTES, payload.size - 1):
+        assembler = _announce([payload.tobytes()], max_bytes=payload.size)
+        sent = payload.copy()
+        if damaged is not None:
+            sent[damaged] ^= 1
+        while sent.size:
+            (piece,) = assembler.room(CHECK_BYTES - 1)
+            piece[:] = sent[: len(piece)].tobytes()
+            assembler.landed(len(piece))
+            sent = sent[len(piece) :]
+        if damaged is None:
+            assert assembler.finish()[0].tobytes() == payload.tobytes()
+        else:
+            with pytest.raises(CorruptionError):
+                assembler.finish()
