@@ -102,9 +102,10 @@ class Rig:
 
     def await_nobody(self) -> None:
         """Wait until the connections of callers that left have ended."""
-        for connection in list(self.door._connections):
-            connection.join(TIMEOUT_S)
-        assert self.door.num_connections == 0
+        while connections := list(self.door._connections):
+            for connection in connections:
+                connection.join(TIMEOUT_S)
+                assert not connection.is_alive()
 
 
 @pytest.fixture
