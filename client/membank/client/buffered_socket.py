@@ -66,8 +66,8 @@ class BufferedSocket:
         while rest:
             try:
                 rest = rest[self._socket.send(rest) :]
-            except _NOT_YET:
-                self._wait(select.POLLOUT)
+            except _NOT_YET as err:
+                self._wait(_awaited(err, select.POLLOUT))
 
     def take(self, num_bytes: int) -> memoryview:
         """Return the next bytes, in memory that is good until the next call.
@@ -130,8 +130,8 @@ class BufferedSocket:
         while True:
             try:
                 return self._receive_now(pieces)
-            except _NOT_YET:
-                self._wait(select.POLLIN)
+            except _NOT_YET as err:
+                self._wait(_awaited(err, select.POLLIN))
 
     def _receive_now(self, pieces: list[memoryview]) -> int:
         if self._is_plain:
@@ -159,3 +159,10 @@ class BufferedSocket:
                 raise ConnectionAbortedError("the other end is silent, also where it is probed")
             is_probed = True
             self.send(self._probe)
+
+
+def _awaited(err: OSError, event: int) -> int:
+    """Return what to wait for: TLS may have to read before it can write, and the reverse."""
+    if isinstance(err, ssl.SSLWantReadError):
+        return select.POLLIN
+    return select.POLLOUT if isinstance(err, ssl.SSLWantWriteError) else event

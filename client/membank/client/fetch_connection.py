@@ -29,6 +29,7 @@ from membank.client.http2 import (
     Http2Connection,
     ProtocolError,
     StreamResetError,
+    encode_headers,
 )
 from membank.client.payloads import FETCH_DATA, FetchedPayloads
 from membank.v1 import block_service_pb2 as block_pb
@@ -102,7 +103,7 @@ class FetchConnection:
         self._end = end
         self._http2 = http2
         self._endpoint = address.endpoint
-        self._head = http2.encode(_request_headers(address))
+        self._head = encode_headers(_request_headers(address))
         self._is_abandoned = False
 
     @classmethod
@@ -210,7 +211,7 @@ class FetchConnection:
 
     def _request(self, request: block_pb.FetchBlocksRequest, ends: float) -> None:
         message = request.SerializeToString()
-        block = self._head + self._http2.encode([("grpc-timeout", _timeout(_left_s(ends)))])
+        block = self._head + encode_headers([("grpc-timeout", _timeout(_left_s(ends)))])
         self._http2.request(block, _MESSAGE_HEAD.pack(0, len(message)) + message)
 
     def _read(self, payloads: FetchedPayloads) -> None:

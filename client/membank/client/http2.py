@@ -104,6 +104,31 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
     return _FRAME_HEAD.pack(length >> 8, length & 0xFF, kind, flags, stream) + payload
 
 
+def encode_headers(headers: Sequence[tuple[str, str]]) -> bytes:
+    """Return a block of headers, or a part of one; it uses no table, so it is good for any request.
+
+    Not by `hpack.Encoder`, which writes all that it encodes to the log, credentials included.
+    """
+    return b"".join(
+        (b"\x10" if name == "authorization" else b"\0") + _literal(name) + _literal(value)
+        for name, value in headers
+    )
+
+
+def _literal(text: str) -> bytes:
+    """Return a string as RFC 7541, 5.2 wants it, with its length in front."""
+    raw = text.encode("latin-1")
+    rest = len(raw) - 0x7F
+    if rest < 0:
+        return bytes([len(raw)]) + raw
+    length = bytearray([0x7F])
+    while rest >= 0x80:
+        length.append(rest & 0x7F | 0x80)
+        rest >>= 7
+    length.append(rest)
+    return bytes(length) + raw
+
+
 PROBE = frame(Frame.PING, 0, 0, b"membank?")
 """Asks whether the other end is there."""
 
@@ -125,9 +150,6 @@ class Http2Connection:
 
     def __init__(self, end: BufferedSocket) -> None:
         self._end = end
-        self._encoder = hpack.Encoder()
-        # Without a table, blocks of headers mean the same whenever they come.
-        self._encoder.header_table_size = 0
         self._decoder = hpack.Decoder(max_header_list_size=_MAX_HEADER_BYTES)
         self._known_blocks: dict[bytes, dict[str, str]] = {}
         self._is_going = False
@@ -178,16 +200,6 @@ class Http2Connection:
         """Whether another request may be made."""
         is_idle = self._is_sent and self._is_ended and not self._left
         return is_idle and not self._is_going and self._stream < _MAX_STREAM
-
-    def encode(self, headers: Sequence[tuple[str, str]]) -> bytes:
-        """Return a block of headers, or a part of one; good for any request on any connection."""
-        fields = [
-            hpack.NeverIndexedHeaderTuple(name, value)
-            if name == "authorization"
-            else hpack.HeaderTuple(name, value)
-            for name, value in headers
-        ]
-        return self._encoder.encode(fields, huffman=False)
 
     def refresh(self) -> None:
         """Read what came between requests, such as a probe or the end of the connection."""

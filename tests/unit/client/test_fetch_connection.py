@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import struct
 import threading
 from collections.abc import Iterator
@@ -199,6 +200,19 @@ class TestRequests:
         assert 4000 < int(headers["grpc-timeout"].removesuffix("m")) <= 5000
         request = block_pb.FetchBlocksRequest.FromString(body[5:])
         assert len(request.refs) == len(REFS)
+
+    def test_the_token_is_in_no_log(self, client: Client, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.DEBUG)
+        client.server.sendall(whole_answer(BANK))
+        client.fetch()
+        assert "sesame" not in caplog.text
+
+    def test_headers_of_any_length(self) -> None:
+        for length in (0, 1, 126, 127, 128, 254, 255, 300, 20_000):
+            fields = [("x" * max(1, length), "y" * length), ("authorization", "secret")]
+            decoded = list(hpack.Decoder().decode(http2.encode_headers(fields), raw=True))
+            assert [(name.decode(), value.decode()) for name, value in decoded] == fields
+            assert [field.indexable for field in decoded] == [True, False]
 
     def test_pings_and_settings_are_acknowledged(self, client: Client) -> None:
         client.server.sendall(whole_answer(BANK).replace(head(), NOISE[0] + head()))
