@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
@@ -19,6 +18,7 @@ from membank.bank_service.bench.banks import (
 )
 from membank.bank_service.bench.contract import Progress, Row, Target
 from membank.bank_service.bench.measure import interleave, rates, stopwatch
+from membank.bank_service.bench.page_cache import drop, is_cached
 from membank.bank_service.bench.scale import Scale
 from membank.wire.crc import crc32c
 from membank.wire.format.layout import slot_key
@@ -85,8 +85,8 @@ class ReadBench:
             target=None if self._check_both else _TARGET,
         )
         if self._cache is PageCache.COLD:
-            _drop(files)
-            if _is_cached(files[0]):
+            drop(files)
+            if is_cached(files[0]):
                 return replace(row, reason="this file system keeps files in memory regardless")
 
         def ours() -> float:
@@ -112,7 +112,7 @@ class ReadBench:
 
     def _prepare(self, files: Sequence[Path]) -> None:
         if self._cache is PageCache.COLD:
-            _drop(files)
+            drop(files)
 
 
 def _slot_files(written: WrittenBank) -> list[Path]:
@@ -122,30 +122,3 @@ def _slot_files(written: WrittenBank) -> list[Path]:
         / slot_key(spec.partition_of(ref), ref.level, Role.WEIGHT, record.entry.slot)
         for ref, record in written.records.items()
     ]
-
-
-def _drop(files: Sequence[Path]) -> None:
-    """Take files out of the page cache."""
-    for file in files:
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            # Pages that wait to be written cannot be dropped.
-            os.fdatasync(handle)
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(handle)
-
-
-def _is_cached(file: Path) -> bool:
-    """Say whether the beginning of a file can be read without a device."""
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        os.preadv(handle, [bytearray(1)], 0, os.RWF_NOWAIT)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # the file system cannot tell
-    else:
-        return True
-    finally:
-        os.close(handle)

@@ -6,6 +6,7 @@ pass through.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -30,13 +31,15 @@ class EmbeddedService:
     Parameters
     ----------
     folder
-        Where the bank is made; must not exist.
+        Where the bank is made; must not exist, unless `make` finds it there.
     spec
         What it is.
     num_shards
         Shards, each in a process of its own; no more than the bank has partitions.
     resident_bytes
         Bytes of blocks and optimizer state that each shard keeps in memory.
+    make
+        Makes the bank; None = one that nothing was written to.
 
     Raises
     ------
@@ -45,9 +48,15 @@ class EmbeddedService:
     """
 
     def __init__(
-        self, folder: Path, spec: BankSpec, *, num_shards: int, resident_bytes: int
+        self,
+        folder: Path,
+        spec: BankSpec,
+        *,
+        num_shards: int,
+        resident_bytes: int,
+        make: Callable[[Path, BankSpec], object] | None = None,
     ) -> None:
-        Bank.create(str(folder), spec)
+        (make or _new_bank)(folder, spec)
         self._shards: list[Child] = []
         try:
             self.endpoint = self._start(folder, spec, num_shards, resident_bytes)
@@ -102,6 +111,10 @@ class EmbeddedService:
         for shard in self._shards:
             shard.receive(_START_TIMEOUT_S)
         return endpoints[0]
+
+
+def _new_bank(folder: Path, spec: BankSpec) -> None:
+    Bank.create(str(folder), spec)
 
 
 def _serve(settings: ShardSettings, pipe: Connection) -> None:

@@ -104,7 +104,7 @@ def measure_training(
     spec = replace(config.bank_spec(fingerprint=""), name=SCRATCH_NAME)
     torch.manual_seed(seed)
     anchor = Anchor(config.anchor)
-    sequences = _sequences(spec, config, seed)
+    sequences = random_sequences(spec, config, seed)
     num_steps = scale.num_steps[name]
     num_tokens = num_steps * config.stage2.batch_size * config.seq_len
     stage = replace(config.stage2, num_tokens=num_tokens, seed=seed)
@@ -148,7 +148,7 @@ def _trained(
     return lambda: train_memories(anchor, source, sequences, stage).seconds
 
 
-def _sequences(spec: BankSpec, config: RunConfig, seed: int) -> PackedSequences:
+def random_sequences(spec: BankSpec, config: RunConfig, seed: int) -> PackedSequences:
     """Return sequences of random tokens, some topics far more often than others."""
     rng = np.random.Generator(np.random.PCG64([seed, 2]))
     num_leaves = spec.num_clusters(spec.num_levels)
