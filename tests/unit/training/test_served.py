@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ from membank.wire.records import (
     Placement,
     Update,
 )
-from membank.wire.spec import BankSpec, BlockRef, BlockState
+from membank.wire.spec import Array, BankSpec, BlockRef, BlockState
 
 CONFIG = MemoryStageConfig(num_tokens=50 * 6 * 12, batch_size=6, run_length=2)
 
@@ -64,9 +64,10 @@ class Loopback:
         dtype: str | None = None,
         min_revision: int = 0,
         snapshot: str = "",
+        into: Mapping[BlockRef, Array] | None = None,
         timeout_s: float,
     ) -> FetchAnswer:
-        del held_versions, min_revision, snapshot, timeout_s
+        del held_versions, min_revision, snapshot, into, timeout_s
         assert dtype == "float32"
         fetched = self.memory.fetch(refs)
         return FetchAnswer(

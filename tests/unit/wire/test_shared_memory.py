@@ -97,6 +97,7 @@ def test_memory_that_was_given_up_is_returned_although_a_peer_has_it_mapped() ->
 
 
 def test_no_descriptor_leaks() -> None:
+    gc.collect()  # arenas of other tests
     before = len(list(Path("/proc/self/fd").iterdir()))
     memory, peer = SharedMemory(), MappedSegments(max_segments=2)
     for size in range(1, 9):

@@ -1,0 +1,247 @@
+"""The client when shards fail, move and are operated on, against a bank in this process."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fake_bank import SPEC, FakeBank
+from faults import Fault
+from in_process import InProcessNetwork
+from membank.client import AsyncBankClient, ClientConfig, RetryConfig, Transaction
+from membank.wire.errors import (
+    ConflictError,
+    DeadlineError,
+    InternalError,
+    InvalidArgumentError,
+    Reason,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from membank.wire.spec import BlockRef
+
+# Partitions are dealt to two shards in turns: 1/0, 1/2 and what is under them lie on the first.
+PATH = (BlockRef(1, 0), BlockRef(2, 1))
+ACROSS = (BlockRef(1, 0), BlockRef(1, 1), BlockRef(2, 1), BlockRef(2, 3))
+RETRY = RetryConfig(max_attempts=5, initial_backoff_s=0.001, max_backoff_s=0.002)
+CONFIG = ClientConfig(timeout_s=5.0, retry=RETRY)
+
+
+@pytest.fixture
+def bank() -> FakeBank:
+    return FakeBank()
+
+
+@pytest.fixture
+def network(bank: FakeBank) -> InProcessNetwork:
+    return InProcessNetwork(bank)
+
+
+@pytest.fixture
+async def client(network: InProcessNetwork) -> AsyncIterator[AsyncBankClient]:
+    async with await AsyncBankClient.connect(
+        network.GATEWAY, config=CONFIG, connector=network
+    ) as client:
+        yield client
+
+
+def ones(ref: BlockRef) -> NDArray[np.float32]:
+    return np.ones(SPEC.block_shape(ref.level), np.float32)
+
+
+def gradients(*refs: BlockRef) -> dict[BlockRef, NDArray[np.float32]]:
+    return {ref: ones(ref) for ref in refs}
+
+
+def base(*refs: BlockRef) -> dict[BlockRef, int]:
+    return dict.fromkeys(refs, 0)
+
+
+class TestRetries:
+    @pytest.mark.parametrize("fault", [Fault.UNAVAILABLE, Fault.NOT_OWNER, Fault.OVERLOADED])
+    async def test_go_on_until_the_service_is_back(
+        self, network: InProcessNetwork, client: AsyncBankClient, fault: Fault
+    ) -> None:
+        network.scripts["shard:1"].plan("fetch", fault, fault)
+        assert list(await client.fetch(PATH)) == list(PATH)
+        assert network.scripts["shard:1"].num_calls("fetch") == 3
+
+    @pytest.mark.parametrize(
+        ("fault", "error"),
+        [(Fault.UNAVAILABLE, UnavailableError), (Fault.OVERLOADED, ResourceExhaustedError)],
+    )
+    async def test_end_with_the_budget(
+        self,
+        network: InProcessNetwork,
+        client: AsyncBankClient,
+        fault: Fault,
+        error: type[Exception],
+    ) -> None:
+        network.scripts["shard:1"].plan("fetch", *[fault] * 9)
+        with pytest.raises(error):
+            await client.fetch(PATH)
+        assert network.scripts["shard:1"].num_calls("fetch") == RETRY.max_attempts
+
+    async def test_end_with_the_deadline(self, network: InProcessNetwork) -> None:
+        network.scripts["shard:1"].plan("fetch", *[Fault.UNAVAILABLE] * 99)
+        config = ClientConfig(
+            retry=RetryConfig(max_attempts=99, initial_backoff_s=1e9, max_backoff_s=1e9)
+        )
+        async with await AsyncBankClient.connect(
+            network.GATEWAY, config=config, connector=network
+        ) as client:
+            with pytest.raises(UnavailableError):
+                await client.fetch(PATH, timeout_s=1.0)
+        # The first wait would already pass the deadline.
+        assert network.scripts["shard:1"].num_calls("fetch") == 1
+
+    @pytest.mark.parametrize(
+        ("fault", "error"), [(Fault.SLOW, DeadlineError), (Fault.INTERNAL, InternalError)]
+    )
+    async def test_do_not_repeat_answers(
+        self,
+        network: InProcessNetwork,
+        client: AsyncBankClient,
+        fault: Fault,
+        error: type[Exception],
+    ) -> None:
+        network.scripts["shard:1"].plan("push", fault)
+        with pytest.raises(error):
+            await client.push(gradients(PATH[0]), base=base(PATH[0]))
+        assert network.scripts["shard:1"].num_calls("push") == 1
+
+    async def test_prefer_the_answer_of_one_shard_to_the_silence_of_another(
+        self, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        network.scripts["shard:1"].plan("fetch", Fault.UNAVAILABLE)
+        network.scripts["shard:2"].plan("fetch", Fault.INTERNAL)
+        with pytest.raises(InternalError):
+            await client.fetch_blocks(ACROSS)
+
+    async def test_share_one_request_id_in_admin_calls(
+        self, bank: FakeBank, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        script = network.scripts[network.GATEWAY]
+        script.plan("withhold", Fault.UNAVAILABLE, Fault.DROP_RESPONSE)
+        report = await client.withhold(PATH[1])
+        assert (report.revision, bank.revision) == (1, 1)
+        assert script.num_calls("withhold") == 3
+        assert len(set(script.request_ids)) == 1
+
+    async def test_every_call_has_a_finite_deadline(self, client: AsyncBankClient) -> None:
+        for timeout_s in (0.0, -1.0, float("inf"), float("nan")):
+            with pytest.raises(InvalidArgumentError, match="timeout_s"):
+                await client.fetch(PATH, timeout_s=timeout_s)
+
+
+class TestPlacement:
+    async def test_is_learnt_again_from_a_shard_that_moved(
+        self, bank: FakeBank, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        await client.fetch(PATH)
+        network.remove("shard:1")
+        network.place("shard-0", bank.shards[0], "shard:9")
+        assert list(await client.fetch_blocks(ACROSS)) == list(ACROSS)
+        assert network.scripts["shard:9"].num_calls("fetch") == 1
+        # The part of the other shard was answered at the first attempt.
+        assert network.scripts["shard:2"].num_calls("fetch") == 1
+        assert network.transports["shard:1"].is_closed
+
+    async def test_is_learnt_from_a_shard_where_the_gateway_is_down(
+        self, bank: FakeBank, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        network.scripts[network.GATEWAY].plan("get_bank", *[Fault.UNAVAILABLE] * 99)
+        network.remove("shard:1")
+        network.place("shard-0", bank.shards[0], "shard:9")
+        assert list(await client.fetch(PATH)) == list(PATH)
+
+    async def test_an_older_one_is_ignored(
+        self, bank: FakeBank, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        bank.generation -= 1
+        bank.endpoints["shard-0"] = "nowhere:1"
+        await client.info()
+        assert list(await client.fetch(PATH)) == list(PATH)
+
+    async def test_one_refresh_serves_all_that_need_one(
+        self, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        network.scripts["shard:1"].plan("fetch", Fault.NOT_OWNER, Fault.NOT_OWNER)
+        before = network.scripts[network.GATEWAY].num_calls("get_bank")
+        await asyncio.gather(client.fetch(PATH), client.fetch(PATH))
+        assert network.scripts[network.GATEWAY].num_calls("get_bank") == before + 1
+
+    async def test_a_partition_without_shard_is_waited_for(
+        self, bank: FakeBank, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        bank.endpoints["shard-0"] = ""
+        bank.generation += 1
+        await client.info()
+        with pytest.raises(UnavailableError, match="no shard serves partition 0"):
+            await client.fetch(PATH)
+        network.place("shard-0", bank.shards[0], "shard:1")
+        assert list(await client.fetch(PATH)) == list(PATH)
+
+
+class TestAdmin:
+    async def test_transaction_is_one_swap(
+        self, bank: FakeBank, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        async with client.transaction() as transaction:
+            transaction.swap(ACROSS[0], ones(ACROSS[0]), expected_version=0)
+            transaction.swap(ACROSS[1], ones(ACROSS[1]))
+            assert bank.revision == 0
+        assert transaction.report is not None
+        assert (transaction.report.revision, len(transaction.report.changes)) == (1, 2)
+        assert network.scripts[network.GATEWAY].num_calls("swap") == 1
+
+    async def test_transaction_that_fails_changes_nothing(
+        self, bank: FakeBank, client: AsyncBankClient
+    ) -> None:
+        async def swap_of_a_stale_version() -> None:
+            async with client.transaction() as transaction:
+                transaction.swap(ACROSS[0], ones(ACROSS[0]))
+                transaction.swap(ACROSS[1], ones(ACROSS[1]), expected_version=7)
+
+        async def swap_that_is_given_up() -> None:
+            async with client.transaction() as transaction:
+                transaction.swap(ACROSS[0], ones(ACROSS[0]))
+                raise RuntimeError("given up")
+
+        with pytest.raises(ConflictError):
+            await swap_of_a_stale_version()
+        with pytest.raises(RuntimeError, match="given up"):
+            await swap_that_is_given_up()
+        assert bank.revision == 0
+
+    def test_transaction_takes_a_block_once(self) -> None:
+        transaction = Transaction()
+        transaction.swap(ACROSS[0], ones(ACROSS[0]))
+        with pytest.raises(InvalidArgumentError, match="already"):
+            transaction.swap(ACROSS[0], ones(ACROSS[0]))
+
+    async def test_export_survives_an_attempt_that_was_cut(
+        self, bank: FakeBank, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        network.scripts[network.GATEWAY].plan("export", Fault.DROP_RESPONSE)
+        assert await client.export(PATH[0]) == bank.export(PATH[0])
+
+    async def test_import_survives_a_lost_answer(
+        self, bank: FakeBank, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        pack = await client.export(PATH[0])
+        network.scripts[network.GATEWAY].plan("import_pack", Fault.DROP_RESPONSE)
+        answer = await client.import_pack(pack)
+        assert (answer.topic, bank.revision) == (PATH[0], 1)
+
+    async def test_swap_is_checked_before_it_is_sent(
+        self, network: InProcessNetwork, client: AsyncBankClient
+    ) -> None:
+        with pytest.raises(InvalidArgumentError) as caught:
+            await client.swap({PATH[0]: ones(PATH[1])})
+        assert caught.value.reason is Reason.BAD_SHAPE
+        with pytest.raises(InvalidArgumentError, match="no blocks"):
+            await client.swap({})
+        assert network.scripts[network.GATEWAY].num_calls("swap") == 0
