@@ -17,6 +17,7 @@ from membank.client.config import (
     TlsConfig,
 )
 from membank.client.core import AsyncBankClient
+from membank.client.direct_fetches import DirectStats
 from membank.client.disk_tier import DiskStats
 from membank.client.error_feedback import ErrorFeedback, Sending
 from membank.client.grpc_transport import GrpcTransport, grpc_connector
@@ -54,6 +55,7 @@ __all__ = [
     "CompressedPushes",
     "Compression",
     "Connector",
+    "DirectStats",
     "DiskStats",
     "DiskTierConfig",
     "Embedder",
