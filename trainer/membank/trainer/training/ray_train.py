@@ -28,7 +28,7 @@ import torch
 # makes each of them wait for the others at the start.
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from membank.client import BankClient, ClientConfig
+from membank.client import BankClient, ClientConfig, Compression
 from membank.trainer.training.checkpoint import PositionCheckpoint, load_anchor
 from membank.trainer.training.memory_stage import MemoryStageConfig, train_memories
 from membank.trainer.training.progress import Progress, ProgressCallback, StageResult
@@ -76,6 +76,8 @@ class ServedTraining:
     """Times that the group of workers is started again before the run fails; -1 = no limit."""
     patience_s: float = 120.0
     """How long a fetch or push waits for a shard that is away, in seconds, > 0."""
+    compression: Compression | None = None
+    """What gradients travel as; None = as they are, float32. Whoever resumes a run keeps to it."""
 
     def __post_init__(self) -> None:
         for name in ("anchor", "sequences", "run_dir"):
@@ -210,7 +212,12 @@ def _train_worker(config: Mapping[str, object]) -> None:
         result = train_memories(
             # Ray shows each worker its own GPU alone.
             load_anchor(job.anchor).to("cuda" if job.use_gpu else "cpu"),
-            ServedMemory(client, run_id=position.run_id, patience_s=job.patience_s),
+            ServedMemory(
+                client,
+                run_id=position.run_id,
+                patience_s=job.patience_s,
+                compression=job.compression,
+            ),
             load_sequences(job.sequences),
             job.config,
             rank=rank,

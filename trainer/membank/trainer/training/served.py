@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from membank.client import BankClient
+from membank.client import BankClient, CompressedPushes, Compression
 from membank.trainer.training.source import Acknowledged, Fetched
 from membank.wire.records import UpdateResult
 from membank.wire.spec import BankSpec, BlockRef, BlockState
@@ -26,14 +26,25 @@ class ServedMemory:
         restart, so that a step done again is not applied again. Empty gives each push a new one.
     patience_s
         Deadline of a fetch or push, retries included, in seconds, > 0: how long a shard may be away.
+    compression
+        What gradients travel as; None = as they are, float32.
 
     Notes
     -----
-    Weights travel and gradients are sent as float32, whatever the bank keeps.
+    Weights travel as float32, whatever the bank keeps. What a compressed push leaves out is kept
+    here and ends with this object: a restart begins without it.
     """
 
-    def __init__(self, client: BankClient, *, run_id: str = "", patience_s: float = 120.0) -> None:
+    def __init__(
+        self,
+        client: BankClient,
+        *,
+        run_id: str = "",
+        patience_s: float = 120.0,
+        compression: Compression | None = None,
+    ) -> None:
         self._client = client
+        self._push = (client if compression is None else CompressedPushes(client, compression)).push
         self._run_id = run_id
         self._patience_s = patience_s
         self._spec = client.info().spec
@@ -93,7 +104,7 @@ class ServedMemory:
         if not gradients:
             return {}
         request_id = "-".join(filter(None, (self._run_id, str(step), part)))
-        answer = self._client.push(
+        answer = self._push(
             {ref: gradient.detach().contiguous().numpy() for ref, gradient in gradients.items()},
             base=base,
             step=step,
