@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from membank.client import BankClient, ClientConfig, FetchAnswer, PushAnswer, RetryConfig
+from membank.client import (
+    BankClient,
+    ClientConfig,
+    Compression,
+    FetchAnswer,
+    PushAnswer,
+    RetryConfig,
+)
 from membank.trainer.corpus import PackedSequences
 from membank.trainer.model import Anchor
 from membank.trainer.training import (
@@ -22,11 +29,13 @@ from membank.trainer.training import (
     save_sequences,
     train_memories,
 )
+from membank.wire.codec import push_codec
 from membank.wire.errors import NotFoundError, UnavailableError
 from membank.wire.records import (
     BankInfo,
     Block,
     BlockHeader,
+    Gradient,
     PartitionOwner,
     Placement,
     Update,
@@ -86,7 +95,7 @@ class Loopback:
         known = self._answers.get((update.request_id, refs))
         if known is not None:
             return PushAnswer(results=known.results, duplicate=True)
-        gradients = {g.ref: torch.from_numpy(np.asarray(g.values)) for g in update.gradients}
+        gradients = {g.ref: self._tensor(g) for g in update.gradients}
         self.pushed_bytes += sum(g.values.nbytes for g in update.gradients)
         (applied,) = self.memory.push(
             gradients,
@@ -101,6 +110,13 @@ class Loopback:
             self.num_lost += 1
             raise UnavailableError("the answer was lost")
         return answer
+
+    def _tensor(self, gradient: Gradient) -> torch.Tensor:
+        values = np.asarray(gradient.values)
+        if gradient.encoding:
+            shape = self.memory.spec.block_shape(gradient.ref.level)
+            values = push_codec(gradient.encoding).decode(gradient.values.view(np.uint8), shape)
+        return torch.from_numpy(values)
 
     async def close(self, *, grace_s: float = 0.0) -> None:
         del grace_s
@@ -164,6 +180,39 @@ def test_one_worker_through_the_client_equals_memory_in_process(
     assert bool(service.num_lost) == bool(lose_every)
     ours = reference.fetch(list(spec.blocks()))
     assert service.memory.fetch(list(spec.blocks())).versions == ours.versions
+
+
+@pytest.mark.parametrize(("depth", "lose_every"), [(0, 0), (1, 3)])
+def test_compressed_gradients_train_with_fewer_bytes(
+    anchor: Anchor,
+    sequences: PackedSequences,
+    spec: BankSpec,
+    client: BankClient,
+    service: Loopback,
+    tmp_path: Path,
+    depth: int,
+    lose_every: int,
+) -> None:
+    service.lose_every = lose_every
+    config = MemoryStageConfig(
+        num_tokens=CONFIG.num_tokens,
+        batch_size=6,
+        run_length=2,
+        prefetch=PrefetchConfig(depth=depth),
+    )
+    reference = Loopback(InProcessMemory(spec))
+    train_memories(anchor, reference.memory, sequences, config, losses=tmp_path / "exact")
+    source = ServedMemory(client, compression=Compression(wire="int8"))
+    result = train_memories(anchor, source, sequences, config, losses=tmp_path / "compressed")
+    assert result.num_refused == 0
+    exact, compressed = _losses(tmp_path / "exact"), _losses(tmp_path / "compressed")
+    assert exact != compressed
+    np.testing.assert_allclose(compressed, exact, rtol=0.01)
+    refs = list(spec.blocks())
+    versions = service.memory.fetch(refs).versions
+    assert versions == reference.memory.fetch(refs).versions
+    whole = sum(4 * spec.block_params(ref.level) * version for ref, version in versions.items())
+    assert service.pushed_bytes < 0.3 * whole
 
 
 def test_a_step_done_again_after_a_restart_is_not_applied_again(
