@@ -1,7 +1,7 @@
 # One verb for each thing; every verb makes what it needs. `make help` lists them.
 # Variables: PYTHON (the interpreter of new environments), PYTEST_ARGS, FAST=1 (a smaller demo), BANK (where the
 # demo keeps its bank, such as s3://bucket/demo), JOBS (test processes),
-# COUNT and SEED (of `make faults`), QUICK=1 and OUT (of `make bench-peers`).
+# COUNT and SEED (of `make faults`), QUICK=1 (of `make bench-peers` and `bench-questions`), OUT (of `bench-peers`).
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -26,10 +26,10 @@ QUICK_SUITE := -m "not slow and not ray" -n $(JOBS)
 SLOW_SUITE := -m "slow or ray"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup s3-server bench-peers fmt lint type test test-slow test-all faults proto proto-check wheel demo study clean ci
+.PHONY: help setup s3-server bench-peers bench-questions fmt lint type test test-slow test-all faults proto proto-check wheel demo study clean ci
 
 help: ## list the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.stamp ## make .venv with the service, the trainer and the development tools
 
@@ -83,6 +83,11 @@ stateful: setup ## random programs on whole banks against a model (PROGRAMS=1000
 bench-peers: $(PEERS_VENV)/.stamp ## membank beside Redis, Flight, torch rpc, Ray, Mooncake; report in runs/peers.json (QUICK=1: under 2 minutes)
 	scripts/peers/install.sh
 	$(PEERS_VENV)/bin/python -m benchmarks.peers --out $(OUT) --plot $(OUT:.json=.svg) $(if $(QUICK),--quick)
+
+bench-questions: setup ## measure the paper's open questions; fills in docs/questions.md (QUICK=1: in runs/, no claim)
+	mkdir -p runs && cp docs/questions.md runs/
+	$(BIN)/python -m benchmarks.questions \
+		$(if $(QUICK),--quick --out runs/questions.json --plots runs/plots --answers runs/questions.md,--out benchmarks/results/questions.json --plots docs/plots --answers docs/questions.md)
 
 proto: $(PROTO_VENV)/.stamp ## regenerate the code of proto/membank/v1
 	scripts/generate_proto.sh $(PROTO_VENV)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from benchmarks.questions.banks import ALL_RESIDENT, NOTHING_RESIDENT, FiledBank, sized_spec
 from benchmarks.questions.latency import Say, connected
@@ -149,8 +150,8 @@ class LateMemory:
         begin = time.perf_counter()
         blocks = self._get()
         self.waited_s = time.perf_counter() - begin
-        # torch reads no bfloat16 of numpy's, but its bits.
-        return [torch.from_numpy(block.view(np.int16)).view(torch.bfloat16) for block in blocks]
+        # torch reads no bfloat16 of numpy's, but its bits; through DLPack, as they are read-only.
+        return [from_dlpack(block.view(np.int16)).view(torch.bfloat16) for block in blocks]
 
 
 def _prompts(folder: Path, scale: Scale, say: Say) -> dict[str, Any]:
@@ -171,8 +172,8 @@ def _prompts(folder: Path, scale: Scale, say: Say) -> dict[str, Any]:
         "every layer": (scale.num_layers, widths),
         f"last {num_late} of {scale.num_layers} layers": (num_late, late_widths),
     }
+    plain: list[float] = []
     with torch.inference_mode():
-        plain = [timed(lambda: model(tokens_BT)) for _ in range(scale.num_prompts + 1)][1:]
         for name, (num_layers, block_widths) in layouts.items():
             spec = sized_spec(
                 (2, 1, 1), block_widths,
@@ -182,12 +183,20 @@ def _prompts(folder: Path, scale: Scale, say: Say) -> dict[str, Any]:
             for place, is_cold in _places(bank):
                 say(f"overlap: prompts, memory in {name}, from {place}")
                 first_layer = scale.num_layers - num_layers
+                taken: dict[str, list[tuple[float, float]]] = {_AFTER: [], _MEANWHILE: []}
                 with _fetcher(bank, is_cold=is_cold) as fetches:
-                    for way in (_AFTER, _MEANWHILE):
-                        taken = [
-                            run(fetches, way, first_layer) for _ in range(scale.num_prompts + 1)
-                        ][1:]
-                        rows.append(_prompt_row(name, place, way, taken, spec_bytes(bank)))
+                    # In turn, so that a slow moment of the machine is one for all.
+                    for number in range(scale.num_prompts + 1):
+                        seconds = timed(lambda: model(tokens_BT))
+                        found = {way: run(fetches, way, first_layer) for way in taken}
+                        if number:  # the first ones are a warm-up
+                            plain.append(seconds)
+                            for way, times in found.items():
+                                taken[way].append(times)
+                rows += [
+                    _prompt_row(name, place, way, times, spec_bytes(bank))
+                    for way, times in taken.items()
+                ]
     _add_shares(rows, scale.num_layers, num_late, median_ms(plain))
     return {
         "layers": scale.num_layers, "late_layers": num_late, "tokens": _NUM_TOKENS,

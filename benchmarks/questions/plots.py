@@ -51,10 +51,11 @@ def _latency(panel: Axes, figures: Figures) -> None:
     for number, source in enumerate(figures["lines"]):
         rows = [row for row in figures["rows"] if row["source"] == source]
         rows.sort(key=lambda row: float(row["bytes"]))
-        dashed = "--" if source.startswith("floor") else "-"
+        is_floor = source.startswith("floor")
         panel.plot(
             [row["bytes"] / 1e6 for row in rows], [row["p50_ms"] for row in rows],
-            dashed, marker=".", color=f"C{number % 10}", label=source,
+            "--" if is_floor else "-", marker=".", label=source,
+            color=f"{0.4 + 0.3 * number:.1f}" if is_floor else f"C{number % 10}",
         )  # fmt: skip
     _logarithmic(panel, "MB fetched", "p50, ms")
 
