@@ -84,7 +84,8 @@ class SharedMemory:
     warm then: memory fresh from the system takes four times as long to fill. Arrays of one size lie
     together, so that each fits exactly where another one was. Safe to use from threads.
 
-    Memory that nobody uses is kept up to an eighth of what is used, and at least 64 MiB.
+    Memory that nobody uses is kept up to an eighth of what is used, and at least 64 MiB or the size
+    of the array that was dropped last.
     """
 
     # `_returned` is filled as arrays die, which may be anywhere, also in a thread that holds
@@ -174,7 +175,9 @@ class SharedMemory:
                 emptied.append(segment)
         if not emptied:
             return
-        spare = max(_MIN_SPARE_BYTES, self._used_bytes // _SPARE_SHARE)
+        # A large array's own segment stays for the next one of its size.
+        largest = max((s.num_bytes for s in emptied if s.num_slots == 1), default=0)
+        spare = max(_MIN_SPARE_BYTES, self._used_bytes // _SPARE_SHARE, largest)
         idle = [segment for segment in self._segments.values() if segment.is_empty]
         excess = sum(segment.num_bytes for segment in idle) - spare
         for segment in idle:

@@ -79,9 +79,18 @@ def test_idle_memory_is_given_up_beyond_the_spare() -> None:
     assert memory.num_bytes <= (64 + 40 + 32 + 1) * MIB
 
 
+def test_a_large_array_takes_the_place_of_the_one_before() -> None:
+    memory = SharedMemory()
+    array = memory.take(200 * MIB)
+    address = array.ctypes.data
+    del array
+    assert memory.take(200 * MIB).ctypes.data == address
+
+
 def test_memory_that_was_given_up_is_returned_although_a_peer_has_it_mapped() -> None:
     memory, peer = SharedMemory(), MappedSegments()
     array = memory.take(100 * MIB)
+    other = memory.take(101 * MIB)
     array[:] = 1
     place = memory.locate(array)
     assert place is not None
@@ -89,7 +98,7 @@ def test_memory_that_was_given_up_is_returned_although_a_peer_has_it_mapped() ->
     peer.adopt(place.segment, os.dup(place.descriptor))
     seen = peer.view(place.segment, place.offset, array.size)
     assert os.fstat(handle).st_blocks * 512 >= array.size
-    del array
+    del array, other  # of which one is kept
     memory.take(1)
     assert os.fstat(handle).st_blocks == 0
     os.close(handle)
