@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from benchmarks.peers.blocks import NUM_LAYERS, WIDTH, Array, Blocks
 from benchmarks.peers.contestant import Access, NotRunError
 from benchmarks.peers.rules import ADAMW_BETAS, ADAMW_EPS, LEARNING_RATE
 from membank.client import BankClient, ClientConfig, FetchedBlocks
+from membank.wire.errors import UnavailableError
 from membank.wire.spec import BankSpec, BlockRef, LevelSpec, OptimizerKind, OptimizerSpec
 
 
@@ -127,13 +128,16 @@ class ViewClient(BlocksClient):
 
     def fetch(self, keys: Sequence[str]) -> Sequence[Array]:
         # docstring inherited
-        self._lease.close()
+        # Nothing of it is read any more, so it does not matter whether it outlived its lease.
+        with suppress(UnavailableError):
+            self._lease.close()
         refs = [self._ref(key) for key in keys]
         return self._weights(self._lease.enter_context(self._client.borrow(refs)))
 
     def close(self) -> None:
         # docstring inherited
-        self._lease.close()
+        with suppress(UnavailableError):
+            self._lease.close()
         super().close()
 
 
