@@ -88,7 +88,7 @@ class BufferPool:
         """
         if num_bytes < MIN_POOLED_BYTES:
             return np.empty(num_bytes, np.uint8)
-        size = _rounded(num_bytes)
+        size = rounded(num_bytes)
         if not self._max_bytes:
             return _array_in(_new_memory(size), num_bytes)
         self._sort_in_returned()
@@ -169,7 +169,7 @@ def _give_back(pool_ref: weakref.ref[BufferPool], memory: _Memory) -> None:
         pool._sort_in_returned()
 
 
-def _rounded(num_bytes: int) -> int:
+def rounded(num_bytes: int) -> int:
     """Return `num_bytes` rounded up by less than an eighth, so that like sizes share memory."""
     step = max(ALIGNMENT_BYTES, 1 << (num_bytes.bit_length() - 4))
     return -(-num_bytes // step) * step

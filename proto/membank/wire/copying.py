@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from typing import TypeVar
 
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from membank.wire.crc import crc32c, join_crc32c
+from membank.wire.loaders import Loaders
 
 T = TypeVar("T")
 
@@ -42,15 +42,9 @@ def copy_checked(target: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8]) -
 
 
 def side_by_side(first: Callable[[], T], second: Callable[[], T]) -> tuple[T, T]:
-    """Do `first` in this thread and `second` in a helper, or here too where all are at work."""
-    helper = _helpers().submit(second)
-    try:
-        done = first()
-    finally:
-        # A helper that has started must end before the caller lets go of what it works on.
-        if not (is_alone := helper.cancel()):
-            wait([helper])
-    return done, second() if is_alone else helper.result()
+    """Do both, `second` in a helper, or here too where all are at work."""
+    done = _helpers().map(lambda work: work(), (first, second))
+    return done[0], done[1]
 
 
 def _copy_part(target: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8]) -> int:
@@ -63,8 +57,8 @@ def _copy_part(target: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8]) -> 
 
 
 @cache
-def _helpers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_NUM_HELPERS, thread_name_prefix="membank-copy")
+def _helpers() -> Loaders:
+    return Loaders(_NUM_HELPERS, "membank-copy")
 
 
 # Threads do not survive a fork: a child makes helpers of its own.

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from membank.wire.buffers import rounded
 from membank.wire.spec import Array
 
 Bytes = npt.NDArray[np.uint8]
@@ -204,8 +205,7 @@ def pack(sizes: Sequence[int], memory: SharedMemory) -> tuple[list[Bytes], Bytes
     Its length is rounded up by less than an eighth, so that arrays of many lengths share memory.
     """
     total = max(1, sum(map(aligned, sizes)))
-    step = max(_MIN_SLOT_BYTES, 1 << (total.bit_length() - 4))
-    whole = memory.take(-(-total // step) * step)
+    whole = memory.take(rounded(total))
     ends = itertools.accumulate(map(aligned, sizes))
     return [
         whole[end - aligned(size) :][:size] for size, end in zip(sizes, ends, strict=True)

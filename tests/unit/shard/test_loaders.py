@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from membank.bank_service.shard import Shard
-from membank.bank_service.shard.loaders import Loaders
 from membank.bank_service.store import Bank
 from membank.wire.errors import CorruptionError
+from membank.wire.loaders import Loaders
 from tiny_bank import UnsyncedObjects, create_bank, file_bytes, make_update
 
 

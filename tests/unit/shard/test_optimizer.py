@@ -15,7 +15,6 @@ from torch.optim.sgd import sgd
 
 from membank.bank_service.shard import optimizer
 from membank.bank_service.shard.content import content_crcs, initial_content, zero_state
-from membank.bank_service.shard.loaders import Loaders
 from membank.bank_service.shard.optimizer import (
     BlockOptimizer,
     BlockStep,
@@ -23,6 +22,7 @@ from membank.bank_service.shard.optimizer import (
     as_tensor,
     convert,
 )
+from membank.wire.loaders import Loaders
 from membank.wire.spec import Array, BankSpec, BlockRef, OptimizerKind, OptimizerSpec, Role
 from tiny_bank import gradient_for, tiny_spec
 

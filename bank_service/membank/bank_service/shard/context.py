@@ -10,13 +10,13 @@ from threading import Lock
 
 from membank.bank_service.shard.config import ShardConfig
 from membank.bank_service.shard.lease import boot_clock
-from membank.bank_service.shard.loaders import Loaders
 from membank.bank_service.shard.maintenance import InlineMaintenance, Maintenance
 from membank.bank_service.shard.residency import Residency
 from membank.bank_service.shard.update_rule import UpdateRule
 from membank.bank_service.shard.watch import WatchHub
 from membank.bank_service.store.bank import Bank
 from membank.bank_service.store.journal import LogFile, PosixLogFile
+from membank.wire.loaders import Loaders
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

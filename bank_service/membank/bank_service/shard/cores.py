@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from membank.bank_service.shard.loaders import Loaders
+from membank.wire.loaders import Loaders
 
 S = TypeVar("S")
 

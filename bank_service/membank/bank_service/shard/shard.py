@@ -31,7 +31,6 @@ from membank.bank_service.shard.contract import (
 )
 from membank.bank_service.shard.draft import check_array
 from membank.bank_service.shard.lease import boot_clock
-from membank.bank_service.shard.loaders import Loaders
 from membank.bank_service.shard.maintenance import InlineMaintenance, Maintenance
 from membank.bank_service.shard.participant import Participant, owned
 from membank.bank_service.shard.partition import Partition
@@ -53,6 +52,7 @@ from membank.wire.errors import (
     UnavailableError,
 )
 from membank.wire.format import Entry, RevisionRecord
+from membank.wire.loaders import Loaders
 from membank.wire.records import (
     Gradient,
     ShardStats,
