@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from core_rig import ACROSS, CONFIG, PATH, base, gradients, ones
 from fake_bank import SPEC, FakeBank
 from faults import Fault
 from in_process import InProcessNetwork
-from membank.client import AsyncBankClient, ClientConfig, Memory, RetryConfig
+from membank.client import AsyncBankClient, ClientConfig, Memory
 from membank.wire.codec import PUSH_CODECS, Encoded, Sparse, push_codec
 from membank.wire.errors import (
     FailedPreconditionError,
@@ -19,12 +20,6 @@ from membank.wire.errors import (
     UnavailableError,
 )
 from membank.wire.spec import BlockRef, BlockState, dtype_of
-
-# Partitions are dealt to two shards in turns: 1/0, 1/2 and what is under them lie on the first.
-PATH = (BlockRef(1, 0), BlockRef(2, 1))
-ACROSS = (BlockRef(1, 0), BlockRef(1, 1), BlockRef(2, 1), BlockRef(2, 3))
-RETRY = RetryConfig(max_attempts=5, initial_backoff_s=0.001, max_backoff_s=0.002)
-CONFIG = ClientConfig(timeout_s=5.0, retry=RETRY)
 
 
 @pytest.fixture
@@ -43,18 +38,6 @@ async def client(network: InProcessNetwork) -> AsyncIterator[AsyncBankClient]:
         network.GATEWAY, config=CONFIG, connector=network
     ) as client:
         yield client
-
-
-def ones(ref: BlockRef) -> NDArray[np.float32]:
-    return np.ones(SPEC.block_shape(ref.level), np.float32)
-
-
-def gradients(*refs: BlockRef) -> dict[BlockRef, NDArray[np.float32]]:
-    return {ref: ones(ref) for ref in refs}
-
-
-def base(*refs: BlockRef) -> dict[BlockRef, int]:
-    return dict.fromkeys(refs, 0)
 
 
 class TestConnect:

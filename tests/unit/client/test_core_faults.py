@@ -3,11 +3,10 @@
 import asyncio
 from collections.abc import AsyncIterator
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from fake_bank import SPEC, FakeBank
+from core_rig import ACROSS, CONFIG, PATH, RETRY, base, gradients, ones
+from fake_bank import FakeBank
 from faults import Fault
 from in_process import InProcessNetwork
 from membank.client import AsyncBankClient, ClientConfig, RetryConfig, Transaction
@@ -20,13 +19,6 @@ from membank.wire.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from membank.wire.spec import BlockRef
-
-# Partitions are dealt to two shards in turns: 1/0, 1/2 and what is under them lie on the first.
-PATH = (BlockRef(1, 0), BlockRef(2, 1))
-ACROSS = (BlockRef(1, 0), BlockRef(1, 1), BlockRef(2, 1), BlockRef(2, 3))
-RETRY = RetryConfig(max_attempts=5, initial_backoff_s=0.001, max_backoff_s=0.002)
-CONFIG = ClientConfig(timeout_s=5.0, retry=RETRY)
 
 
 @pytest.fixture
@@ -45,18 +37,6 @@ async def client(network: InProcessNetwork) -> AsyncIterator[AsyncBankClient]:
         network.GATEWAY, config=CONFIG, connector=network
     ) as client:
         yield client
-
-
-def ones(ref: BlockRef) -> NDArray[np.float32]:
-    return np.ones(SPEC.block_shape(ref.level), np.float32)
-
-
-def gradients(*refs: BlockRef) -> dict[BlockRef, NDArray[np.float32]]:
-    return {ref: ones(ref) for ref in refs}
-
-
-def base(*refs: BlockRef) -> dict[BlockRef, int]:
-    return dict.fromkeys(refs, 0)
 
 
 class TestRetries:
