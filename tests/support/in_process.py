@@ -349,6 +349,7 @@ class _Reachable:
         self._endpoint = endpoint
 
     async def fetch(self, *args: Any, **kwargs: Any) -> FetchAnswer:
+        await asyncio.sleep(0)  # others get to run, as they do while anything travels
         answer: FetchAnswer = await self.__getattr__("fetch")(*args, **kwargs)
         self._network.after_fetch()
         return answer

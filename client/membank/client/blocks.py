@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from membank.client.config import ClientConfig
 from membank.client.deadline import Deadline
+from membank.client.inline import NeedsLoopError, is_inline
 from membank.client.memory import FetchedBlocks
 from membank.client.retrying import call_with_retries, is_retryable
 from membank.client.shards import ShardMap
@@ -306,7 +307,15 @@ def _is_another(held: Block, answered: Block) -> bool:
 
 async def _all(calls: Iterable[Coroutine[Any, Any, None]]) -> None:
     """Run all to their end, then raise what matters most: an answer before a missing one."""
-    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    coroutines = list(calls)
+    if len(coroutines) == 1:
+        await coroutines[0]
+        return
+    if is_inline():
+        for coroutine in coroutines:
+            coroutine.close()
+        raise NeedsLoopError  # to run them at the same time
+    outcomes = await asyncio.gather(*coroutines, return_exceptions=True)
     failures = [outcome for outcome in outcomes if outcome is not None]
     if failures:
         # Retrying is pointless where one part was refused for good.

@@ -22,6 +22,7 @@ from membank.client.checks import (
 )
 from membank.client.config import CacheConfig, ClientConfig
 from membank.client.disk_tier import DiskTier
+from membank.client.inline import is_inline
 from membank.client.landing import CallerBuffers
 from membank.client.listening import WatchEar
 from membank.client.memory import FetchedBlocks, Memory
@@ -441,7 +442,10 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
         if not gradients:
             return PushAnswer(results=(), duplicate=False)
         if wire is not None:
-            gradients = await asyncio.to_thread(encoded, gradients, wire)
+            if not is_inline():
+                gradients = await asyncio.to_thread(encoded, gradients, wire)
+            else:
+                gradients = encoded(gradients, wire)
         update = Update(
             request_id=request_id or new_request_id(),
             step=step,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from membank.client.grpc_channel import GrpcChannel
+from membank.client.inline import require_loop
 from membank.client.landing import Landing
 from membank.client.payloads import FETCH_DATA, FetchedPayloads
 from membank.client.transport import FetchAnswer
@@ -78,6 +79,7 @@ class ChannelFetches:
         timeout_s: float,
     ) -> FetchAnswer:
         """Return blocks of one revision."""
+        require_loop()
         payloads = FetchedPayloads(
             refs, landing, max_bytes=self._max_answer_bytes, where=self._channel.endpoint
         )

@@ -11,6 +11,7 @@ from membank.client.direct_fetches import DirectFetches, DirectStats
 from membank.client.fetches import ChannelFetches, Fetches
 from membank.client.grpc_admin import GrpcAdminTransport
 from membank.client.grpc_channel import GrpcChannel
+from membank.client.inline import require_loop
 from membank.client.landing import Landing
 from membank.client.payloads import PUSH_DATA, push_requests, read_document
 from membank.client.requests import fetch_request
@@ -146,6 +147,7 @@ class GrpcTransport(GrpcAdminTransport):
 
     async def push(self, update: Update, *, timeout_s: float) -> PushAnswer:
         """Apply gradients."""
+        require_loop()
         call = self._push_updates(
             push_requests(update, bank=self._bank),
             timeout=timeout_s,

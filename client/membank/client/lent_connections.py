@@ -1,13 +1,17 @@
-"""Blocking connections that calls of an event loop borrow, each with a thread to work in."""
+"""Blocking connections that calls borrow: those of an event loop with a thread to work in."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Generic, Protocol, TypeVar
+
+from membank.client.inline import NeedsLoopError, is_inline
 
 T = TypeVar("T")
 
@@ -31,7 +35,7 @@ C = TypeVar("C", bound=Lendable)
 class LentConnections(Generic[C]):
     """Connections to one endpoint, lent for one call at a time and kept in between.
 
-    Belongs to the event loop that it was made in.
+    Belongs to the event loop that it was made in. Threads in `run_inline` may borrow what is idle.
 
     Parameters
     ----------
@@ -41,13 +45,17 @@ class LentConnections(Generic[C]):
         Prefix of the names of their threads.
     """
 
+    # `_lock` guards `_num_free`, `_waiting`, `_idle`, `_lent` and `_is_closed`.
+
     def __init__(self, max_connections: int, *, thread_name: str) -> None:
-        self._free = asyncio.Semaphore(max_connections)
+        self._loop = asyncio.get_running_loop()
         self._threads = ThreadPoolExecutor(max_connections, thread_name_prefix=thread_name)
+        self._lock = threading.Lock()
+        self._num_free = max_connections
+        self._waiting: deque[asyncio.Future[None]] = deque()
         self._idle: list[C] = []
         self._lent: set[C] = set()
         self._none_lent = asyncio.Event()
-        self._none_lent.set()
         self._is_closed = False
 
     async def call(
@@ -78,18 +86,18 @@ class LentConnections(Generic[C]):
     @asynccontextmanager
     async def lend(self, connect: Callable[[], Awaitable[C]], *, ends: float) -> AsyncIterator[C]:
         """Lend a connection for as long as the context lasts; arguments and errors as of `call`."""
-        async with asyncio.timeout(ends - time.monotonic()):
-            await self._free.acquire()
+        if not self._take_turn():
+            await self._wait_turn(ends)
         try:
-            connection = self._take() or await connect()
-            self._lent.add(connection)
-            self._none_lent.clear()
+            connection = self._take()
+            if connection is None:
+                connection = await self._connected(connect)
             try:
                 yield connection
             finally:
                 self._give_back(connection)
         finally:
-            self._free.release()
+            self._end_turn()
 
     async def open(self, connect: Callable[[], C]) -> C:
         """Connect in a thread; a connection that nobody waits for any more is closed."""
@@ -102,18 +110,29 @@ class LentConnections(Generic[C]):
 
     async def close(self, *, grace_s: float = 0.0) -> None:
         """Close all connections; calls that still run have `grace_s` seconds to end."""
-        self._is_closed = True
-        while self._idle:
-            self._idle.pop().close()
+        with self._lock:
+            self._is_closed = True
+            idle, self._idle = self._idle, []
+            if not self._lent:
+                self._none_lent.set()
+        for connection in idle:
+            connection.close()
         with suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
                 await self._none_lent.wait()
-        for connection in self._lent:
+        with self._lock:
+            lent = list(self._lent)
+        for connection in lent:
             connection.abandon()
         self._threads.shutdown(wait=False)
 
     async def in_thread(self, call: Callable[[], T], *, on_cancel: Callable[[], None]) -> T:
-        """Run a blocking call in a thread; a cancellation waits for its end, which `on_cancel` hastens."""
+        """Run a blocking call in a thread; a cancellation waits for its end, which `on_cancel` hastens.
+
+        Inline, it runs right here.
+        """
+        if is_inline():
+            return call()
         results: list[T] = []
         errors: list[BaseException] = []
 
@@ -138,22 +157,80 @@ class LentConnections(Generic[C]):
             raise errors.pop()
         return results.pop()
 
+    def _take_turn(self) -> bool:
+        """Take a turn if one is free; nobody is overtaken, as none is while somebody waits."""
+        with self._lock:
+            is_free = self._num_free > 0
+            self._num_free -= is_free
+        return is_free
+
+    async def _wait_turn(self, ends: float) -> None:
+        if is_inline():
+            raise NeedsLoopError
+        turn = self._loop.create_future()
+        with self._lock:
+            if self._num_free:
+                self._num_free -= 1
+                return
+            self._waiting.append(turn)
+        try:
+            async with asyncio.timeout(ends - time.monotonic()):
+                await turn
+        except BaseException:
+            with self._lock:
+                is_waiting = turn in self._waiting
+                if is_waiting:
+                    self._waiting.remove(turn)
+            if not is_waiting:
+                self._end_turn()  # it came just as nobody waited for it any more
+            raise
+
+    def _end_turn(self) -> None:
+        with self._lock:
+            if not self._waiting:
+                self._num_free += 1
+                return
+            turn = self._waiting.popleft()
+        with suppress(RuntimeError):  # the loop has ended, and with it who waited
+            self._loop.call_soon_threadsafe(_come, turn)
+
     def _take(self) -> C | None:
-        while self._idle:
-            connection = self._idle.pop()
+        while True:
+            with self._lock:
+                if not self._idle:
+                    return None
+                connection = self._idle.pop()
+                self._lent.add(connection)
             if connection.is_usable():
                 return connection
-            connection.close()
-        return None
+            self._give_back(connection)
+
+    async def _connected(self, connect: Callable[[], Awaitable[C]]) -> C:
+        if is_inline():
+            raise NeedsLoopError
+        connection = await connect()
+        with self._lock:
+            self._lent.add(connection)
+        return connection
 
     def _give_back(self, connection: C) -> None:
-        self._lent.discard(connection)
-        if not self._lent:
-            self._none_lent.set()
-        if connection.is_usable() and not self._is_closed:
-            self._idle.append(connection)
-        else:
+        is_usable = connection.is_usable()
+        with self._lock:
+            self._lent.discard(connection)
+            is_kept = is_usable and not self._is_closed
+            if is_kept:
+                self._idle.append(connection)
+            is_last = self._is_closed and not self._lent
+        if not is_kept:
             connection.close()
+        if is_last:
+            with suppress(RuntimeError):  # nobody waits any more: the loop has ended
+                self._loop.call_soon_threadsafe(self._none_lent.set)
+
+
+def _come(turn: asyncio.Future[None]) -> None:
+    if not turn.done():
+        turn.set_result(None)
 
 
 def _close_unclaimed(opening: asyncio.Future[C]) -> None:

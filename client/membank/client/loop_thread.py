@@ -33,7 +33,7 @@ class LoopThread:
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the loop and return its result; an interrupt cancels it."""
-        if threading.current_thread() is self._thread:
+        if self.is_current():
             coroutine.close()
             raise FailedPreconditionError(
                 "a sync client was called on its own event loop; use AsyncBankClient there"
@@ -48,6 +48,10 @@ class LoopThread:
             # Such as KeyboardInterrupt while waiting; has no effect on a call that has ended.
             future.cancel()
             raise
+
+    def is_current(self) -> bool:
+        """Say whether this thread is the loop's own."""
+        return threading.current_thread() is self._thread
 
     def stop(self) -> None:
         """End what still runs on the loop, then the loop and its thread."""
@@ -93,6 +97,12 @@ def loop_thread() -> LoopThread:
             _loop_thread = LoopThread()
             atexit.register(_loop_thread.stop)
         return _loop_thread
+
+
+def may_block() -> bool:
+    """Say whether a call may run in this thread: not where the loop does, nor where `run` refuses."""
+    known = _loop_thread
+    return known is not None and not known.is_current()
 
 
 def _reset_after_fork() -> None:

@@ -18,6 +18,7 @@ from tenacity.stop import stop_base
 
 from membank.client.config import RetryConfig
 from membank.client.deadline import Deadline
+from membank.client.inline import require_loop
 from membank.wire.errors import MembankError, ResourceExhaustedError, UnavailableError
 
 T = TypeVar("T")
@@ -98,6 +99,7 @@ async def call_with_retries(
         if not is_retryable(err):
             raise
         failure = err
+    require_loop()  # to wait on
     is_first = True
 
     async def again() -> T:

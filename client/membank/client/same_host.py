@@ -236,10 +236,11 @@ class SameHostTransport(GrpcTransport):
         ends = time.monotonic() + timeout_s
         try:
             answer = await self._answer(through, ends)
-            self._counters.count(what)
         except NoWayError as err:
-            self._counters.count(str(err))
-            return await over(max(0.0, ends - time.monotonic()))
+            # Counted at its end: inline it may have to be made once more.
+            answer = await over(max(0.0, ends - time.monotonic()))
+            what = str(err)
+        self._counters.count(what)
         return answer
 
     async def _answer(self, through: Callable[[SameHostConnection, float], T], ends: float) -> T:

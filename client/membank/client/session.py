@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -18,7 +19,7 @@ T = TypeVar("T")
 
 
 class Session:
-    """The state behind a client; belongs to one event loop.
+    """The state behind a client; belongs to one event loop, but for what `run_inline` runs.
 
     Parameters
     ----------
@@ -34,6 +35,7 @@ class Session:
         self.endpoint = endpoint
         self.config = config
         self.shards = ShardMap(endpoint, connector, grace_s=config.timeout_s)
+        self._revision_lock = threading.Lock()
         self.revision = 0
         """Newest revision that this client has seen; it never reads an older one again."""
         self.report_listeners: list[Callable[[TransactionReport], None]] = []
@@ -76,7 +78,8 @@ class Session:
 
     def note_revision(self, revision: int) -> None:
         """Remember that the bank is at `revision` or later."""
-        self.revision = max(self.revision, revision)
+        with self._revision_lock:
+            self.revision = max(self.revision, revision)
 
     def noted(self, report: TransactionReport) -> TransactionReport:
         """Remember what a transaction did, and pass it on; return its report."""

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Iterable
 
+from membank.client.inline import require_loop
 from membank.client.transport import Connector, Transport
 from membank.wire.errors import (
     FailedPreconditionError,
@@ -25,7 +26,8 @@ _PLACE_IS_RIGHT = frozenset({Reason.BEHIND_REVISION, Reason.TRANSACTION_IN_PROGR
 class ShardMap:
     """Finds the shard of a block, and learns anew where shards are.
 
-    Belongs to one event loop. `_lock` makes one refresh serve all calls that need one.
+    Belongs to one event loop, which alone changes what is known; threads in `run_inline` look it up.
+    `_lock` makes one refresh serve all calls that need one.
 
     Parameters
     ----------
@@ -73,9 +75,11 @@ class ShardMap:
         """
         if self._is_closed:
             raise FailedPreconditionError("the client is closed; connect a new one")
-        if endpoint not in self._transports:
-            self._transports[endpoint] = self._connector(endpoint)
-        return self._transports[endpoint]
+        transport = self._transports.get(endpoint)
+        if transport is None:
+            require_loop()
+            transport = self._transports[endpoint] = self._connector(endpoint)
+        return transport
 
     async def info(self, *, timeout_s: float) -> BankInfo:
         """Return what was learnt last, or ask where nothing was."""
@@ -99,6 +103,7 @@ class ShardMap:
         MembankError
             What `Transport.get_bank` raises.
         """
+        require_loop()
         async with self._lock:
             if self._info is None or seen is None or seen == self._num_refreshes:
                 info = await self._ask(timeout_s)

@@ -1,9 +1,14 @@
-"""The synchronous client: `AsyncBankClient` behind one background thread, with no logic of its own."""
+"""The synchronous client: `AsyncBankClient` behind one background thread, with no logic of its own.
+
+What is called most, and waits for shards alone, runs in its caller's thread where it can.
+"""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import os
+import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
@@ -12,11 +17,13 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 from membank.client.cached_blocks import CacheStats
 from membank.client.config import ClientConfig
 from membank.client.core import AsyncBankClient
-from membank.client.loop_thread import loop_thread
+from membank.client.inline import NeedsLoopError, run_inline
+from membank.client.loop_thread import loop_thread, may_block
 from membank.client.memory import FetchedBlocks
 from membank.client.opened import OpenedBank, open_bank
 from membank.client.retriever import Embedder
 from membank.client.same_host import SameHostStats
+from membank.client.session import new_request_id
 from membank.client.transaction import Transaction
 from membank.client.transport import Connector
 from membank.client.watching import Changes
@@ -25,6 +32,8 @@ from membank.wire.spec import BankSpec, BlockRef
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_LEAST_S = 0.001
 
 
 def _sync(
@@ -39,6 +48,32 @@ def _sync(
     return call
 
 
+def _sync_here(
+    method: Callable[Concatenate[AsyncBankClient, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[BankClient, P], T]:
+    """As `_sync`, of a method that takes `timeout_s` and may be tried in the caller's thread."""
+    begin: Callable[..., Coroutine[Any, Any, T]] = method
+    has_request_id = "request_id" in inspect.signature(method).parameters
+
+    @functools.wraps(method)
+    def call(self: BankClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        if not self._is_here():
+            return self._run(method(self._core, *args, **kwargs))
+        # Whatever the first attempt would use up, or make anew, is the same in both.
+        again = [list(arg) if isinstance(arg, Iterator) else arg for arg in args]
+        options: dict[str, Any] = dict(kwargs)
+        if has_request_id:
+            options["request_id"] = options.get("request_id") or new_request_id()
+        began = time.monotonic()
+        try:
+            return run_inline(begin(self._core, *again, **options))
+        except NeedsLoopError:
+            options["timeout_s"] = self._left_s(options.get("timeout_s"), since=began)
+        return self._run(begin(self._core, *again, **options))
+
+    return call
+
+
 class BankClient:
     """A bank as seen over the network.
 
@@ -49,6 +84,8 @@ class BankClient:
     ----------
     core
         The asynchronous client, made on the loop thread of this process.
+    runs_inline
+        Its transports bear `run_inline`: they call `require_loop` before they do what needs a loop.
 
     Notes
     -----
@@ -57,8 +94,10 @@ class BankClient:
     the configuration, and connect there.
     """
 
-    def __init__(self, core: AsyncBankClient) -> None:
+    def __init__(self, core: AsyncBankClient, *, runs_inline: bool = False) -> None:
         self._core = core
+        # A cache belongs to the loop, on which it also hears of changes.
+        self._runs_inline = runs_inline and core.config.cache is None
         self._pid = os.getpid()
 
     @classmethod
@@ -83,13 +122,10 @@ class BankClient:
         connector
             Connects to endpoints; None = over gRPC.
         """
-        return cls(
-            loop_thread().run(
-                AsyncBankClient.connect(
-                    endpoint, config=config, embedder=embedder, connector=connector
-                )
-            )
+        core = loop_thread().run(
+            AsyncBankClient.connect(endpoint, config=config, embedder=embedder, connector=connector)
         )
+        return cls(core, runs_inline=connector is None)
 
     @classmethod
     def open(
@@ -172,9 +208,9 @@ class BankClient:
     retriever = _sync(AsyncBankClient.retriever)
     route = _sync(AsyncBankClient.route)
     route_beam = _sync(AsyncBankClient.route_beam)
-    fetch = _sync(AsyncBankClient.fetch)
-    fetch_blocks = _sync(AsyncBankClient.fetch_blocks)
-    push = _sync(AsyncBankClient.push)
+    fetch = _sync_here(AsyncBankClient.fetch)
+    fetch_blocks = _sync_here(AsyncBankClient.fetch_blocks)
+    push = _sync_here(AsyncBankClient.push)
 
     create_bank = _sync(AsyncBankClient.create_bank)
     topics = _sync(AsyncBankClient.topics)
@@ -232,12 +268,22 @@ class BankClient:
         timeout_s
             Deadline of getting them.
         """
-        lease = self._core.borrow(refs, timeout_s=timeout_s)
-        blocks = self._run(lease.__aenter__())
+        wanted = list(refs)
+        began = time.monotonic()
+        run: Callable[[Coroutine[Any, Any, Any]], Any] = (
+            run_inline if self._is_here() else self._run
+        )
+        lease = self._core.borrow(wanted, timeout_s=timeout_s)
+        try:
+            blocks: FetchedBlocks = run(lease.__aenter__())
+        except NeedsLoopError:
+            run = self._run
+            lease = self._core.borrow(wanted, timeout_s=self._left_s(timeout_s, since=began))
+            blocks = run(lease.__aenter__())
         try:
             yield blocks
         finally:
-            self._run(lease.__aexit__(None, None, None))
+            run(lease.__aexit__(None, None, None))
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:
@@ -246,6 +292,14 @@ class BankClient:
         yield transaction
         if transaction.weights:
             transaction.report = self.swap(transaction.weights, expected=transaction.expected)
+
+    def _is_here(self) -> bool:
+        return self._runs_inline and may_block()
+
+    def _left_s(self, timeout_s: float | None, *, since: float) -> float:
+        """Return what is left of a call's seconds; at least some, so that it fails as it would."""
+        allowed = self._core.config.timeout_s if timeout_s is None else timeout_s
+        return max(allowed - (time.monotonic() - since), _LEAST_S)
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         try:
