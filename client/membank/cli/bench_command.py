@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from membank.cli.bench import load_command
 from membank.cli.bench.display import pairs_table, print_machine, shown_progress
-from membank.cli.bench.load_command import fetch, mixed, push, scratch_folder
+from membank.cli.bench.load_command import scratch_folder
 from membank.cli.bench.train_command import train
 from membank.cli.extras import needs_extra
 from membank.cli.machine import environment
@@ -26,9 +27,7 @@ def register(app: typer.Typer) -> None:
         help="Measure a service, or the parts of one on this machine (docs/benchmarks.md).",
         no_args_is_help=True,
     )
-    group.command("fetch")(fetch)
-    group.command("push")(push)
-    group.command("mixed")(mixed)
+    load_command.register(group)
     group.command("train")(train)
     group.command("store")(store)
     app.add_typer(group, name="bench")

@@ -139,6 +139,25 @@ def test_fetches_of_several_clients_are_measured_and_change_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("command", ["fetch", "push"])
+def test_what_travels_may_be_encoded_and_is_counted_as_it_travels(
+    command: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "now.json"
+    with ServedBank(tmp_path / "bank", served_spec("membank-bench")) as bank:
+        ended = membank(
+            "bench", command, "--bank", bank.endpoint, "--requests", "20", "--dtype", "int8",
+            "--json", str(out),
+        )  # fmt: skip
+    assert ended.code == 0, ended.err
+    row = rows_of(out)[f"{command}-membank-bench-1-client"]
+    assert not row["errors"]
+    # Two blocks of 1,536 integers with a scale of 4 bytes for each 64 of them.
+    assert row["bytes"] == 20 * 2 * (1536 + 1536 // 64 * 4)
+    assert "as int8" in row["what"]
+
+
+@pytest.mark.slow
 def test_a_service_that_does_not_answer_is_said(served: ServedBank) -> None:
     # Half of the topics have no shard any more.
     served.shards[1].stop()

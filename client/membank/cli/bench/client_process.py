@@ -11,7 +11,13 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-from membank.cli.bench.workload import Operation, Traffic, ZipfPaths, wire_dtype
+from membank.cli.bench.workload import (
+    Operation,
+    Traffic,
+    ZipfPaths,
+    travelling_bytes,
+    wire_codec,
+)
 from membank.client import BankClient, ClientConfig
 from membank.wire.errors import MembankError
 from membank.wire.spec import Array, BlockRef, Path
@@ -112,12 +118,15 @@ class Caller:
         self._versions = dict(task.versions)
         self._fetched: Path | None = None
         self._gradients: dict[int, Array] = {}
+        self._num_bytes = travelling_bytes(bank.spec, task.traffic)
+        codec = wire_codec(bank.spec, task.traffic)
+        # What travels as an element type is made of it; an encoding is part of the call.
+        self._wire = None if codec.name == codec.dtype.name else codec.name
         if Operation.PUSH in task.traffic.operations:
-            dtype = wire_dtype(bank.spec, task.traffic)
             for level in range(1, bank.spec.num_levels + 1):
                 values = self._rng.standard_normal(bank.spec.block_shape(level), np.float32)
                 values *= _GRADIENT_STD
-                self._gradients[level] = values.astype(dtype, copy=False)
+                self._gradients[level] = values.astype(codec.dtype, copy=False)
         self.report = ClientReport(calls={kind: Calls() for kind in task.traffic.operations})
         """What was done so far."""
 
@@ -169,12 +178,13 @@ class Caller:
         memory = self._bank.fetch(path, dtype=self._traffic.dtype)
         self._versions.update(memory.versions)
         self._fetched = tuple(memory)
-        return sum(weight.nbytes for weight in memory.weights.values())
+        return sum(self._num_bytes[ref.level] for ref in memory.weights)
 
     def _push(self, path: Sequence[BlockRef], calls: Calls) -> int:
         gradients = {ref: self._gradients[ref.level] for ref in path}
-        answer = self._bank.push(gradients, base={ref: self._versions[ref] for ref in path})
+        base = {ref: self._versions[ref] for ref in path}
+        answer = self._bank.push(gradients, base=base, wire=self._wire)
         self._versions.update(answer.versions)
         calls.num_gradients += len(gradients)
         calls.num_refused += len(answer.refused)
-        return sum(gradient.nbytes for gradient in gradients.values())
+        return sum(self._num_bytes[ref.level] for ref in path)

@@ -21,7 +21,8 @@ from membank.cli.bench.workload import (
     choose_leaves,
     in_batches,
     touched_blocks,
-    wire_dtype,
+    travelling_bytes,
+    wire_codec,
 )
 from membank.client import BankClient, ClientConfig
 from membank.wire.spec import BankSpec, BlockRef
@@ -275,12 +276,12 @@ def _row_name(target: str, traffic: Traffic, operation: Operation, num_clients: 
 def _describe(target: Target, traffic: Traffic, operation: Operation, num_clients: int) -> str:
     spec = target.spec
     path = spec.path_to(target.leaves[0])
-    dtype = wire_dtype(spec, traffic)
-    sizes = [spec.block_params(ref.level) * dtype.itemsize for ref in path]
+    num_bytes = travelling_bytes(spec, traffic)
+    sizes = [num_bytes[ref.level] for ref in path]
     verb = "fetches of" if operation is Operation.FETCH else "pushes of gradients for"
     among = f", {100 * traffic.push_share:g} % of calls are pushes" * (len(traffic.operations) > 1)
     return (
-        f"{verb} one path of {len(path)} blocks ({', '.join(map(str, sizes))} bytes as {dtype.name})"
+        f"{verb} one path of {len(path)} blocks ({', '.join(map(str, sizes))} bytes as {wire_codec(spec, traffic).name})"
         f" by {num_clients} processes; {len(target.leaves)} of "
         f"{spec.num_clusters(spec.num_levels)} leaves, Zipf exponent {traffic.zipf:g}, each "
         f"touched once before{among}"

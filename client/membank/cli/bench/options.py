@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from membank.cli.bench.presets import BLOCK_PRESETS, PAPER_PRESETS
+from membank.wire.codec import FETCH_CODECS
 
 BenchBankOption = Annotated[
     str | None,
@@ -57,7 +58,8 @@ ZipfOption = Annotated[
 DtypeOption = Annotated[
     str | None,
     typer.Option(
-        "--dtype", help="On the wire: float32, bfloat16 or float16; default: that of the bank."
+        "--dtype",
+        help=f"What travels: {', '.join(FETCH_CODECS)}; default: the bank's element type.",
     ),
 ]
 TouchOption = Annotated[

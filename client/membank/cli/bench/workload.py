@@ -11,8 +11,9 @@ from itertools import islice
 
 import numpy as np
 
+from membank.wire.codec import WireCodec, fetch_codec
 from membank.wire.errors import InvalidArgumentError, Reason
-from membank.wire.spec import DTYPES, BankSpec, BlockRef, Path, dtype_of
+from membank.wire.spec import BankSpec, BlockRef, Path
 
 _MOST_LEAVES = 1 << 20
 """Leaves that are considered at most: the popularity of more is not worth its memory."""
@@ -44,7 +45,8 @@ class Traffic:
     """Exponent of the popularity of leaves: the leaf of rank k is asked for in proportion to
     ``k ** -zipf``; 0 = all alike."""
     dtype: str | None = None
-    """Element type on the wire, of weights and of gradients; None = that of the bank."""
+    """What weights and gradients travel as, by the name of a `membank.wire.codec`; None = the bank's
+    element type."""
     seed: int = 0
     """Seed of popularity and order, >= 0."""
 
@@ -58,7 +60,7 @@ class Traffic:
         _require(0 <= self.zipf <= 16, "zipf", self.zipf, "0 to 16")
         _require(self.seed >= 0, "seed", self.seed, ">= 0")
         if self.dtype is not None:
-            dtype_of(self.dtype)
+            fetch_codec(self.dtype)
 
     @property
     def operations(self) -> tuple[Operation, ...]:
@@ -164,9 +166,16 @@ def in_batches(
         yield batch
 
 
-def wire_dtype(spec: BankSpec, traffic: Traffic) -> np.dtype[np.generic]:
-    """Return the element type that travels."""
-    return DTYPES[traffic.dtype or spec.dtype]
+def wire_codec(spec: BankSpec, traffic: Traffic) -> WireCodec:
+    """Return what weights and gradients travel as."""
+    return fetch_codec(traffic.dtype or spec.dtype)
+
+
+def travelling_bytes(spec: BankSpec, traffic: Traffic) -> dict[int, int]:
+    """Return the bytes of a block, and of a gradient for it, as they travel, by level."""
+    codec = wire_codec(spec, traffic)
+    levels = range(1, spec.num_levels + 1)
+    return {level: codec.num_bytes(spec.block_params(level)) for level in levels}
 
 
 def _require(ok: bool, name: str, value: object, accepted: str) -> None:
