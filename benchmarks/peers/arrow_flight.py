@@ -45,9 +45,11 @@ class FlightServer:
             optimizer="Adagrad in DoPut of the server, torch's fused kernel",
         )
 
-    def start(self, folder: Path, num_clients: int) -> str:
+    def start(self, folder: Path, num_clients: int, environment: Mapping[str, str]) -> str:
         # docstring inherited
-        self._process = ServerProcess.of_module("arrow_flight", [], folder / "server.log")
+        self._process = ServerProcess.of_module(
+            "arrow_flight", [], folder / "server.log", environment
+        )
         return f"grpc://127.0.0.1:{self._process.wait_for_line(_READY)}"
 
     def stop(self) -> None:

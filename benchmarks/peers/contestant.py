@@ -72,7 +72,7 @@ class Server(Protocol):
             If it is not installed.
         """
 
-    def start(self, folder: Path, num_clients: int) -> str:
+    def start(self, folder: Path, num_clients: int, environment: Mapping[str, str]) -> str:
         """Start it and return what `Contestant.connect` needs to find it.
 
         Parameters
@@ -81,6 +81,8 @@ class Server(Protocol):
             Empty directory for its files.
         num_clients
             How many processes will connect, at one time.
+        environment
+            Variables that all its processes must have, by which they are found.
 
         Raises
         ------

@@ -43,9 +43,9 @@ class TcpServer:
             docs="https://docs.python.org/3/library/socket.html",
         )
 
-    def start(self, folder: Path, num_clients: int) -> str:
+    def start(self, folder: Path, num_clients: int, environment: Mapping[str, str]) -> str:
         # docstring inherited
-        self._process = ServerProcess.of_module("floors", [], folder / "server.log")
+        self._process = ServerProcess.of_module("floors", [], folder / "server.log", environment)
         return self._process.wait_for_line(_READY)
 
     def stop(self) -> None:
@@ -65,7 +65,7 @@ class NoServer:
         # docstring inherited
         return self._about
 
-    def start(self, folder: Path, num_clients: int) -> str:
+    def start(self, folder: Path, num_clients: int, environment: Mapping[str, str]) -> str:
         # docstring inherited
         return ""
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,6 +26,7 @@ from benchmarks.peers.rules import after_first_step
 from benchmarks.peers.tasks import Scale
 
 _ANSWER_S = 120.0
+_WARM_UP_CALLS = 2
 
 
 class MeasuringProcess:
@@ -43,6 +44,8 @@ class MeasuringProcess:
         Number among the processes that connect to this server, from 0.
     log
         File for what libraries print.
+    environment
+        Variables to set, beside those that the contestant asks for.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class MeasuringProcess:
         address: str,
         number: int,
         log: Path,
+        environment: Mapping[str, str],
     ) -> None:
         setting = {
             "stage": stage,
@@ -68,7 +72,7 @@ class MeasuringProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,
-                env={**os.environ, **contestant.environment},
+                env={**os.environ, **contestant.environment, **environment},
             )
         self._received = b""
         self._broken = ""
@@ -114,6 +118,11 @@ class MeasuringProcess:
         """Ask and return the answer; errors as `receive`."""
         self.send(**message)
         return self.receive()
+
+    @property
+    def pid(self) -> int:
+        """Its id."""
+        return self._process.pid
 
     def stop(self) -> None:
         """End the process."""
@@ -171,6 +180,13 @@ class _Worker:
             raise RuntimeError(f"a push of {key} did not do what {self._contestant.push_rule} does")
         self.client.load({key: content})
 
+    def warm_up(self, task: str, round_number: int) -> None:
+        """Make the first calls of a round, untimed: it was halted, and what it knew may be old."""
+        calls = self._tasks[task].draw(round_number, self._number)[:_WARM_UP_CALLS]
+        call = self._call(self._tasks[task].work, calls[0][0])
+        for keys in calls:
+            call(keys)
+
     def measure(self, task: str, round_number: int, begin: float) -> dict[str, object]:
         """Make the calls of a round from the time `begin` on and return their seconds."""
         calls = self._tasks[task].draw(round_number, self._number)
@@ -213,6 +229,8 @@ def _answer(worker: _Worker, message: dict[str, Any]) -> object:
             worker.verify()
         case "verify_push":
             worker.verify_push(message["key"])
+        case "warm_up":
+            worker.warm_up(message["task"], message["round"])
         case "measure":
             return worker.measure(message["task"], message["round"], message["begin"])
         case unknown:

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -55,6 +55,7 @@ class BankServer:
         self._make = make
         self._blocks = blocks
         self._folder: Path | None = None
+        self._environment: dict[str, str] = {}
         self._is_up = False
 
     def about(self) -> About:
@@ -68,9 +69,9 @@ class BankServer:
             keeps="in the journal: survives kill -9 (durability process)",
         )
 
-    def start(self, folder: Path, num_clients: int) -> str:
+    def start(self, folder: Path, num_clients: int, environment: Mapping[str, str]) -> str:
         # docstring inherited
-        self._folder = folder
+        self._folder, self._environment = folder, dict(environment)
         if self._make is not None:
             self._make(folder / "bank")
         arguments = ("--shards", "1", "--port", "0", "--resident", str(_RESIDENT_GIB),
@@ -95,7 +96,11 @@ class BankServer:
         answer = subprocess.run(
             [program, verb, "--bank", self._folder / "bank", *arguments],
             # Noted here alone, a service of the user's is not touched.
-            env={**os.environ, "MEMBANK_RUNTIME_DIR": str(self._folder / "run")},
+            env={
+                **os.environ,
+                **self._environment,
+                "MEMBANK_RUNTIME_DIR": str(self._folder / "run"),
+            },
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -30,6 +30,9 @@ from benchmarks.peers.server_process import ServerProcess, free_port
 
 _READY = "mounted"
 _SEGMENT_BYTES = 2 << 30
+_CLIENT_TTL_S = 3600
+"""Seconds of silence after which the master takes a process for lost, and its blocks. While others are
+measured all are silent; with the default of 10 all blocks would be gone after."""
 _PACKAGE = "mooncake-transfer-engine-non-cuda"
 
 
@@ -52,24 +55,27 @@ class MooncakeServer:
         return About(
             version=f"{_PACKAGE} {version_of(_PACKAGE)}",
             setup="one master, one storage process with a segment of 2 GiB, protocol tcp, "
-            "metadata by P2PHANDSHAKE",
+            "metadata by P2PHANDSHAKE, client_ttl of an hour",
             docs="https://kvcache-ai.github.io/Mooncake/python-api-reference/mooncake-store.html",
             optimizer="Adagrad in the client: weight and sum by get_into, torch's fused kernel, "
             "upsert_from of both",
         )
 
-    def start(self, folder: Path, num_clients: int) -> str:
+    def start(self, folder: Path, num_clients: int, environment: Mapping[str, str]) -> str:
         # docstring inherited
         port = free_port()
         master = ServerProcess(
             [str(Path(sys.executable).with_name("mooncake_master")), f"--rpc_port={port}",
-             f"--metrics_port={free_port()}"],
+             f"--metrics_port={free_port()}", f"--client_ttl={_CLIENT_TTL_S}"],
             folder / "master.log",
+            environment,
         )  # fmt: skip
         self._processes.append(master)
         master.wait_for_port(port)
         address = f"127.0.0.1:{port}"
-        storage = ServerProcess.of_module("mooncake_store", [address], folder / "storage.log")
+        storage = ServerProcess.of_module(
+            "mooncake_store", [address], folder / "storage.log", environment
+        )
         self._processes.append(storage)
         storage.wait_for_line(_READY)
         return address

@@ -67,12 +67,15 @@ class RayServer:
             optimizer="Adagrad in the actor, torch's fused kernel",
         )
 
-    def start(self, folder: Path, num_clients: int) -> str:
+    def start(self, folder: Path, num_clients: int, environment: Mapping[str, str]) -> str:
         # docstring inherited
         # Not in `folder`: Ray's sockets lie deep, and the name of a socket has at most 107 bytes.
         self._folder = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
         self._process = ServerProcess.of_module(
-            "ray_actor", [self._folder.name], folder / "server.log", _ENVIRONMENT
+            "ray_actor",
+            [self._folder.name],
+            folder / "server.log",
+            {**environment, **_ENVIRONMENT},
         )
         return self._process.wait_for_line(_READY)
 

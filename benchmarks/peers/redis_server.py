@@ -57,13 +57,14 @@ class RedisServer:
             optimizer="Adagrad in the client: MGET of weight and sum, torch's fused kernel, MSET",
         )
 
-    def start(self, folder: Path, num_clients: int) -> str:
+    def start(self, folder: Path, num_clients: int, environment: Mapping[str, str]) -> str:
         # docstring inherited
         port, unix = free_port(), folder / "redis.sock"
         self._process = ServerProcess(
             ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--unixsocket", str(unix),
              "--save", "", "--appendonly", "no", "--dir", str(folder)],
             folder / "server.log",
+            environment,
         )  # fmt: skip
         self._process.wait_for_port(port)
         return f"{port} {unix}"

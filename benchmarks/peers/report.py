@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.markup import escape
 
-from benchmarks.peers.conduct import Outcome
+from benchmarks.peers.conduct import TURNS, Outcome
 from benchmarks.peers.contestant import Reach
-from benchmarks.peers.ratios import Rule, changes, judge
+from benchmarks.peers.ratios import Rule, changes, judge, tally
 from benchmarks.peers.rounds import Samples
 from benchmarks.peers.tasks import Scale
 from membank.cli.machine import environment
@@ -40,10 +40,11 @@ def document(
     merged
         Ratios of other benchmarks, such as that of a training step, taken over as they are.
     """
+    ratios = [judge(rule, outcome.results).to_json() for rule in rules] + list(merged)
     return {
         "format": 1,
         **environment(folder),
-        "config": scale.to_json(),
+        "config": {**scale.to_json(), "turns": TURNS},
         "verified": "every contestant's answers were compared with what was stored once, outside of "
         "the times; membank's are also checked against their CRC within them",
         "contestants": outcome.about,
@@ -58,7 +59,8 @@ def document(
             }
             for name, task in outcome.tasks.items()
         },
-        "ratios": [judge(rule, outcome.results).to_json() for rule in rules] + list(merged),
+        "targets": tally(ratios),
+        "ratios": ratios,
     }
 
 
@@ -82,8 +84,17 @@ def print_document(found: Document) -> None:
         console.print(table(columns, [_cells(who, row, factor) for who, row in rows]))
         for who, reason in task["failed"].items():
             console.print(f"{who} failed at {name}: {escape(reason)}")
-    heads = ("ratio", "compared with", "value>", "min>", "max>", "target", "")
-    console.print(table(heads, map(_ratio_cells, found["ratios"])))
+    aimed = [ratio for ratio in found["ratios"] if ratio["target"]]
+    for title, ratios in (
+        ("ratio with a target", aimed),
+        ("for information", [ratio for ratio in found["ratios"] if ratio not in aimed]),
+    ):
+        heads = (title, "compared with", "value>", "min>", "max>", "target", "")
+        console.print(table(heads, map(_ratio_cells, ratios)))
+    for note in dict.fromkeys(ratio["note"] for ratio in found["ratios"] if ratio.get("note")):
+        console.print(escape(note))
+    counts = found["targets"]
+    console.print(f"{counts['reached']} of {len(aimed)} targets reached")
     for who, reason in found["not_run"].items():
         console.print(f"{who} was not run: {escape(reason)}")
     machine = found["machine"]
@@ -122,6 +133,6 @@ def _ratio_cells(ratio: Document) -> tuple[str, ...]:
     target = ratio["target"] or ""
     if ratio["value"] is None:
         return (ratio["name"], "-", "-", "-", "-", target, "[yellow]not run[/]")
-    verdict = {True: "[green]passed[/]", False: "[red]missed[/]", None: ""}[ratio["passed"]]
+    verdict = {True: "[green]reached[/]", False: "[red]missed[/]", None: ""}[ratio["passed"]]
     figures = (f"{ratio[key]:.3g}" for key in ("value", "min", "max"))
     return (ratio["name"], ratio["other"] or "-", *figures, target, verdict)

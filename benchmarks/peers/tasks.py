@@ -22,6 +22,8 @@ class Scale:
     """Rounds that count; one more is made first and thrown away."""
     calls_share: float = 1.0
     """Share of the calls of a round that are made."""
+    with_small: bool = True
+    """Whether single blocks of 1 MB are fetched too, by one client and by several."""
     num_large: int = 4
     """Blocks of each of the large sizes."""
     num_clients: int = 4
@@ -37,7 +39,9 @@ class Scale:
 
 
 FULL = Scale()
-QUICK = Scale(num_rounds=3, calls_share=0.5, num_large=2, num_clients=2, num_leaves=4096)
+QUICK = Scale(
+    num_rounds=2, calls_share=0.5, with_small=False, num_large=2, num_clients=2, num_leaves=1296
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +89,6 @@ def block_tasks(blocks: Blocks, scale: Scale) -> list[Task]:
         return max(1, round(count * scale.calls_share))
 
     tasks = [
-        _fetch(blocks, "1mb", calls(20)),
         _fetch(blocks, "8mb", calls(8)),
         _fetch(blocks, "32mb", calls(4)),
         _fetch(blocks, "36mb", calls(4)),
@@ -110,7 +113,10 @@ def block_tasks(blocks: Blocks, scale: Scale) -> list[Task]:
             unit="parameters",
         ),
     ]
-    return [*tasks, *(_zipf(blocks, calls(20), count) for count in (1, scale.num_clients))]
+    if not scale.with_small:
+        return tasks
+    small = _fetch(blocks, "1mb", calls(20))
+    return [small, *tasks, *(_zipf(blocks, calls(20), count) for count in (1, scale.num_clients))]
 
 
 def path_task(num_leaves: int, scale: Scale) -> Task:

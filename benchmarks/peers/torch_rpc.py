@@ -65,10 +65,12 @@ class TorchRpcServer:
             optimizer="Adagrad in the callee, torch's fused kernel",
         )
 
-    def start(self, folder: Path, num_clients: int) -> str:
+    def start(self, folder: Path, num_clients: int, environment: Mapping[str, str]) -> str:
         # docstring inherited
         address = f"{free_port()} {1 + num_clients} {int(self._over_tcp)}"
-        self._process = ServerProcess.of_module("torch_rpc", address.split(), folder / "server.log")
+        self._process = ServerProcess.of_module(
+            "torch_rpc", address.split(), folder / "server.log", environment
+        )
         # Not until it serves: it waits for the clients, all of which must join at the beginning.
         self._process.wait_for_line(_READY)
         return address

@@ -8,10 +8,10 @@ import pytest
 from benchmarks.peers.blocks import Blocks
 from benchmarks.peers.contestant import Reach
 from benchmarks.peers.lineup import blocks_stage, paths_stage
-from benchmarks.peers.ratios import Figure, Rule, changes, judge, rules
+from benchmarks.peers.ratios import Figure, Rule, changes, judge, rules, tally
 from benchmarks.peers.rounds import Round, Samples, interleave
 from benchmarks.peers.rules import adagrad_step, adamw_step, after_first_step
-from benchmarks.peers.tasks import FULL, QUICK
+from benchmarks.peers.tasks import FULL, QUICK, Scale
 
 
 def samples(*costs_s: float) -> Samples:
@@ -116,8 +116,9 @@ def test_a_ratio_that_cannot_be_computed_says_who_is_missing(
     assert ratio.to_json()["not_run"] == ratio.reason
 
 
-def test_every_ratio_is_of_contestants_and_tasks_that_there_are() -> None:
-    stages = [make(FULL) for make in (blocks_stage, paths_stage)]
+@pytest.mark.parametrize("scale", [FULL, QUICK])
+def test_every_ratio_is_of_contestants_and_tasks_that_there_are(scale: Scale) -> None:
+    stages = [make(scale) for make in (blocks_stage, paths_stage)]
     large, small = (c.name for c in stages[1].contestants)
     reaches = {c.name: c.reach for stage in stages for c in stage.contestants}
     doing = {who: set(tasks) for stage in stages for who, tasks in stage.tasks.items()}
@@ -140,6 +141,23 @@ def test_copies_are_not_compared_with_views_nor_networks_with_shared_memory() ->
     assert by_name["same-host-fetch-8mb-to-fastest-copying-peer"].others == ("net", "host")
 
 
+def test_targets_are_counted_apart_from_what_has_none() -> None:
+    here = {"task": {"ours": samples(1.0), "fast": samples(2.0)}}
+    limits = (1.0, 3.0, 4.0, None)
+    ratios = [judge(rule(limit=limit), here).to_json() for limit in limits]
+    ratios.append(judge(rule(ours="nobody"), here).to_json())
+    assert tally(ratios) == {"reached": 1, "missed": 2, "not_run": 1}
+
+
+def test_views_have_no_target_and_say_what_differs() -> None:
+    by_name = {made.name: made for made in rules({"ray view": Reach.VIEW}, "large", "small")}
+    for size in ("8mb", "36mb"):
+        view = by_name[f"view-fetch-{size}-to-ray-view"]
+        assert view.limit is None
+        assert "CRC" in view.note
+        assert judge(view, {}).to_json()["note"] == view.note
+
+
 def test_changes_are_of_the_ratios_that_both_results_have() -> None:
     now: list[dict[str, object]] = [
         {"name": "a", "value": 2.0},
@@ -160,7 +178,7 @@ def test_blocks_differ_and_are_the_same_in_every_process() -> None:
 
 
 def test_topics_are_drawn_by_a_zipf_law_and_otherwise_in_turn() -> None:
-    tasks = blocks_stage(QUICK).tasks["memcpy"]
+    tasks = blocks_stage(FULL).tasks["memcpy"]
     zipf, plain = tasks["zipf-1mb-clients-1"], tasks["fetch-1mb"]
     drawn = [key for number in range(50) for (key,) in zipf.draw(number, 0)]
     assert drawn.count("1mb/0") > len(drawn) / len(zipf.keys) * 4
