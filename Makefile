@@ -80,7 +80,7 @@ faults: setup s3-server ## kill -9 a served bank COUNT times on disk and COUNT t
 stateful: setup ## random programs on whole banks against a model (PROGRAMS=1000); report in runs/stateful.json
 	PYTHONPATH=tests/support $(BIN)/python scripts/stateful.py --programs $(PROGRAMS) --jobs $(JOBS)
 
-bench-peers: $(PEERS_VENV)/.stamp ## membank beside Redis, Flight, torch rpc, Ray, Mooncake; report in runs/peers.json (QUICK=1: under 2 minutes)
+bench-peers: $(PEERS_VENV)/.stamp ## membank beside Redis, Flight, torch rpc, Ray, Mooncake; report in runs/peers.json (QUICK=1: shorter)
 	scripts/peers/install.sh
 	$(PEERS_VENV)/bin/python -m benchmarks.peers --out $(OUT) --plot $(OUT:.json=.svg) $(if $(QUICK),--quick)
 
