@@ -35,7 +35,6 @@ _SEGMENT_SHARE = 32
 """Segments grow with the memory that is used, of which each new one is such a part: each takes a
 pair of descriptors, of which a process often has no more than 1024, sockets and files included."""
 _MIN_SLOT_BYTES = 4 << 10
-_MIN_SPARE_BYTES = 64 << 20
 _SPARE_SHARE = 8
 
 
@@ -85,14 +84,20 @@ class SharedMemory:
     warm then: memory fresh from the system takes four times as long to fill. Arrays of one size lie
     together, so that each fits exactly where another one was. Safe to use from threads.
 
-    Memory that nobody uses is kept up to an eighth of what is used, and at least 64 MiB or the size
-    of the array that was dropped last.
+    Memory that nobody uses is kept up to an eighth of what is used, and at least `min_spare_bytes` or
+    the size of the array that was dropped last.
+
+    Parameters
+    ----------
+    min_spare_bytes
+        Bytes that nobody uses and that are kept in any case, >= 0.
     """
 
     # `_returned` is filled as arrays die, which may be anywhere, also in a thread that holds
     # `_lock`: a deque takes an item without a lock, and the next `take` empties it.
 
-    def __init__(self) -> None:
+    def __init__(self, *, min_spare_bytes: int = 64 << 20) -> None:
+        self._min_spare_bytes = min_spare_bytes
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._segments: dict[int, _Segment] = {}
@@ -178,7 +183,7 @@ class SharedMemory:
             return
         # A large array's own segment stays for the next one of its size.
         largest = max((s.num_bytes for s in emptied if s.num_slots == 1), default=0)
-        spare = max(_MIN_SPARE_BYTES, self._used_bytes // _SPARE_SHARE, largest)
+        spare = max(self._min_spare_bytes, self._used_bytes // _SPARE_SHARE, largest)
         idle = [segment for segment in self._segments.values() if segment.is_empty]
         excess = sum(segment.num_bytes for segment in idle) - spare
         for segment in idle:

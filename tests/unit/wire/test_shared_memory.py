@@ -79,6 +79,15 @@ def test_idle_memory_is_given_up_beyond_the_spare() -> None:
     assert memory.num_bytes <= (64 + 40 + 32 + 1) * MIB
 
 
+def test_an_owner_says_how_much_idle_memory_is_worth_keeping() -> None:
+    memory = SharedMemory(min_spare_bytes=200 * MIB)
+    held = [memory.take(40 * MIB) for _ in range(5)]
+    addresses = {array.ctypes.data for array in held}
+    held.clear()
+    assert {memory.take(40 * MIB).ctypes.data} < addresses
+    assert memory.num_bytes == 200 * MIB
+
+
 def test_a_large_array_takes_the_place_of_the_one_before() -> None:
     memory = SharedMemory()
     array = memory.take(200 * MIB)

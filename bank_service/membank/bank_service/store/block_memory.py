@@ -18,6 +18,11 @@ from membank.wire.shared_memory import SharedMemory
 MIN_POOLED_BYTES = 64 << 10
 """Bytes from which on memory is pooled. A smaller piece costs more to account for than to copy."""
 
+_MIN_SPARE_BYTES = 256 << 20
+"""Memory that is kept though no block is in it. A consolidation holds the versions that it writes while
+pushes make new ones, and lets go of them all at once: of a few blocks of 4 M parameters, 48 MB each with
+AdamW's state. Given back then, it would have to be found anew at the next one, for 1 to 2 ms per MB."""
+
 _BYTES_HEAD = sys.getsizeof(b"")
 """What a small slot that was read takes beyond its bytes. Contents of one size must take the same
 memory however they came, or the holes that dropped ones leave are not filled again."""
@@ -33,7 +38,7 @@ def new_memory(num_bytes: int) -> npt.NDArray[np.uint8]:
 @cache
 def block_memory() -> SharedMemory:
     """Return the pool of this process."""
-    return SharedMemory()
+    return SharedMemory(min_spare_bytes=_MIN_SPARE_BYTES)
 
 
 # A child shares the pages of its parent's pool, and would write into contents of the parent's.
