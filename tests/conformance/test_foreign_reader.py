@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from foreign_reader import ForeignBlock, Ref, read_bank
-from membank.bank_service.shard import Shard
+from membank.bank_service.shard import Shard, ShardConfig
 from membank.bank_service.shard.contract import Erase, SetContent, SetState
 from membank.wire.spec import BlockRef, BlockState, OptimizerKind
 from tiny_bank import State, create_bank, full_state, make_update, tiny_spec, transact
@@ -47,3 +47,19 @@ def test_a_foreign_reader_agrees(tmp_path: Path, dtype: str, kind: OptimizerKind
     then = read_bank(tmp_path, revision=1)
     assert then.pop((2, 5)).state == BlockState.DELETED
     assert then == _as_foreign(pinned)
+
+
+def test_a_foreign_reader_agrees_on_a_journal_that_was_written_over(tmp_path: Path) -> None:
+    bank = create_bank(tmp_path, tiny_spec(num_partitions=1))
+    # Images, which a reader need not compute.
+    shard = Shard.open(bank, config=ShardConfig(ship_every_s=1e9))
+    for life in range(3):
+        for number in range(6 - life):
+            shard.push(make_update(shard, [A, B], f"{life}.{number}"))
+        shard.consolidate()
+    shard.push(make_update(shard, [A], "last"))
+    (path,) = (tmp_path / "partitions/0000/journal").glob("*.log")
+    assert b'"life":' in path.read_bytes()[:300]
+    # As a process that is killed leaves it.
+    assert read_bank(tmp_path) == _as_foreign(full_state(shard))
+    shard.close()

@@ -148,19 +148,53 @@ def test_an_owner_that_appends_nothing_leaves_no_trace_in_the_frames(rig: Journa
     assert append(journal, b"two") == 2
 
 
-def test_trim_leaves_no_byte_of_what_is_covered(rig: JournalRig, is_kept: bool) -> None:
+def test_erase_leaves_no_byte_of_what_was_trimmed(rig: JournalRig, is_kept: bool) -> None:
     journal = rig.start()
     append(journal, b"marker one", b"marker two")
     append(journal, b"marker three")
     if is_kept:
         rig.housekeep(journal)
     journal.trim(3)
+    journal.erase()
     assert b"marker" not in rig.stored()
     assert (payloads_of(journal), journal.last_lsn, journal.base) == ([], 3, 3)
     assert append(journal, b"next") == 4
     journal.close()
     again = rig.open()
     assert (payloads_of(again), again.last_lsn, again.base) == ([b"next"], 4, 3)
+
+
+def test_erase_leaves_no_byte_behind_later_frames(rig: JournalRig, is_kept: bool) -> None:
+    journal = rig.start()
+    later: list[bytes] = []
+    for start in range(0, 24, 8):
+        later = [b"marker" * 20, *[f"later {start}".encode()] * 7]
+        for payload in later:
+            append(journal, payload)
+            if is_kept:
+                rig.housekeep(journal)
+        journal.trim(start + 1)
+    journal.erase()
+    assert b"marker" not in rig.stored()
+    assert append(journal, b"next") == 25
+    assert payloads_of(journal, 17) == [*later[1:], b"next"]
+    journal.close()
+    assert payloads_of(rig.open(), 17) == [*later[1:], b"next"]
+
+
+def test_erase_runs_at_any_time(rig: JournalRig) -> None:
+    journal = rig.open()
+    journal.erase()
+    journal.begin(rig.next_owner(), 0)
+    journal.erase()
+    for number in range(6):
+        append(journal, b"x" * 300)
+        journal.trim(number)
+        journal.erase()
+    assert payloads_of(journal, 5) == [b"x" * 300]
+    journal.close()
+    journal.erase()
+    assert payloads_of(rig.open(), 5) == [b"x" * 300]
 
 
 def test_trim_keeps_what_is_later(rig: JournalRig, is_kept: bool) -> None:

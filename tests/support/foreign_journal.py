@@ -13,6 +13,7 @@ import google_crc32c
 
 SEGMENT, UPDATE, CONTINUED, IMAGE = 1, 2, 3, 4
 HEADER_BYTES = 28
+UNFINISHED = (0, 0, b"")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _read_log(paths: list[Path]) -> _Log:
         for kind, lsn, payload in _frames(path.read_bytes()):
             if kind == SEGMENT:
                 log.head = json.loads(payload)
-                assert log.head["format"] == 1
+                assert log.head["format"] == (2 if "life" in log.head else 1)
                 if log.head.get("follows", log.head["base"]) != log.head["base"]:
                     log.updates.clear()
             elif kind in (UPDATE, IMAGE):
@@ -87,15 +88,39 @@ def _read_log(paths: list[Path]) -> _Log:
 
 
 def _frames(data: bytes) -> Iterator[tuple[int, int, bytes]]:
-    offset = 0
+    offset, life, reused = 0, 0, 0
     while offset + HEADER_BYTES <= len(data) and any(data[offset:]):
-        header = data[offset : offset + HEADER_BYTES]
-        magic, kind, zeros, length, lsn, payload_crc, crc = struct.unpack("<4sB3sIQII", header)
-        assert (magic, zeros) == (b"MBJF", bytes(3))
-        assert google_crc32c.value(header[:24]) == crc
-        payload = data[offset + HEADER_BYTES : offset + HEADER_BYTES + length]
-        if len(payload) < length:
+        found = _frame_at(data, offset, life if offset else 0)
+        if found is None or found == UNFINISHED:
+            is_written_over = offset < reused <= len(data)
+            assert found == UNFINISHED or is_written_over
+            assert not (is_written_over and _has_later_write(data, offset, life))
             return
-        assert google_crc32c.value(payload) == payload_crc
+        kind, lsn, payload = found
         yield kind, lsn, payload
-        offset += HEADER_BYTES + length
+        if kind == SEGMENT:
+            head = json.loads(payload)
+            life, reused = head.get("life", 0), head.get("reused", 0)
+        offset += HEADER_BYTES + len(payload)
+
+
+def _frame_at(data: bytes, offset: int, life: int) -> tuple[int, int, bytes] | None:
+    """Return a frame, None where it does not check, `UNFINISHED` where its end is missing."""
+    header = data[offset : offset + HEADER_BYTES]
+    magic, kind, _, zeros, length, lsn, payload_crc, crc = struct.unpack("<4sBB2sIQII", header)
+    if (magic, zeros) != (b"MBJF", bytes(2)) or google_crc32c.extend(life, header[:24]) != crc:
+        return None
+    payload = data[offset + HEADER_BYTES : offset + HEADER_BYTES + length]
+    if len(payload) < length:
+        return UNFINISHED
+    return (kind, lsn, payload) if google_crc32c.value(payload) == payload_crc else None
+
+
+def _has_later_write(data: bytes, offset: int, life: int) -> bool:
+    for at in range(offset + 1, len(data) - HEADER_BYTES + 1):
+        header = data[at : at + HEADER_BYTES]
+        (crc,) = struct.unpack("<I", header[24:])
+        is_whole = header[:4] == b"MBJF" and google_crc32c.extend(life, header[:24]) == crc
+        if is_whole and header[5] == 0:
+            return True
+    return False

@@ -77,11 +77,19 @@ class LocalRig(JournalRig):
     fences = False
     appends_whole_batches = False
 
-    def __init__(self, folder: Path, *, sync: bool = False, segment_bytes: int = 400) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        sync: bool = False,
+        segment_bytes: int = 400,
+        spare_bytes: int = 3000,
+    ) -> None:
         super().__init__()
         self.folder = folder
         self.sync = sync
         self.segment_bytes = segment_bytes
+        self.spare_bytes = spare_bytes
         self.faults = FaultPlan()
         """Those of the latest opening."""
 
@@ -92,12 +100,13 @@ class LocalRig(JournalRig):
             identity,
             sync=self.sync,
             segment_bytes=self.segment_bytes,
+            spare_bytes=self.spare_bytes,
             open_file=lambda path: FaultyLogFile(path, faults),
             remove_file=faulty_remove(faults),
         )
 
     def stored(self) -> bytes:
-        return b"".join(path.read_bytes() for path in sorted(self.folder.glob("*.log")))
+        return b"".join(path.read_bytes() for path in sorted(self.folder.iterdir()))
 
 
 class ObjectRig(JournalRig):

@@ -94,7 +94,7 @@ def test_a_head_from_before_owners_had_names() -> None:
 
 def test_a_newer_format_is_refused() -> None:
     with pytest.raises(FailedPreconditionError, match="update it") as caught:
-        scan("name", _raw(1, 0, b'{"format": 2}'))
+        scan("name", _raw(1, 0, b'{"format": 3}'))
     assert caught.value.reason is Reason.FORMAT_TOO_NEW
 
 

@@ -7,6 +7,7 @@ everything afresh that led to the suspicion, and what it does not find again was
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -74,7 +75,8 @@ def _check_journals(view: PartitionView) -> Iterator[Finding]:
     yield from check_continuity(index, journals, view.journal_place, is_elsewhere=is_elsewhere)
     if not index.is_certain:
         return
-    for journal in journals:
+    # Spares are removed by a deletion; one at a time, as they may be large.
+    for journal in itertools.chain(journals, view.spares() if index.deleted else ()):
         yield from check_deleted(index, journal)
     if view.bank.deep:
         yield from check_replay(view)

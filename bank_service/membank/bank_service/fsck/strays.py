@@ -11,6 +11,7 @@ from membank.bank_service.fsck.report import Finding, FindingKind
 from membank.bank_service.fsck.segments import is_local_segment
 from membank.bank_service.fsck.slots import slot_of
 from membank.bank_service.fsck.view import PartitionView
+from membank.bank_service.store.journal.spares import SPARE_SUFFIX
 from membank.bank_service.store.local_objects import LocalObjects
 from membank.bank_service.store.objects import PROBES, ObjectStore
 from membank.wire.format.layout import (
@@ -91,7 +92,7 @@ def check_partition_names(view: PartitionView) -> Iterator[Finding]:
 
 
 def _check_journal_name(key: str, name: str) -> Iterator[Finding]:
-    if name == "lock" or is_local_segment(name):
+    if name == "lock" or is_local_segment(name) or name.endswith(SPARE_SUFFIX):
         return
     yield _misnamed(key) if name.endswith(".log") else _unknown(key)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from membank.bank_service.fsck.segments import (
     survey_journal,
 )
 from membank.bank_service.fsck.snapshots import Snapshots, survey_snapshots
+from membank.bank_service.store.journal.spares import SPARE_SUFFIX
 from membank.bank_service.store.local_objects import LocalObjects
 from membank.bank_service.store.objects import ObjectStore
 from membank.wire.format.layout import log_prefix, partition_prefix
@@ -153,16 +154,27 @@ class PartitionView:
         is_beside = is_local or self.number in self.bank.with_journals
         return f"{partition_prefix(self.number)}/journal" if is_beside else ""
 
-    def _local_journal(self) -> JournalScan:
+    def _local_files(self) -> tuple[JournalScan, list[str]]:
+        """Return where the local journal is, with nothing read yet, and what lies there."""
         place = self.journal_place
         if self.bank.journal_dir is not None:
             found = JournalScan(LocalObjects(place), place)
-            keys = found.objects.list("")
-        else:
-            found = JournalScan(self.bank.objects)
-            keys = found.objects.list(place) if place else []
+            return found, found.objects.list("")
+        found = JournalScan(self.bank.objects)
+        return found, found.objects.list(place) if place else []
+
+    def _local_journal(self) -> JournalScan:
+        found, keys = self._local_files()
         check = partial(check_local_chain, self._identity)
         return survey_journal(found, local_order(keys), self.spec, check)
+
+    def spares(self) -> Iterator[JournalScan]:
+        """Yield what is found in each spare segment; nothing needs it, so it need not be whole."""
+        journal, keys = self._local_files()
+        for key in keys:
+            if key.endswith(SPARE_SUFFIX):
+                found = JournalScan(journal.objects, journal.place)
+                yield survey_journal(found, [key], self.spec, lambda scans: 0)
 
     def _stored_journal(self) -> JournalScan:
         objects = self.bank.objects

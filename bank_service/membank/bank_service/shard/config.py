@@ -27,6 +27,11 @@ class ShardConfig:
     `consolidate_bytes`."""
     segment_bytes: int = 64 << 20
     """Bytes of a journal segment from which on the next one is begun, at least 1."""
+    spare_bytes: int = 256 << 20
+    """Bytes of trimmed segments that a partition keeps on its journal's disk, at most, to write the
+    next ones over them, which is several times as fast as to write new files; 0 = none. As many as
+    `consolidate_bytes` serve a sustained load. They go when the partition is closed, when a deletion
+    asks for it, and when the disk is full."""
     resident_bytes: int = 4 << 30
     """Bytes of blocks and optimizer state that are kept in memory. Blocks that are not in slots
     yet are written back when they fill a third of it, and updates wait at two thirds."""
@@ -62,6 +67,7 @@ class ShardConfig:
             "retained_s",
             "hold_wait_s",
             "settle_after_s",
+            "spare_bytes",
             "lease_s",
             "ship_every_s",
         ):

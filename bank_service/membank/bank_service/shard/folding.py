@@ -82,9 +82,18 @@ class Folding:
             self._consolidate_at = state.journal.num_bytes + state.context.config.consolidate_bytes
             _LOG.warning("partition %d was not consolidated: %s", state.number, err)
             error = err
+            if isinstance(err, ResourceExhaustedError):
+                self._make_room()
         with state.writer:
             state.fold_error = error
             state.changed.notify_all()
+
+    def _make_room(self) -> None:
+        """Give back what the journal keeps for speed: the next attempt may need the space."""
+        try:
+            self._state.journal.erase()
+        except MembankError as err:
+            _LOG.warning("partition %d keeps its spare segments: %s", self.number, err)
 
     # ---- how
 
@@ -371,3 +380,4 @@ class Folding:
                 reason=Reason.STORE_FAILED,
                 metadata={"partition": str(state.number)},
             )
+        state.journal.erase()

@@ -120,6 +120,7 @@ def open_journals(
         identity,
         sync=config.durability is Durability.HOST,
         segment_bytes=config.segment_bytes,
+        spare_bytes=config.spare_bytes,
         open_file=context.open_log_file,
     )
     stored = ObjectJournal.open(bank.objects, number, identity)

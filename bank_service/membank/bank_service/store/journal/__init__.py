@@ -1,9 +1,10 @@
 """The redo log of a partition.
 
 Modules: `contract` (what every journal promises), `frames` (its bytes, and how they are checked),
-`local` (segments on the owner's disk), `log_file` (the files below it), `objects` (batches in the
-bank's own storage), `object_chain` (how those continue each other), `shipped` (a local journal with
-a copy in the bank's storage), `backlog` (what is still to be shipped).
+`local` (segments on the owner's disk), `segment_file` (one of them), `spares` (files to be written
+over), `log_file` (how they are written), `objects` (batches in the bank's own storage),
+`object_chain` (how those continue each other), `shipped` (a local journal with a copy in the bank's
+storage), `backlog` (what is still to be shipped).
 """
 
 from membank.bank_service.store.journal.contract import (

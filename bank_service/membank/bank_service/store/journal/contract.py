@@ -93,7 +93,7 @@ class Journal(Protocol):
     """The redo log of one partition: what has happened since its newest manifest.
 
     Read it with `replay`, then `begin` before the first `append`. One thread at a time may append;
-    `trim` and the properties may be used beside it, from any thread.
+    `trim`, `erase` and the properties may be used beside it, from any thread.
     """
 
     @property
@@ -158,8 +158,20 @@ class Journal(Protocol):
     def trim(self, lsn: int) -> None:
         """Remove every frame up to `lsn`, as far as whole segments hold nothing later.
 
-        May run beside `append`. After a trim up to the last frame, no byte of any payload is left.
-        After an error some may be left; trim again.
+        May run beside `append`. Bytes of what was removed may be left in storage that is kept for
+        later frames; see `erase`. After an error some frames may be left; trim again.
+        """
+
+    def erase(self) -> None:
+        """Destroy every byte of frames that are no longer in the log.
+
+        May run beside `append`. After a trim up to the last frame and this, no byte of any payload
+        is left. After an error some may be; call it again.
+
+        Raises
+        ------
+        UnavailableError
+            If the storage failed (STORE_FAILED).
         """
 
     def discard(self) -> None:

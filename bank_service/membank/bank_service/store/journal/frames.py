@@ -2,12 +2,18 @@
 
 A segment is a file, or an object, that is a sequence of frames::
 
-    magic "MBJF" | u8 kind | 3 zero bytes | u32 length | u64 lsn | u32 payload CRC | u32 header CRC
-    payload (`length` bytes)
+    magic "MBJF" | u8 kind | u8 joined | 2 zero bytes | u32 length | u64 lsn | u32 payload CRC
+    u32 header CRC | payload (`length` bytes)
 
 with little-endian numbers and CRC-32C. The first frame of a segment is its head: whose it is, and
 what it continues. LSNs count from 1 without gaps. Header and payload are checked apart, so that a
 frame that was cut short (which a killed writer leaves) is told from one that was damaged.
+
+**A segment that was written over an earlier one** (`Life`) has frames of that one behind its own. The
+CRCs of its headers begin with a number of its own, so no frame of the earlier one is valid in it. Where
+there is no whole frame, the segment ends, as a write may be unfinished there, unless a later write was
+begun, which happens only once those before are complete: then a frame is damaged. A frame that is
+`joined` proves no such thing: it was written along with the one before.
 
 Nothing here reads or changes storage: a check of a bank at rest uses the same code as an owner.
 """
@@ -18,6 +24,7 @@ import json
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from membank.bank_service.store.journal.contract import (
     CONTENT_KINDS,
@@ -36,19 +43,30 @@ from membank.wire.errors import (
     Reason,
 )
 
-FORMAT_VERSION = 1
-"""Version of segments; one with a greater version is refused."""
+FORMAT_VERSION = 2
+"""Version of segments; one with a greater version is refused. 1 is all that is needed without a `Life`."""
 MAX_FRAME_BYTES = (1 << 32) - 1
 """Largest payload of one frame."""
 
 _MAGIC = b"MBJF"
-_HEADER = struct.Struct("<4sB3xIQII")
-_CHECKED = struct.Struct("<4sB3xIQI")
+_HEADER = struct.Struct("<4sBB2xIQII")
+_CHECKED = struct.Struct("<4sBB2xIQI")
 _U32 = struct.Struct("<I")
 _KINDS = frozenset(kind.value for kind in FrameKind)
 
 HEADER_BYTES = _HEADER.size
 """Bytes of a frame before its payload."""
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """What sets the frames of a segment apart from those that it was written over."""
+
+    salt: int
+    """The CRC of every header but that of the head begins with it; of 32 bits, random, never 0."""
+    reused_bytes: int
+    """Length that the file had: so far, bytes behind the last frame may be those of earlier lives.
+    A file that is shorter was cut to its frames since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +88,8 @@ class SegmentHead:
     """LSN of the last frame of an object, which is written at once; None for a file."""
     is_fence: bool = False
     """True for an object that must stay in the way of an older owner."""
+    life: Life | None = None
+    """Set where the segment was written over an earlier one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +107,26 @@ class SegmentScan:
     is_continued: bool
     """True if it says that there is a next segment."""
     torn: TornTail | None
-    """What follows the last whole frame; None = nothing."""
+    """The unfinished write that follows the last whole frame; None = there is none."""
+    num_stale: int = 0
+    """Bytes after the last whole frame that are of earlier lives of the file, and mean nothing."""
 
 
-def encode_frame(kind: FrameKind, lsn: int, payload: Payload) -> list[bytes | memoryview]:
+def encode_frame(
+    kind: FrameKind, lsn: int, payload: Payload, *, salt: int = 0, is_joined: bool = False
+) -> list[bytes | memoryview]:
     """Return the buffers of one frame; those of `payload` are not copied.
+
+    Parameters
+    ----------
+    kind, lsn
+        As in `Frame`.
+    payload
+        Its content.
+    salt
+        That of the segment's `Life`; 0 = it has none.
+    is_joined
+        True if it is written along with the frame before.
 
     Raises
     ------
@@ -114,14 +149,25 @@ def encode_frame(kind: FrameKind, lsn: int, payload: Payload) -> list[bytes | me
             f"an update of {length} bytes exceeds {MAX_FRAME_BYTES}; send its blocks apart",
             reason=Reason.MESSAGE_TOO_LARGE,
         )
-    checked = _CHECKED.pack(_MAGIC, kind, length, lsn, crc)
-    return [checked + _U32.pack(crc32c(checked)), *buffers]
+    checked = _CHECKED.pack(_MAGIC, kind, is_joined, length, lsn, crc)
+    return [checked + _U32.pack(crc32c(checked, start=salt)), *buffers]
 
 
 def encode_batch(
-    kind: FrameKind, after_lsn: int, payloads: Sequence[Payload]
+    kind: FrameKind, after_lsn: int, payloads: Sequence[Payload], life: Life | None = None
 ) -> list[bytes | memoryview]:
     """Return the buffers of frames with consecutive LSNs that continue from `after_lsn`.
+
+    Parameters
+    ----------
+    kind
+        What they hold.
+    after_lsn
+        LSN before the first one.
+    payloads
+        One for each frame.
+    life
+        That of the segment.
 
     Raises
     ------
@@ -133,14 +179,20 @@ def encode_batch(
     return [
         buffer
         for lsn, payload in enumerate(payloads, after_lsn + 1)
-        for buffer in encode_frame(kind, lsn, payload)
+        for buffer in encode_frame(
+            kind,
+            lsn,
+            payload,
+            salt=_salt_of(life),
+            is_joined=life is not None and lsn > after_lsn + 1,
+        )
     ]
 
 
 def encode_head(head: SegmentHead) -> bytes:
     """Return the first frame of a segment."""
     fields: dict[str, object] = {
-        "format": FORMAT_VERSION,
+        "format": 1 if head.life is None else FORMAT_VERSION,
         "identity": head.identity,
         "epoch": head.ownership.epoch,
         "owner": head.ownership.owner,
@@ -155,16 +207,21 @@ def encode_head(head: SegmentHead) -> bytes:
         fields["last"] = head.last
     if head.is_fence:
         fields["fence"] = True
+    if head.life is not None:
+        fields["life"] = head.life.salt
+        fields["reused"] = head.life.reused_bytes
     payload = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
     return b"".join(encode_frame(FrameKind.SEGMENT, head.base, [payload]))
 
 
-def encode_continued(last_lsn: int) -> bytes:
-    """Return the frame that ends a segment whose last frame is `last_lsn`."""
-    return b"".join(encode_frame(FrameKind.CONTINUED, last_lsn, []))
+def encode_continued(last_lsn: int, life: Life | None = None) -> bytes:
+    """Return the frame that ends a segment of this `life` whose last frame is `last_lsn`."""
+    return b"".join(encode_frame(FrameKind.CONTINUED, last_lsn, [], salt=_salt_of(life)))
 
 
-def read_frames(name: str, data: bytes | memoryview, *, offset: int = 0) -> Iterator[Frame]:
+def read_frames(
+    name: str, data: bytes | memoryview, *, offset: int = 0, life: Life | None = None
+) -> Iterator[Frame]:
     """Yield the frames of every kind in `data`, up to its end or to one that was cut short.
 
     Parameters
@@ -175,6 +232,8 @@ def read_frames(name: str, data: bytes | memoryview, *, offset: int = 0) -> Iter
         Its bytes, or those from `offset` on, which must be the start of a frame.
     offset
         Where `data` begins.
+    life
+        That of the segment. Not needed where `data` begins with the head, which tells.
 
     Raises
     ------
@@ -184,18 +243,35 @@ def read_frames(name: str, data: bytes | memoryview, *, offset: int = 0) -> Iter
     view = memoryview(data)
     position = 0
     while position < len(view):
-        frame = _decode_frame(name, offset + position, view[position:])
+        start = offset + position
+        is_head = start == 0
+        may_end = life is not None and start < life.reused_bytes <= offset + len(view)
+        try:
+            frame = _decode_frame(name, start, view[position:], 0 if is_head else _salt_of(life))
+        except CorruptionError:
+            if not may_end:
+                raise
+            frame = None
         if frame is None:
+            if may_end and life is not None and _has_later_write(view[position:], life):
+                raise corrupt(name, start, "a frame is damaged, and later ones are not")
             return
         yield frame
+        if is_head and life is None and frame.kind is FrameKind.SEGMENT:
+            life = _decode_head(name, frame).life
         position += HEADER_BYTES + len(frame.payload)
 
 
 def content_frames(
-    name: str, data: bytes | memoryview, *, after_lsn: int = 0, offset: int = 0
+    name: str,
+    data: bytes | memoryview,
+    *,
+    after_lsn: int = 0,
+    offset: int = 0,
+    life: Life | None = None,
 ) -> Iterator[Frame]:
     """Yield the frames of `read_frames` that a user appended, as far as they are later."""
-    for frame in read_frames(name, data, offset=offset):
+    for frame in read_frames(name, data, offset=offset, life=life):
         if frame.kind in CONTENT_KINDS and frame.lsn > after_lsn:
             yield frame
 
@@ -235,6 +311,8 @@ def scan(name: str, data: bytes | memoryview) -> SegmentScan:
             raise corrupt(name, num_bytes, f"LSN {frame.lsn} is out of order")
         num_bytes += HEADER_BYTES + len(frame.payload)
     rest = len(data) - num_bytes
+    if rest and head is not None and _is_stale(memoryview(data), num_bytes, head.life):
+        return SegmentScan(name, head, last, num_bytes, is_continued, None, num_stale=rest)
     torn = TornTail(name, num_bytes, rest) if rest else None
     return SegmentScan(name, head, last, num_bytes, is_continued, torn)
 
@@ -305,13 +383,47 @@ def _require_identity(name: str, head: SegmentHead, identity: str) -> None:
         )
 
 
-def _decode_frame(name: str, offset: int, rest: memoryview) -> Frame | None:
+def _salt_of(life: Life | None) -> int:
+    return 0 if life is None else life.salt
+
+
+def _is_stale(data: memoryview, position: int, life: Life | None) -> bool:
+    """Say whether what follows the last whole frame is no write that this life began."""
+    if life is None or not position < life.reused_bytes <= len(data):
+        return False
+    return _checked_header(data[position : position + HEADER_BYTES], life) is None
+
+
+def _has_later_write(rest: memoryview, life: Life) -> bool:
+    """Say whether `rest` has the header of a frame of this life that begins a write of its own."""
+    data = bytes(rest)
+    at = data.find(_MAGIC, 1)
+    while at >= 0:
+        header = _checked_header(rest[at : at + HEADER_BYTES], life)
+        if header is not None and not header[2]:
+            return True
+        at = data.find(_MAGIC, at + 1)
+    return False
+
+
+def _checked_header(header: memoryview, life: Life) -> tuple[Any, ...] | None:
+    """Return the fields of a header of this life; None if it is none."""
+    if len(header) < HEADER_BYTES:
+        return None
+    fields = _HEADER.unpack(header)
+    is_whole = (
+        fields[0] == _MAGIC and crc32c(header[: _CHECKED.size], start=life.salt) == fields[-1]
+    )
+    return fields if is_whole else None
+
+
+def _decode_frame(name: str, offset: int, rest: memoryview, salt: int) -> Frame | None:
     """Return the frame that begins `rest`, or None if it was never finished."""
     if len(rest) < HEADER_BYTES or not any(rest):
         # Zeros are what a file system may leave of a write that lost its power.
         return None
-    magic, kind, length, lsn, payload_crc, header_crc = _HEADER.unpack_from(rest)
-    if magic != _MAGIC or crc32c(rest[: _CHECKED.size]) != header_crc:
+    magic, kind, _, length, lsn, payload_crc, header_crc = _HEADER.unpack_from(rest)
+    if magic != _MAGIC or crc32c(rest[: _CHECKED.size], start=salt) != header_crc:
         raise corrupt(name, offset, "the header of a frame is damaged")
     payload = rest[HEADER_BYTES : HEADER_BYTES + length]
     if len(payload) < length:
@@ -341,6 +453,7 @@ def _decode_head(name: str, frame: Frame) -> SegmentHead:
                 number=int(fields.get("number", 0)),
                 last=int(fields["last"]) if "last" in fields else None,
                 is_fence=bool(fields.get("fence", False)),
+                life=Life(int(fields["life"]), int(fields["reused"])) if "life" in fields else None,
             )
     except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise corrupt(name, 0, f"the head of the segment makes no sense ({err})") from err

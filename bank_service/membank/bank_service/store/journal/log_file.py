@@ -11,10 +11,13 @@ from membank.bank_service.store.local_objects import write_fully
 
 
 class LogFile(Protocol):
-    """An append-only file; the seam at which tests inject failures."""
+    """A file that is written from its start on; the seam at which tests inject failures.
+
+    It may hold bytes of an earlier use already, which are written over.
+    """
 
     def append(self, buffers: Sequence[bytes | memoryview]) -> None:
-        """Write `buffers` at the end; an error may leave a part of them."""
+        """Write `buffers` behind what was appended before; an error may leave a part of them."""
 
     def truncate(self, num_bytes: int) -> None:
         """Cut the file to `num_bytes` and go on appending there."""
@@ -32,11 +35,11 @@ class PosixLogFile:
     Parameters
     ----------
     path
-        The file; must not exist.
+        The file; made if missing.
     """
 
     def __init__(self, path: Path) -> None:
-        self._handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o644)
+        self._handle = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644)
 
     def append(self, buffers: Sequence[bytes | memoryview]) -> None:
         # docstring inherited
@@ -45,6 +48,7 @@ class PosixLogFile:
     def truncate(self, num_bytes: int) -> None:
         # docstring inherited
         os.ftruncate(self._handle, num_bytes)
+        os.lseek(self._handle, num_bytes, os.SEEK_SET)
 
     def sync(self) -> None:
         # docstring inherited

@@ -233,6 +233,10 @@ class ObjectJournal:
         self._remove(covered)
         self._remove_fences()
 
+    def erase(self) -> None:
+        # docstring inherited
+        return  # objects that are removed are gone
+
     def discard(self) -> None:
         # docstring inherited
         with self._lock:

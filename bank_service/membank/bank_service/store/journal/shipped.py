@@ -219,6 +219,11 @@ class ShippedJournal:
                 self._seal(err)
             _LOG.warning("the shipped journal was not trimmed: %s", err)
 
+    def erase(self) -> None:
+        # docstring inherited
+        self._local.erase()
+        self._remote.erase()
+
     def discard(self) -> None:
         # docstring inherited
         self._local.discard()
