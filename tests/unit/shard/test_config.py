@@ -17,8 +17,9 @@ def test_durability_may_be_given_by_name() -> None:
     [
         ("durability", "forever"),
         ("consolidate_bytes", 0),
-        ("segment_bytes", 0),
+        ("consolidate_updates", 0),
         ("spare_bytes", -1),
+        ("segment_bytes", 0),
         ("resident_bytes", -1),
         ("retained_revisions", 0),
         ("retained_s", -1.0),

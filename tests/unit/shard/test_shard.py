@@ -381,6 +381,23 @@ def test_the_journal_is_folded_at_its_threshold(bank: Bank) -> None:
     shard.close()
 
 
+def test_the_journal_is_folded_after_so_many_updates_of_blocks(bank: Bank) -> None:
+    shard = Shard.open(bank, config=ShardConfig(consolidate_updates=6))
+    found = []
+    for number in range(7):
+        _push(shard, f"r{number}", A, C)  # of one partition
+        found.append(shard.stats().journal_bytes)
+    drops = [i for i, (before, after) in enumerate(itertools.pairwise(found), 1) if after < before]
+    assert drops == [2, 5]
+    shard.close(consolidate=False)
+    # What is replayed counts as well.
+    again = Shard.open(bank, config=ShardConfig(consolidate_updates=4))
+    before = again.stats().journal_bytes
+    _push(again, "r7", A, C)
+    assert again.stats().journal_bytes < before
+    again.close()
+
+
 def test_slots_and_manifests_do_not_pile_up(bank: Bank, tmp_path: Path) -> None:
     shard = Shard.open(bank, config=ShardConfig(consolidate_bytes=1))
     for number in range(20):

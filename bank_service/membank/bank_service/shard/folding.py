@@ -23,6 +23,8 @@ from membank.wire.format import EntryTable, Manifest
 from membank.wire.spec import BlockRef, BlockState
 
 _LOG = logging.getLogger(__name__)
+_UPDATES_LIMIT = 4
+"""Updates wait once there are so many times as many as make a consolidation due."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,8 @@ class _Capture:
     """What to publish, but for the entries of the dirty blocks."""
     dirty: Mapping[BlockRef, BlockRecord]
     """Blocks whose content is in no slot."""
+    num_unfolded: int
+    """Updates of blocks that are in the journal only."""
 
 
 class Folding:
@@ -50,25 +54,34 @@ class Folding:
     def __init__(self, state: PartitionState) -> None:
         self._state = state
         self.number = state.number
-        self._consolidate_at = state.context.config.consolidate_bytes
+        self._set_thresholds()
         # A removal may have been cut short before this owner started.
         self._removal_pending = True
 
     # ---- when
+
+    def _set_thresholds(self, num_bytes: int = 0, num_updates: int = 0) -> None:
+        """Let the next consolidation be due as much later than at so many bytes and updates."""
+        config = self._state.context.config
+        self._consolidate_at = num_bytes + config.consolidate_bytes
+        self._consolidate_at_updates = num_updates + config.consolidate_updates
 
     def is_due(self) -> bool:
         """Say whether journal or dirty blocks are large enough to be folded."""
         state = self._state
         return (
             state.journal.num_bytes >= self._consolidate_at
+            or state.num_unfolded >= self._consolidate_at_updates
             or state.table.dirty_bytes >= state.context.dirty_share_bytes
         )
 
     def is_full(self) -> bool:
         """Say whether updates must wait for a consolidation."""
         state = self._state
+        config = state.context.config
         return (
-            state.journal.num_bytes >= state.context.config.journal_limit_bytes
+            state.journal.num_bytes >= config.journal_limit_bytes
+            or state.num_unfolded >= _UPDATES_LIMIT * config.consolidate_updates
             or state.table.dirty_bytes >= 2 * state.context.dirty_share_bytes
         )
 
@@ -79,7 +92,7 @@ class Folding:
             self.consolidate()
         except MembankError as err:
             # The updates are in the journal, so they stand; try again after as many bytes.
-            self._consolidate_at = state.journal.num_bytes + state.context.config.consolidate_bytes
+            self._set_thresholds(state.journal.num_bytes, state.num_unfolded)
             _LOG.warning("partition %d was not consolidated: %s", state.number, err)
             error = err
             if isinstance(err, ResourceExhaustedError):
@@ -113,11 +126,14 @@ class Folding:
         state = self._state
         capture = self.capture()
         if not capture.dirty and capture.manifest.lsn <= state.manifest.lsn:
+            with state.context.state_lock:
+                state.num_unfolded -= capture.num_unfolded
             return
         with self._fresh_slots(capture.dirty) as slotted, self._lent(capture.dirty):
             published = self.publish(self._with(capture.manifest, slotted))
             with state.context.state_lock:
                 state.manifest = published
+                state.num_unfolded -= capture.num_unfolded
                 state.table.rebase(published.entries)
                 for ref, record in slotted.items():
                     if state.table.record(ref).entry.version == record.entry.version:
@@ -132,6 +148,7 @@ class Folding:
             requests = state.requests.export()
             with state.context.state_lock:
                 dirty = state.table.dirty()
+                num_unfolded = state.num_unfolded
                 before = state.manifest
                 revision = state.revision
         manifest = replace(
@@ -141,7 +158,7 @@ class Folding:
             requests=requests,
             prepared=False,
         )
-        return _Capture(manifest, dirty)
+        return _Capture(manifest, dirty, num_unfolded)
 
     def publish_prepared(
         self, changes: Mapping[BlockRef, BlockRecord], revision: int
@@ -269,7 +286,7 @@ class Folding:
     def tidy(self) -> None:
         """Trim the journal and remove what nothing retained needs; a failure is only logged."""
         state = self._state
-        self._consolidate_at = state.context.config.consolidate_bytes
+        self._set_thresholds()
         try:
             state.journal.trim(state.manifest.lsn)
             self.retire()

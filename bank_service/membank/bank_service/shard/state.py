@@ -59,7 +59,7 @@ class PartitionState:
     # a transaction, garbage collection. It guards the store, and may be held for seconds.
     # `writer` is held by whoever pushes. It guards the journal's end and `requests`, and is never
     # held while slots or manifests are written.
-    # `context.state_lock` guards `table`, `manifest` and `revision`, which readers look at.
+    # `context.state_lock` guards `table`, `manifest`, `num_unfolded` and `revision`, which readers look at.
     # `held` is changed with both `folding` and `writer`, so either is enough to read it.
 
     def __init__(
@@ -81,6 +81,8 @@ class PartitionState:
         self.revision = revision
         self.lease = Lease(lease_s, self._ask, context.clock)
         self.requests = RequestLog(context.config.retained_requests, manifest.requests)
+        self.num_unfolded = 0
+        """Updates of blocks that the journal holds and the manifest does not contain."""
         self.folding = RLock()
         self.writer = RLock()
         self.changed = Condition(self.writer)

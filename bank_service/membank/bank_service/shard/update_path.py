@@ -322,6 +322,7 @@ class UpdatePath:
     def _set(self, staged: Sequence[_Staged]) -> None:
         for item in staged:
             self._state.set_record(item.result.ref, BlockRecord(item.entry, item.content))
+        self._state.num_unfolded += len(staged)
 
     def _replay_mismatch(self, frame: UpdateFrame, block: AppliedBlock) -> CorruptionError:
         return CorruptionError(
