@@ -11,9 +11,8 @@ from collections.abc import Iterable, Sequence
 import hpack
 
 from fake_bank import FakeBank
-from membank.client.buffered_socket import BufferedSocket
 from membank.client.fetch_connection import Address, FetchConnection
-from membank.client.http2 import PROBE, Flag, Frame, Http2Connection, frame
+from membank.client.http2 import Http2Connection
 from membank.client.landing import Landing
 from membank.client.payloads import FetchedPayloads
 from membank.client.requests import fetch_request
@@ -22,6 +21,8 @@ from membank.v1 import block_service_pb2 as block_pb
 from membank.wire import convert
 from membank.wire.buffers import BufferPool
 from membank.wire.errors import MembankError, to_status_proto
+from membank.wire.http2.buffered_socket import BufferedSocket
+from membank.wire.http2.frames import PROBE, Flag, Frame, frame
 from membank.wire.spec import BlockRef
 
 SETTINGS = frame(Frame.SETTINGS, 0, 0)

@@ -13,13 +13,13 @@ from membank.client.config import ClientConfig, TlsConfig
 from membank.client.fetch_connection import Address, FetchConnection
 from membank.client.fetches import Fetches
 from membank.client.grpc_channel import host_of
-from membank.client.http2 import ProtocolError
 from membank.client.landing import Landing
 from membank.client.lent_connections import LentConnections
 from membank.client.payloads import FetchedPayloads
 from membank.client.transport import FetchAnswer
 from membank.v1 import block_service_pb2 as block_pb
 from membank.wire.errors import DeadlineError, MembankError
+from membank.wire.http2.frames import ProtocolError
 from membank.wire.spec import BlockRef
 
 _LOGGER = logging.getLogger(__name__)

@@ -21,21 +21,16 @@ from urllib.parse import unquote
 import grpc
 from google.protobuf.message import DecodeError
 
-from membank.client.buffered_socket import BufferedSocket
 from membank.client.call_errors import call_error
-from membank.client.http2 import (
-    PROBE,
-    ErrorCode,
-    Http2Connection,
-    ProtocolError,
-    StreamResetError,
-    encode_headers,
-)
+from membank.client.http2 import Http2Connection
 from membank.client.payloads import FETCH_DATA, FetchedPayloads
 from membank.v1 import block_service_pb2 as block_pb
 from membank.wire.data_messages import DATA_HEAD_BYTES
 from membank.wire.errors import MembankError, Reason, UnavailableError
 from membank.wire.framing import MAX_MESSAGE_BYTES
+from membank.wire.http2.buffered_socket import BufferedSocket
+from membank.wire.http2.frames import PROBE, ErrorCode, ProtocolError, StreamResetError
+from membank.wire.http2.headers import encode_headers
 
 _METHOD = "FetchBlocks"
 _PATH = f"/membank.v1.BlockService/{_METHOD}"
@@ -212,7 +207,7 @@ class FetchConnection:
     def _request(self, request: block_pb.FetchBlocksRequest, ends: float) -> None:
         message = request.SerializeToString()
         block = self._head + encode_headers([("grpc-timeout", _timeout(_left_s(ends)))])
-        self._http2.request(block, _MESSAGE_HEAD.pack(0, len(message)) + message)
+        self._http2.request(block, [_MESSAGE_HEAD.pack(0, len(message)) + message])
 
     def _read(self, payloads: FetchedPayloads) -> None:
         http2 = self._http2

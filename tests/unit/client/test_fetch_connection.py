@@ -35,8 +35,6 @@ from http2_scripts import (
     trailers,
     whole_answer,
 )
-from membank.client import http2
-from membank.client.http2 import ErrorCode, Flag, Frame, ProtocolError, Setting, frame
 from membank.client.landing import Landing
 from membank.client.payloads import FETCH_DATA, FetchedPayloads
 from membank.client.transport import FetchAnswer
@@ -56,6 +54,9 @@ from membank.wire.errors import (
     UnavailableError,
 )
 from membank.wire.framing import MAX_MESSAGE_BYTES
+from membank.wire.http2 import end as http2_end
+from membank.wire.http2.frames import ErrorCode, Flag, Frame, ProtocolError, Setting, frame
+from membank.wire.http2.headers import encode_headers
 from membank.wire.records import BlockHeader
 from membank.wire.spec import BlockRef
 
@@ -210,7 +211,7 @@ class TestRequests:
     def test_headers_of_any_length(self) -> None:
         for length in (0, 1, 126, 127, 128, 254, 255, 300, 20_000):
             fields = [("x" * max(1, length), "y" * length), ("authorization", "secret")]
-            decoded = list(hpack.Decoder().decode(http2.encode_headers(fields), raw=True))
+            decoded = list(hpack.Decoder().decode(encode_headers(fields), raw=True))
             assert [(name.decode(), value.decode()) for name, value in decoded] == fields
             assert [field.indexable for field in decoded] == [True, False]
 
@@ -278,7 +279,7 @@ class TestWindows:
     def test_are_widened_as_bytes_are_read(
         self, client: Client, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(http2, "_WINDOW", 70_000)
+        monkeypatch.setattr(http2_end, "WINDOW", 70_000)
         content = np.random.default_rng(0).random((2, 3, 8, 8_000), np.float32)
         header, parts = _block(content)
         bodies = b"".join(map(message, (header, *parts)))
@@ -289,7 +290,7 @@ class TestWindows:
         np.testing.assert_array_equal(answer.blocks[0].weight, content)
 
     def test_more_than_they_allow(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(http2, "_WINDOW", 70_000)
+        monkeypatch.setattr(http2_end, "WINDOW", 70_000)
         with pytest.raises(ProtocolError, match="windows"):
             fetched_from(SETTINGS + head() + data(bytes(70_001)))
 

@@ -6,7 +6,10 @@ import select
 import socket
 import ssl
 import time
+from collections.abc import Callable
 from contextlib import suppress
+
+from membank.wire.http2.pieces import Piece
 
 _BUFFER_BYTES = 64 << 10
 """Read at once where somebody asks for a few bytes: a small answer is one call of the system."""
@@ -47,6 +50,7 @@ class BufferedSocket:
         self._keepalive_timeout_s = keepalive_timeout_s
         self._probe = probe
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
+        self._is_sending = False
         # What was read and is not yet taken.
         self._start = 0
         self._end = 0
@@ -68,6 +72,58 @@ class BufferedSocket:
                 rest = rest[self._socket.send(rest) :]
             except _NOT_YET as err:
                 self._wait(_awaited(err, select.POLLOUT))
+
+    def send_pieces(self, pieces: list[Piece], take_input: Callable[[], None]) -> None:
+        """Send pieces, one after the other, from where they lie.
+
+        Parameters
+        ----------
+        pieces
+            The pieces; at most 1,024. Emptied.
+        take_input
+            Called where the other end has said something and reads nothing; may read and must not
+            send.
+        """
+        self._is_sending = True
+        try:
+            pieces.reverse()
+            while pieces:
+                try:
+                    count = self._send_now(pieces)
+                except _NOT_YET as err:
+                    event = _awaited(err, select.POLLOUT)
+                    if self._wait(event | select.POLLIN) & select.POLLIN:
+                        take_input()
+                    continue
+                while pieces and count >= len(pieces[-1]):
+                    count -= len(pieces.pop())
+                if count:
+                    pieces[-1] = memoryview(pieces[-1])[count:]
+        finally:
+            self._is_sending = False
+
+    def wait_for_input(self, other: int, timeout_s: float) -> bool:
+        """Wait, while nothing is under way, until there are bytes to take.
+
+        Parameters
+        ----------
+        other
+            Descriptor of another file; what can be read there ends the wait as well.
+        timeout_s
+            Longest wait, in seconds.
+
+        Returns
+        -------
+        bool
+            Whether there are, or the other end is gone.
+        """
+        if self.has_input():
+            return True
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        poll.register(other, select.POLLIN)
+        ready = poll.poll(1000 * timeout_s)
+        return any(number != other for number, _ in ready)
 
     def take(self, num_bytes: int) -> memoryview:
         """Return the next bytes, in memory that is good until the next call.
@@ -142,17 +198,24 @@ class BufferedSocket:
             raise ConnectionResetError("the other end closed the connection")
         return count
 
-    def _wait(self, event: int) -> None:
-        """Wait until the socket can be read or written."""
-        is_probed = event == select.POLLOUT  # where nothing can be sent, no probe can
+    def _send_now(self, pieces: list[Piece]) -> int:
+        """Send from the last of `pieces` on, as much as is taken, and return how many bytes."""
+        if self._is_plain:
+            return self._socket.sendmsg(reversed(pieces))
+        return self._socket.send(pieces[-1])
+
+    def _wait(self, event: int) -> int:
+        """Wait until the socket can be read or written, and return which."""
+        # Where nothing can be sent, no probe can; nor within what is being sent.
+        is_probed = bool(event & select.POLLOUT) or self._is_sending
         while True:
             patience = self._keepalive_timeout_s if is_probed else self._keepalive_s
             left = self._ends - time.monotonic()
             if left <= 0:
                 raise TimeoutError
             self._poll.register(self._socket, event)
-            if self._poll.poll(1000 * min(left, patience)):
-                return
+            if ready := self._poll.poll(1000 * min(left, patience)):
+                return ready[0][1]
             if left <= patience:
                 continue
             if is_probed:
