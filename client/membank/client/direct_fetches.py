@@ -7,10 +7,11 @@ import ssl
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from membank.client.config import ClientConfig, TlsConfig
-from membank.client.fetch_connection import Address, FetchConnection
+from membank.client.data_port import CONNECT_TIMEOUT_S, DataPort
+from membank.client.fetch_connection import Address, FetchConnection, MisdirectedError
 from membank.client.fetches import Fetches
 from membank.client.grpc_channel import host_of
 from membank.client.landing import Landing
@@ -18,6 +19,7 @@ from membank.client.lent_connections import LentConnections
 from membank.client.payloads import FetchedPayloads
 from membank.client.transport import FetchAnswer
 from membank.v1 import block_service_pb2 as block_pb
+from membank.wire.alternative import Alternative
 from membank.wire.errors import DeadlineError, MembankError
 from membank.wire.http2.frames import ProtocolError
 from membank.wire.spec import BlockRef
@@ -34,10 +36,16 @@ cost every call `_CONNECT_TIMEOUT_S`."""
 class DirectStats:
     """What passed grpcio by."""
 
-    num_fetches: int
+    num_fetches: int = 0
     """Fetches from single shards that did."""
-    fallbacks: Mapping[str, int]
-    """Fetches that grpcio made instead, by why: ``not connected``, or ``not understood``."""
+    num_data_port: int = 0
+    """Those among them that went to the port for data of a shard."""
+    num_data_port_failures: int = 0
+    """How often such a port could not be reached, broke, or was another server's; fetches go to the
+    endpoint itself for a while then."""
+    fallbacks: Mapping[str, int] = field(default_factory=dict)
+    """Fetches that grpcio made instead, by why: ``not connected``, ``not understood``, or
+    ``data port`` where that was another server's or not understood."""
 
 
 class _NoWayError(Exception):
@@ -64,15 +72,22 @@ class DirectFetches:
         self._connections: LentConnections[FetchConnection] = LentConnections(
             config.max_fetch_connections, thread_name="membank-fetch"
         )
+        self._data_port = DataPort()
         self._paused_until = 0.0
         self._is_not_understood = False
         self._counts: Counter[str] = Counter()
+        self._num_data_port = 0
 
     @property
     def stats(self) -> DirectStats:
         """What was counted."""
         counts = dict(self._counts)
-        return DirectStats(num_fetches=counts.pop("fetch", 0), fallbacks=counts)
+        return DirectStats(
+            num_fetches=counts.pop("fetch", 0),
+            num_data_port=self._num_data_port,
+            num_data_port_failures=self._data_port.num_failures,
+            fallbacks=counts,
+        )
 
     async def fetch(
         self,
@@ -111,7 +126,16 @@ class DirectFetches:
             payloads = FetchedPayloads(
                 refs, landing, max_bytes=self._config.max_answer_bytes, where=self._endpoint
             )
-            connection.fetch(request, payloads, ends=ends)
+            try:
+                connection.fetch(request, payloads, ends=ends)
+            except (MisdirectedError, ProtocolError) as err:
+                if connection.to is None:
+                    raise
+                self._data_port.failed(connection.to)
+                raise _NoWayError("data port") from err
+            finally:
+                self._heed(connection)
+            self._num_data_port += connection.to is not None
             return payloads.finish()
 
         try:
@@ -127,23 +151,40 @@ class DirectFetches:
             self._is_not_understood = True
             raise _NoWayError("not understood") from err
 
+    def _heed(self, connection: FetchConnection) -> None:
+        """Take what the endpoint has told, and give up connections that are not where it says."""
+        if connection.told is not None:
+            self._data_port.told(connection.told)
+        if connection.to is not None and connection.has_broken:
+            self._data_port.failed(connection.to)
+        if self._data_port.wanted() not in (None, connection.to):
+            connection.retire()
+
     async def _opened(self, ends: float) -> FetchConnection:
+        if (port := self._data_port.wanted()) is not None:
+            try:
+                return await self._connected(min(ends, time.monotonic() + CONNECT_TIMEOUT_S), port)
+            except (OSError, ProtocolError) as err:
+                # Such as a firewall that knows the other port alone.
+                _LOGGER.info("%s: no data over port %d: %s", self._endpoint, port.port, err)
+                self._data_port.failed(port)
         now = time.monotonic()
         if now < self._paused_until:
             raise _NoWayError("not connected")
         try:
-            return await self._connections.open(
-                lambda: FetchConnection.open(
-                    _address(self._endpoint, self._config), ends=min(ends, now + _CONNECT_TIMEOUT_S)
-                )
-            )
+            return await self._connected(min(ends, now + _CONNECT_TIMEOUT_S), None)
         except OSError as err:
             # grpcio fails as well, most likely, and says how in its own words.
             self._paused_until = time.monotonic() + _PAUSE_S
             raise _NoWayError("not connected") from err
 
+    async def _connected(self, ends: float, port: Alternative | None) -> FetchConnection:
+        return await self._connections.open(
+            lambda: FetchConnection.open(_address(self._endpoint, self._config, port), ends=ends)
+        )
 
-def _address(endpoint: str, config: ClientConfig) -> Address:
+
+def _address(endpoint: str, config: ClientConfig, port: Alternative | None) -> Address:
     """Return what to connect to, with the token and certificates that the files hold now."""
     token = config.read_token()
     return Address(
@@ -155,6 +196,7 @@ def _address(endpoint: str, config: ClientConfig) -> Address:
         server_name=None if config.tls is None else config.tls.server_name,
         keepalive_s=config.keepalive_s,
         keepalive_timeout_s=config.keepalive_timeout_s,
+        alternative=port,
     )
 
 

@@ -25,6 +25,7 @@ from membank.client.call_errors import call_error
 from membank.client.http2 import Http2Connection
 from membank.client.payloads import FETCH_DATA, FetchedPayloads
 from membank.v1 import block_service_pb2 as block_pb
+from membank.wire.alternative import ALTERNATIVE_KEY, MISDIRECTED, SERVER_KEY, Alternative
 from membank.wire.data_messages import DATA_HEAD_BYTES
 from membank.wire.errors import MembankError, Reason, UnavailableError
 from membank.wire.framing import MAX_MESSAGE_BYTES
@@ -37,6 +38,7 @@ _PATH = f"/membank.v1.BlockService/{_METHOD}"
 _MESSAGE_HEAD = struct.Struct(">BI")
 _MAX_TIMEOUT_DIGITS = 8
 _REFRESH_S = 0.05
+_HTTP_OK = "200"
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 # What gRPC makes of answers that are none of its own (doc/http-grpc-status-mapping.md).
@@ -75,10 +77,16 @@ class Address:
     """None = no TLS."""
     server_name: str | None
     """Name that the certificate must bear; None = `host`."""
+    alternative: Alternative | None = None
+    """The port for data to connect to; None = `port`."""
     keepalive_s: float
     """As in `ClientConfig`."""
     keepalive_timeout_s: float
     """As in `ClientConfig`."""
+
+
+class MisdirectedError(Exception):
+    """The port for data is another server's by now; nothing was done."""
 
 
 class FetchConnection:
@@ -98,6 +106,15 @@ class FetchConnection:
         self._end = end
         self._http2 = http2
         self._endpoint = address.endpoint
+        self._is_secured = address.tls is not None
+        self.to = address.alternative
+        """The port for data that it is to; None = it is to the endpoint itself."""
+        self.told: Alternative | None = None
+        """The port for data that the endpoint has told of; None = none."""
+        self._told_by = ""
+        self.has_broken = False
+        """Whether it ended in the midst of a call."""
+        self._is_retired = False
         self._head = encode_headers(_request_headers(address))
         self._is_abandoned = False
 
@@ -119,7 +136,8 @@ class FetchConnection:
         ProtocolError
             If whoever is there does not speak HTTP/2.
         """
-        plain = socket.create_connection((address.host, address.port), _left_s(ends))
+        port = address.port if address.alternative is None else address.alternative.port
+        plain = socket.create_connection((address.host, port), _left_s(ends))
         try:
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             end = BufferedSocket(
@@ -153,6 +171,8 @@ class FetchConnection:
         MembankError
             What the service raised, what `payloads` raises, or what `GrpcChannel` raises for calls
             that fail on the way.
+        MisdirectedError
+            If the port for data is another server's.
         ProtocolError
             If the other end says what cannot be understood.
         """
@@ -160,6 +180,7 @@ class FetchConnection:
         try:
             self._request(request, ends)
             self._read(payloads)
+            self._learn()
             self._check_status()
         except TimeoutError as err:
             if isinstance(err, MembankError):
@@ -171,6 +192,7 @@ class FetchConnection:
                     f"{self._endpoint} {_METHOD}: the connection was closed during the call",
                     reason=Reason.CANCELLED,
                 ) from err
+            self.has_broken = True
             raise self._error(grpc.StatusCode.UNAVAILABLE, str(err)) from err
         except StreamResetError as err:
             code = _CODE_OF_RESET.get(err.code, grpc.StatusCode.INTERNAL)
@@ -184,7 +206,7 @@ class FetchConnection:
 
     def is_usable(self) -> bool:
         """Say, without waiting for anything to come, whether another call may be made."""
-        if self._is_abandoned or not self._http2.is_usable:
+        if self._is_abandoned or self._is_retired or not self._http2.is_usable:
             return False
         # What has begun to come is waited for; nothing else is.
         self._end.end_at(time.monotonic() + _REFRESH_S)
@@ -193,6 +215,10 @@ class FetchConnection:
         except (OSError, ProtocolError, StreamResetError):
             return False
         return self._http2.is_usable
+
+    def retire(self) -> None:
+        """Make no further call."""
+        self._is_retired = True
 
     def abandon(self) -> None:
         """Make a call in another thread fail; that thread, or whoever waits for it, closes."""
@@ -245,6 +271,13 @@ class FetchConnection:
             self._broken_off()
         return data
 
+    def _learn(self) -> None:
+        """Note where the endpoint says that its port for data is."""
+        value = (self._http2.headers or {}).get(ALTERNATIVE_KEY, "")
+        if value != self._told_by:
+            self._told_by = value
+            self.told = Alternative.of_header(value, is_secured=self._is_secured)
+
     def _broken_off(self) -> NoReturn:
         """Raise why the answer ended within a message."""
         self._check_status()
@@ -261,6 +294,8 @@ class FetchConnection:
             details = _binary(trailers.get("grpc-status-details-bin"))
             raise self._error(code, unquote(trailers.get("grpc-message", "")), details)
         http = headers.get(":status", "")
+        if http == MISDIRECTED and self.to is not None:
+            raise MisdirectedError
         code = _CODE_OF_HTTP.get(http, grpc.StatusCode.UNKNOWN)
         raise self._error(code, f"an answer without a status of gRPC; that of HTTP is {http}")
 
@@ -288,13 +323,15 @@ def _request_headers(address: Address) -> list[tuple[str, str]]:
         ("content-type", "application/grpc"),
         ("user-agent", "membank"),
     ]
+    if address.alternative is not None:
+        headers.append((SERVER_KEY, address.alternative.server_id))
     if address.authorization is not None:
         headers.append(("authorization", address.authorization))
     return headers
 
 
 def _is_grpc(headers: dict[str, str]) -> bool:
-    is_well = headers.get(":status") == "200"
+    is_well = headers.get(":status") == _HTTP_OK
     return is_well and headers.get("content-type", "").startswith("application/grpc")
 
 

@@ -79,7 +79,7 @@ class GrpcTransport(GrpcAdminTransport):
     def direct_stats(self) -> DirectStats:
         """How many fetches passed grpcio by, and why others did not."""
         if self._direct is None:
-            return DirectStats(num_fetches=0, fallbacks={})
+            return DirectStats()
         return self._direct.stats
 
     async def close(self, *, grace_s: float = 0.0) -> None:

@@ -16,7 +16,6 @@ from membank.wire.http2.frames import (
     ProtocolError,
     Setting,
     frame,
-    header_frames,
 )
 from membank.wire.http2.pieces import Piece
 
@@ -63,7 +62,7 @@ class Http2Connection(Http2End):
         self._begin_stream(self._stream + 2)
         self.headers = self.trailers = None
         try:
-            self._send_stream(header_frames(block, stream=self._stream, ends=False), body, b"")
+            self._send_stream(self._header_frames(block, ends=False), body, b"")
         except _AnsweredError:
             # It will not hear the rest, so the connection is of no use after that.
             return

@@ -62,8 +62,11 @@ class DataCodec(Generic[M]):
         parts
             Flat views of bytes; copied once.
         """
-        length = sum(map(len, parts))
-        return b"".join((self._tag, _varint(length), *parts))
+        return b"".join(self.pieces(parts))
+
+    def pieces(self, parts: Sequence[memoryview]) -> list[bytes | bytearray | memoryview]:
+        """Return what `encode` does, in pieces: nothing is copied."""
+        return [self._tag + _varint(sum(map(len, parts))), *parts]
 
     def serialize(self, message: M | bytes) -> bytes:
         """Return a message as it travels; one that `encode` made is that already."""

@@ -20,6 +20,7 @@ from membank.bank_service.cluster.identity import (
 from membank.bank_service.knowledge.trees import TreeStore
 from membank.bank_service.rpc.block_servicer import BlockServicer
 from membank.bank_service.rpc.budget import ByteBudget
+from membank.bank_service.rpc.direct import DataListener
 from membank.bank_service.rpc.same_host import SameHostDoor
 from membank.bank_service.rpc.server import BankServer, Service, join_address
 from membank.bank_service.shard.config import ShardConfig
@@ -79,10 +80,13 @@ class ShardServer:
         """The engine."""
         if isinstance(self._bank, _ClaimedBank):
             self._bank.is_taken_over = True
+        self._door: SameHostDoor | None = None
+        self._data: DataListener | None = None
         try:
             self._server = self._listen()
         except Exception:
-            # Its locks would keep the next attempt out.
+            # Its locks would keep the next attempt out, and so would a port.
+            self._close_ways_in()
             self.shard.close()
             raise
         # A coordinator that died must not keep trainers out of a partition for ever.
@@ -149,21 +153,41 @@ class ShardServer:
             if not self._stopped:
                 self._stopped = True
                 self._server.stop()
-                if self._door is not None:
-                    self._door.close()
+                self._close_ways_in()
                 self.shard.close()
             return self.shard.is_folded
 
     def _listen(self) -> BankServer:
         budget = ByteBudget(self._settings.max_in_flight_bytes)
         self._door = self._opened_door(budget)
-        servicer = BlockServicer(self.shard, self, budget, door=self._door)
+        config = self._settings.server
+        if config.data_port is not None:
+            self._data = DataListener(config, self.shard, budget)
+        servicer = BlockServicer(
+            self.shard,
+            self,
+            budget,
+            door=self._door,
+            alternative=None if self._data is None else self._data.alternative_header,
+        )
         service = Service(
             BLOCK_SERVICE, lambda server: add_BlockServiceServicer_to_server(servicer, server)
         )
-        server = BankServer(self._settings.server, [service], on_drain=servicer.drain)
+
+        def drain() -> None:
+            servicer.drain()
+            if self._data is not None:
+                self._data.drain()
+
+        server = BankServer(config, [service], on_drain=drain)
         server.start()
         return server
+
+    def _close_ways_in(self) -> None:
+        if self._data is not None:
+            self._data.stop()
+        if self._door is not None:
+            self._door.close()
 
     def _opened_door(self, budget: ByteBudget) -> SameHostDoor | None:
         if not self._settings.server.same_host:

@@ -14,20 +14,20 @@ import numpy.typing as npt
 
 from membank.bank_service.rpc.auth import current_principal
 from membank.bank_service.rpc.budget import ByteBudget
+from membank.bank_service.rpc.fetching import answer_messages, fetched
 from membank.bank_service.rpc.interceptor import check_alive
-from membank.bank_service.rpc.payload_interceptor import FETCH_DATA
 from membank.bank_service.rpc.requests import (
     check_bank,
     push_bytes,
-    read_fetch,
     read_push,
     update_of,
 )
 from membank.bank_service.rpc.same_host import SameHostDoor
-from membank.bank_service.shard.contract import FetchResult, ShardApi
+from membank.bank_service.shard.contract import ShardApi
 from membank.v1 import block_service_pb2 as pb
 from membank.v1.block_service_pb2_grpc import BlockServiceServicer
 from membank.wire import convert
+from membank.wire.alternative import ALTERNATIVE_KEY
 from membank.wire.buffers import BufferPool
 from membank.wire.crc import crc32c
 from membank.wire.data_messages import data_of
@@ -42,15 +42,10 @@ from membank.wire.framing import (
     Payload,
     PayloadAssembler,
     iter_chunks,
-    iter_parts,
 )
 from membank.wire.records import BankInfo
 from membank.wire.spec import BlockRef
 
-_HEADERS_PER_MESSAGE = 8_192
-_SHARED_MESSAGE_BYTES = 64 << 10
-"""Payloads of at most so many bytes travel in the message of the last headers; a copy of more would
-take longer than another message does."""
 _POOLED_BYTES = 256 << 20
 """Memory kept for gradients to land in; far more are rarely received at a time."""
 _WATCH_WAIT_S = 0.5
@@ -142,6 +137,8 @@ class BlockServicer(BankInfoServicer):
         Most concurrent `WatchBlocks` calls; each holds a thread of the server.
     door
         Where callers on this machine are let in; None = nowhere.
+    alternative
+        What callers are told of another port for data (`membank.wire.alternative`); None = nothing.
     """
 
     def __init__(
@@ -152,9 +149,11 @@ class BlockServicer(BankInfoServicer):
         *,
         max_watchers: int = 16,
         door: SameHostDoor | None = None,
+        alternative: str | None = None,
     ) -> None:
         super().__init__(source)
         self._door = door
+        self._alternative = alternative
         self._shard = shard
         self._budget = budget
         self._max_watchers = max_watchers
@@ -175,24 +174,17 @@ class BlockServicer(BankInfoServicer):
             return pb.GetSameHostDoorResponse()
         return self._door.show(current_principal.get())
 
-    def FetchBlocks(  # type: ignore[override]  # what the interceptor serializes is more
+    def FetchBlocks(  # type: ignore[override]  # messages come serialized (`PayloadInterceptor`)
         self, request: pb.FetchBlocksRequest, context: grpc.ServicerContext
-    ) -> Iterator[pb.FetchBlocksResponse | bytes]:
-        """Stream blocks; messages of payload alone come serialized (`PayloadInterceptor`)."""
-        call = read_fetch(request, self._shard.spec)
-        with self._budget.reserve(call.expected_bytes, what="fetch") as reservation:
-            check_alive(context)
-            result = self._shard.fetch(
-                call.refs,
-                held_versions=call.held,
-                dtype=call.dtype,
-                min_revision=call.min_revision,
-                snapshot=call.snapshot,
-            )
-            reservation.resize(sum(block.header.num_bytes for block in result.blocks))
-            for message in _fetch_messages(result):
+    ) -> Iterator[bytes]:
+        # docstring inherited
+        check_alive(context)
+        with fetched(request, self._shard, self._budget) as result:
+            if self._alternative is not None:
+                context.send_initial_metadata(((ALTERNATIVE_KEY, self._alternative),))
+            for pieces in answer_messages(result):
                 check_alive(context)
-                yield message
+                yield b"".join(pieces)
 
     def PushUpdates(
         self,
@@ -278,23 +270,3 @@ def _not_served_here() -> UnavailableError:
         "blocks are served by the shards; take their endpoints from GetBank",
         reason=Reason.NOT_OWNER,
     )
-
-
-def _fetch_messages(result: FetchResult) -> Iterator[pb.FetchBlocksResponse | bytes]:
-    headers = [convert.header_to_pb(block.header) for block in result.blocks]
-    parts = iter_parts(block.weight for block in result.blocks if block.weight is not None)
-    batches = [
-        headers[start : start + _HEADERS_PER_MESSAGE]
-        for start in range(0, len(headers), _HEADERS_PER_MESSAGE)
-    ] or [[]]
-    message = pb.FetchBlocksResponse(revision=result.revision)
-    for batch in batches[:-1]:
-        message.headers.extend(batch)
-        yield message
-        message = pb.FetchBlocksResponse()
-    message.headers.extend(batches[-1])
-    if sum(block.header.num_bytes for block in result.blocks) <= _SHARED_MESSAGE_BYTES:
-        # A small fetch is one message.
-        message.data = b"".join(next(parts, ()))
-    yield message
-    yield from map(FETCH_DATA.encode, parts)

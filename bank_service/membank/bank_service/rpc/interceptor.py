@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 
+from membank.bank_service.rpc.admission import admit, leaving
 from membank.bank_service.rpc.auth import (
     METHOD_ROLES,
     Authenticator,
     Principal,
     current_principal,
-    require_role,
 )
 from membank.wire.errors import DeadlineError, InternalError, MembankError, to_status
-
-_LOG = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     # Generic in its stubs alone. One interceptor serves methods of all message types.
@@ -32,10 +28,7 @@ _HEALTH_PREFIX = "/grpc.health.v1.Health/"
 
 
 class CallInterceptor(grpc.ServerInterceptor):
-    """Authenticates calls, checks roles and turns errors into statuses.
-
-    A `MembankError` becomes its status. Anything else is a defect: the caller learns a request id,
-    the log holds the traceback under it, and nothing of the inside leaks.
+    """Authenticates calls, checks roles and turns errors into statuses, as `admission` says.
 
     Parameters
     ----------
@@ -101,22 +94,15 @@ class CallInterceptor(grpc.ServerInterceptor):
     @contextmanager
     def _call(self, method: str, context: grpc.ServicerContext) -> Iterator[Principal]:
         try:
-            principal = self._authenticator.authenticate(context.invocation_metadata())
-            if method in METHOD_ROLES:
-                require_role(principal, method)
-            yield principal
+            yield admit(self._authenticator, context.invocation_metadata(), method)
         except grpc.RpcError:
             # The request stream broke: the caller is gone, and so is whoever would read a status.
             context.abort(grpc.StatusCode.CANCELLED, "the request stream ended early")
         except Exception as err:
-            if isinstance(err, MembankError) and not isinstance(err, InternalError):
-                context.abort_with_status(to_status(err))
-            if not _is_ours(method):
+            is_known = isinstance(err, MembankError) and not isinstance(err, InternalError)
+            if not is_known and not _is_ours(method):
                 raise
-            # Also an InternalError of another process of the service, which quotes its cause.
-            request_id = uuid.uuid4().hex
-            _LOG.exception("%s failed, request %s", method, request_id)
-            context.abort_with_status(to_status(_internal(method, request_id)))
+            context.abort_with_status(to_status(leaving(err, method)))
 
 
 def check_alive(context: grpc.ServicerContext) -> None:
@@ -134,11 +120,3 @@ def check_alive(context: grpc.ServicerContext) -> None:
 def _is_ours(method: str) -> bool:
     # grpc's own services (reflection) abort by raising a bare Exception.
     return method in METHOD_ROLES
-
-
-def _internal(method: str, request_id: str) -> InternalError:
-    return InternalError(
-        f"{method.rsplit('/', 1)[-1]} failed inside the server; "
-        f"its log has the cause under request {request_id}",
-        metadata={"request_id": request_id},
-    )

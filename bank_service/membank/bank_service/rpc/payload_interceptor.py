@@ -15,17 +15,15 @@ if TYPE_CHECKING:
     # Generic in its stubs alone. One interceptor serves methods of all message types.
     _Handler = grpc.RpcMethodHandler[Any, Any]
 
-FETCH_DATA = DataCodec(pb.FetchBlocksResponse)
-"""Messages of an answer to a fetch."""
 PUSH_DATA = DataCodec(pb.PushUpdatesRequest)
 """Messages of a push."""
 
 
 class PayloadInterceptor(grpc.ServerInterceptor):
-    """Serializes answers of `FetchBlocks` and reads requests of `PushUpdates` by `DataCodec`.
+    """Sends answers of `FetchBlocks` as they are, and reads requests of `PushUpdates` by `DataCodec`.
 
-    So their handlers may yield messages that are serialized already, and get views of the data of
-    messages that hold nothing else.
+    So the handler of the former yields messages that are serialized already, and that of the latter
+    gets views of the data of messages that hold nothing else.
     """
 
     def intercept_service(
@@ -41,7 +39,7 @@ class PayloadInterceptor(grpc.ServerInterceptor):
             return grpc.unary_stream_rpc_method_handler(
                 cast("Any", handler.unary_stream),
                 request_deserializer=handler.request_deserializer,
-                response_serializer=FETCH_DATA.serialize,
+                response_serializer=bytes,
             )
         if handler_call_details.method == f"{BLOCK_SERVICE}PushUpdates":
             return grpc.stream_unary_rpc_method_handler(

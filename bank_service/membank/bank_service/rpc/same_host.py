@@ -20,9 +20,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 
+from membank.bank_service.rpc.admission import leaving
 from membank.bank_service.rpc.auth import BLOCK_SERVICE, Principal, require_role
 from membank.bank_service.rpc.budget import ByteBudget
-from membank.bank_service.rpc.requests import push_bytes, read_fetch, read_push, update_of
+from membank.bank_service.rpc.fetching import fetched
+from membank.bank_service.rpc.requests import push_bytes, read_push, update_of
 from membank.bank_service.shard.contract import ShardApi
 from membank.bank_service.store.block_memory import block_memory
 from membank.v1 import block_service_pb2 as pb
@@ -33,9 +35,7 @@ from membank.wire.copying import copy_checked
 from membank.wire.crc import as_uint8
 from membank.wire.errors import (
     CorruptionError,
-    InternalError,
     InvalidArgumentError,
-    MembankError,
     Reason,
     to_status_proto,
 )
@@ -249,16 +249,7 @@ class _Calls:
 
     def fetch(self, request: pb.FetchBlocksRequest, lease: ExitStack) -> Answer:
         """Find blocks; what `lease` holds keeps them where they are."""
-        call = read_fetch(request, self._shard.spec)
-        reservation = lease.enter_context(self._budget.reserve(call.expected_bytes, what="fetch"))
-        result = self._shard.fetch(
-            call.refs,
-            held_versions=call.held,
-            dtype=call.dtype,
-            min_revision=call.min_revision,
-            snapshot=call.snapshot,
-        )
-        reservation.resize(sum(block.header.num_bytes for block in result.blocks))
+        result = lease.enter_context(fetched(request, self._shard, self._budget))
         weights = [block.weight for block in result.blocks if block.weight is not None]
         places, holder = _places(weights)
         lease.callback(_let_go, [weights, holder])
@@ -335,11 +326,5 @@ def _let_go(held: list[object]) -> None:
 
 
 def _failed(error: Exception) -> host_pb.SameHostResponse:
-    if not isinstance(error, MembankError) or isinstance(error, InternalError):
-        request_id = uuid.uuid4().hex
-        _LOG.error("a call on this machine failed, request %s", request_id, exc_info=error)
-        error = InternalError(
-            f"the call failed inside the server; its log has the cause under request {request_id}",
-            metadata={"request_id": request_id},
-        )
-    return host_pb.SameHostResponse(status=to_status_proto(error).SerializeToString())
+    status = to_status_proto(leaving(error, "a call on this machine"))
+    return host_pb.SameHostResponse(status=status.SerializeToString())

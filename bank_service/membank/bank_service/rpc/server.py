@@ -33,6 +33,8 @@ class ServerConfig:
     """Address to bind. Anything but loopback needs `tls_cert`, `tls_key` and `token_file`."""
     port: int = 0
     """Port to bind; 0 = any free one."""
+    data_port: int | None = 0
+    """Port for data of a shard, beside the one for all calls; 0 = any free one, None = none."""
     tls_cert: Path | None = None
     """PEM certificate chain; None = no TLS."""
     tls_key: Path | None = None
@@ -51,6 +53,8 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65_536:
             raise FailedPreconditionError(f"port is {self.port}; accepted: 0..65535")
+        if not 0 <= (self.data_port or 0) < 65_536:
+            raise FailedPreconditionError(f"data_port is {self.data_port}; accepted: 0..65535")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise FailedPreconditionError("tls_cert and tls_key go together; one of them is unset")
         if not is_loopback(self.host) and (self.tls_cert is None or self.token_file is None):
@@ -99,7 +103,7 @@ class BankServer:
         self._pool = ThreadPoolExecutor(config.max_workers, thread_name_prefix="membank-rpc")
         self._server = grpc.server(
             self._pool,
-            interceptors=[CallInterceptor(_authenticator(config)), PayloadInterceptor()],
+            interceptors=[CallInterceptor(authenticator_of(config)), PayloadInterceptor()],
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
@@ -217,7 +221,8 @@ def free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def _authenticator(config: ServerConfig) -> Authenticator:
+def authenticator_of(config: ServerConfig) -> Authenticator:
+    """Return what tells who calls a server."""
     if config.token_file is None:
         return OpenAuthenticator()
     return TokenAuthenticator.from_file(config.token_file)

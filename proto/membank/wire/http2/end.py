@@ -29,8 +29,9 @@ from membank.wire.http2.frames import (
     StreamResetError,
     frame,
     frame_head,
+    header_frames,
 )
-from membank.wire.http2.headers import MAX_HEADER_BYTES, HeaderReader
+from membank.wire.http2.headers import MAX_HEADER_BYTES, NO_TABLE, HeaderReader
 from membank.wire.http2.pieces import Piece, Pieces
 
 WINDOW = 32 << 20
@@ -74,6 +75,7 @@ class Http2End(ABC):
         self._is_ended = True
         self._left = 0  # in the frame of data that is being read, and the padding after that
         self._padding = 0
+        self._is_table_given_up = False
         # While a frame is under way, nothing may come in between.
         self._is_sending = False
         self._replies = bytearray()
@@ -166,6 +168,14 @@ class Http2End(ABC):
         self._stream_window, self._stream_consumed = WINDOW, 0
         self._is_sent = self._is_ended = False
         self._reset = None
+
+    def _header_frames(self, block: bytes, *, ends: bool) -> bytes:
+        """Return the frames of encoded headers on the present stream."""
+        if not self._is_table_given_up:
+            # The other end may have said that it keeps none, and then wants to hear of it.
+            self._is_table_given_up = True
+            block = NO_TABLE + block
+        return header_frames(block, stream=self._stream, ends=ends)
 
     def _send_stream(self, head: bytes, body: Sequence[Piece], tail: bytes) -> None:
         """Send the whole of this end's half of the stream, as the windows of the other end allow.

@@ -11,6 +11,8 @@ from membank.wire.http2.frames import ProtocolError
 
 MAX_HEADER_BYTES = 64 << 10
 """Most bytes of headers that either end takes."""
+NO_TABLE = b"\x20"
+"""Precedes the first block of a sender that uses no table (RFC 7541, 6.3)."""
 _MAX_KNOWN_BLOCKS = 64
 _MAX_KNOWN_BYTES = 1_024
 
