@@ -397,6 +397,31 @@ class TestGrpcioTransport(TestGrpcTransport):
         assert transport.direct_stats.num_fetches == 0
 
 
+class TestDataPortTransport(TestGrpcTransport):
+    """Fetches over the port that a shard has for them."""
+
+    @pytest.fixture
+    def service(self, bank: FakeBank) -> Iterator[FakeService]:
+        service = FakeService(bank, data_port=True)
+        yield service
+        service.close()
+
+    @pytest.fixture
+    async def transport(
+        self, bank: FakeBank, shard: FakeShard, service: FakeService
+    ) -> AsyncIterator[Transport]:
+        transport = GrpcTransport(bank.endpoints[shard.shard_id], ClientConfig())
+        # Tells it of the port.
+        await transport.fetch([TOPIC], timeout_s=TIMEOUT_S)
+        before = transport.direct_stats
+        yield transport
+        await transport.close()
+        after = transport.direct_stats
+        assert (before.num_fetches, before.num_data_port) == (1, 0)
+        assert after.num_data_port == after.num_fetches - 1
+        assert (after.num_data_port_failures, after.fallbacks) == (0, {})
+
+
 class TestSameHostTransport(TestGrpcTransport):
     """The data path through shared memory."""
 

@@ -15,7 +15,9 @@ from fake_shard import FakeShard
 from faults import Fault, FaultScript
 from membank.bank_service.rpc.auth import LOCAL_PRINCIPAL
 from membank.bank_service.rpc.budget import ByteBudget
+from membank.bank_service.rpc.direct import DataListener
 from membank.bank_service.rpc.same_host import SameHostDoor
+from membank.bank_service.rpc.server import ServerConfig
 from membank.v1 import admin_service_pb2 as admin_pb
 from membank.v1 import block_service_pb2 as block_pb
 from membank.v1.admin_service_pb2_grpc import (
@@ -27,6 +29,7 @@ from membank.v1.block_service_pb2_grpc import (
     add_BlockServiceServicer_to_server,
 )
 from membank.wire import convert
+from membank.wire.alternative import ALTERNATIVE_KEY
 from membank.wire.codec import push_codec
 from membank.wire.crc import crc32c
 from membank.wire.errors import (
@@ -141,10 +144,12 @@ class FakeBlockServicer(_Servicer, BlockServiceServicer):
         script: FaultScript,
         token: str | None,
         door: SameHostDoor | None = None,
+        data: DataListener | None = None,
     ) -> None:
         super().__init__(bank, script, token)
         self._shard_or_none = shard
         self._door = door
+        self._data = data
 
     @property
     def _shard(self) -> FakeShard:
@@ -191,6 +196,8 @@ class FakeBlockServicer(_Servicer, BlockServiceServicer):
             min_revision=request.min_revision,
             snapshot=request.snapshot,
         )
+        if self._data is not None:
+            context.send_initial_metadata(((ALTERNATIVE_KEY, self._data.alternative_header),))
         # One header per message and odd chunks: what a client must cope with.
         first = True
         for block in fetched.blocks:
@@ -452,6 +459,8 @@ class FakeService:
         TLS of all servers; None = none.
     same_host
         True lets callers in to shared memory too.
+    data_port
+        True gives shards a port for data too.
     """
 
     def __init__(
@@ -461,10 +470,13 @@ class FakeService:
         token: str | None = None,
         credentials: grpc.ServerCredentials | None = None,
         same_host: bool = False,
+        data_port: bool = False,
     ) -> None:
         self.bank = bank
         self.doors: dict[str, SameHostDoor] = {}
+        self.data: dict[str, DataListener] = {}
         self._same_host = same_host
+        self._data_port = data_port
         self.script = FaultScript()
         self.scripts = {shard.shard_id: FaultScript() for shard in bank.shards}
         self._token = token
@@ -480,6 +492,9 @@ class FakeService:
         if self._same_host:
             # The fake has what a door asks of a shard.
             self.doors[shard.shard_id] = SameHostDoor(shard, ByteBudget(1 << 30))  # type: ignore[arg-type]
+        if self._data_port:
+            listener = DataListener(ServerConfig(drain_s=1.0), shard, ByteBudget(1 << 30))  # type: ignore[arg-type]
+            self.data[shard.shard_id] = listener
         endpoint = self._start(shard.shard_id, shard, self.scripts[shard.shard_id])
         self.bank.move(shard, endpoint)
         return endpoint
@@ -488,12 +503,16 @@ class FakeService:
         """Stop the server of a shard, or of the "gateway", at once."""
         if name in self.doors:
             self.doors.pop(name).close()
+        if name in self.data:
+            self.data.pop(name).stop(within_s=0.0)
         self._servers.pop(name).stop(grace=None).wait()
 
     def close(self) -> None:
         """Stop everything."""
         for door in self.doors.values():
             door.close()
+        for listener in self.data.values():
+            listener.stop()
         for shard in self.bank.shards:
             for subscription in shard.subscriptions:
                 subscription.close()
@@ -510,7 +529,15 @@ class FakeService:
             ],
         )
         add_BlockServiceServicer_to_server(
-            FakeBlockServicer(self.bank, shard, script, self._token, self.doors.get(name)), server
+            FakeBlockServicer(
+                self.bank,
+                shard,
+                script,
+                self._token,
+                self.doors.get(name),
+                self.data.get(name),
+            ),
+            server,
         )
         if shard is None:
             add_AdminServiceServicer_to_server(

@@ -17,6 +17,7 @@ from membank.bank_service.rpc import (
     ServerConfig,
     Service,
 )
+from membank.bank_service.rpc.direct import DataListener
 from membank.bank_service.shard import ShardApi
 from membank.v1.admin_service_pb2_grpc import AdminServiceStub, add_AdminServiceServicer_to_server
 from membank.v1.block_service_pb2_grpc import BlockServiceStub, add_BlockServiceServicer_to_server
@@ -44,6 +45,8 @@ class RpcRig:
         What is served instead of the bank's own shard; None = that.
     max_watchers
         Most concurrent watchers.
+    stall_s
+        Patience of the data port.
     """
 
     def __init__(
@@ -54,13 +57,21 @@ class RpcRig:
         budget_bytes: int = 64 << 20,
         shard: ShardApi | None = None,
         max_watchers: int = 2,
+        stall_s: float = 30.0,
     ) -> None:
         self.bank = ShardRig(folder, num_shards=1)
         self.shard: ShardApi = shard or self.bank.shards["shard-0"]
         self.budget = ByteBudget(budget_bytes)
         self.has_bank = True
         config = config or ServerConfig(drain_s=1.0)
-        blocks = BlockServicer(self.shard, self, self.budget, max_watchers=max_watchers)
+        self.data = DataListener(config, self.shard, self.budget, stall_s=stall_s)
+        blocks = BlockServicer(
+            self.shard,
+            self,
+            self.budget,
+            max_watchers=max_watchers,
+            alternative=self.data.alternative_header,
+        )
         admin = AdminServicer(self, self.budget)
         services = [
             Service(BLOCK_SERVICE, lambda s: add_BlockServiceServicer_to_server(blocks, s)),
@@ -107,6 +118,7 @@ class RpcRig:
         """Stop server and shard."""
         self.channel.close()
         self.server.stop()
+        self.data.stop()
         self.bank.close()
 
     def __enter__(self) -> Self:

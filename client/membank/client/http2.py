@@ -47,7 +47,8 @@ class Http2Connection(Http2End):
     @property
     def is_usable(self) -> bool:
         """Whether another request may be made."""
-        return self.is_whole and not self._is_going and self._stream < MAX_STREAM
+        is_over = self._is_sent and self._is_ended and not self._left
+        return is_over and not self._is_going and self._stream < MAX_STREAM
 
     def request(self, block: bytes, body: Sequence[Piece]) -> None:
         """Send a request, or as much of it as the other end hears before it answers.

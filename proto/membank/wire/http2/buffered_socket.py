@@ -73,7 +73,7 @@ class BufferedSocket:
             except _NOT_YET as err:
                 self._wait(_awaited(err, select.POLLOUT))
 
-    def send_pieces(self, pieces: list[Piece], take_input: Callable[[], None]) -> None:
+    def send_pieces(self, pieces: list[Piece], take_input: Callable[[], bool]) -> None:
         """Send pieces, one after the other, from where they lie.
 
         Parameters
@@ -82,9 +82,10 @@ class BufferedSocket:
             The pieces; at most 1,024. Emptied.
         take_input
             Called where the other end has said something and reads nothing; may read and must not
-            send.
+            send. False = it wants to hear no more.
         """
         self._is_sending = True
+        heed = select.POLLIN
         try:
             pieces.reverse()
             while pieces:
@@ -92,8 +93,8 @@ class BufferedSocket:
                     count = self._send_now(pieces)
                 except _NOT_YET as err:
                     event = _awaited(err, select.POLLOUT)
-                    if self._wait(event | select.POLLIN) & select.POLLIN:
-                        take_input()
+                    if self._wait(event | heed) & heed and not take_input():
+                        heed = 0
                     continue
                 while pieces and count >= len(pieces[-1]):
                     count -= len(pieces.pop())

@@ -36,7 +36,7 @@ from membank.wire.http2.pieces import Piece, Pieces
 
 WINDOW = 32 << 20
 """Bytes that the other end may send before it hears that earlier ones were read."""
-_SENT_FRAME_BYTES = 1 << 20
+_SENT_FRAME_BYTES = 4 << 20
 """Most data of a frame that is sent: a call that its caller gave up is noticed between two."""
 _MAX_REPLY_BYTES = 64 << 10
 
@@ -80,11 +80,6 @@ class Http2End(ABC):
         self._is_sending = False
         self._replies = bytearray()
         self._reset: int | None = None
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether neither half of the last stream is under way."""
-        return self._is_sent and self._is_ended and not self._left and not self._is_sending
 
     def refresh(self) -> None:
         """Take what came meanwhile, such as a probe or the end of the connection; wait for nothing."""
@@ -226,11 +221,15 @@ class Http2End(ABC):
         if self._reset is not None:
             raise StreamResetError(self._reset)
 
-    def _take_input(self) -> None:
-        while self._end.has_input():
+    def _take_input(self) -> bool:
+        """Take what came while a frame is under way; False = no more before its end."""
+        # Whoever gave the stream up may have begun the next one: that is for later.
+        while self._reset is None and self._end.has_input():
             self._next_frame()
             self._heard_while_sending()
+        return self._reset is None
 
+    @abstractmethod
     def _heard_while_sending(self) -> None:
         """React to data that came before this end has said all; nobody reads them."""
 
@@ -362,6 +361,7 @@ class Http2End(ABC):
         else:
             self._skip(length)
 
+    @abstractmethod
     def _told_to_go(self, last: int) -> None:
         """Note that the other end takes no stream after `last`."""
 

@@ -52,7 +52,8 @@ class ServerEnd(Http2End):
     @property
     def is_usable(self) -> bool:
         """Whether another request may come."""
-        return self.is_whole and not self._is_going
+        is_over = self._is_sent and self._is_ended and not self._is_sending
+        return is_over and not self._is_going
 
     def end_at(self, ends: float) -> None:
         """Bound all that follows by a point in time of `time.monotonic`."""
@@ -115,6 +116,10 @@ class ServerEnd(Http2End):
 
     def _heard_while_sending(self) -> None:
         self._discard()
+
+    def _told_to_go(self, last: int) -> None:
+        # It begins no further call; the one at hand is answered.
+        pass
 
     def _send_pieces(self, pieces: list[Piece]) -> None:
         # Each frame has a time of its own: who takes the last one slowly shall not live on the

@@ -92,6 +92,7 @@ class DataListener:
         self._connections: set[_Connection] = set()
         self._lock = threading.Lock()
         self._is_draining = False
+        self._is_stopped = False
         self._listener = _bound(config.host, config.data_port or 0, max_connections)
         self.alternative = Alternative(self._listener.getsockname()[1], server_id)
         """What callers are to be told."""
@@ -121,17 +122,19 @@ class DataListener:
         os.close(self._not_drained)
 
     def stop(self, *, within_s: float | None = None) -> None:
-        """Drain, let calls under way finish for a while, then end their connections.
+        """Drain, let calls under way finish for a while, then end their connections; once.
 
         Parameters
         ----------
         within_s
             Longest wait; None = `ServerConfig.drain_s`, and then until no call does anything.
         """
+        if self._is_stopped:
+            return
+        self._is_stopped = True
         ends = time.monotonic() + min(self._drain_s, math.inf if within_s is None else within_s)
         self.drain()
         self._thread.join()
-        self._listener.close()
         with self._lock:
             connections = list(self._connections)
         for connection in connections:
@@ -144,6 +147,10 @@ class DataListener:
             os.close(self._drained)
 
     def _accept(self) -> None:
+        with self._listener:
+            self._accept_until_drained()
+
+    def _accept_until_drained(self) -> None:
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
         poll.register(self._drained, select.POLLIN)
