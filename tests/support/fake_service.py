@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
@@ -144,12 +144,12 @@ class FakeBlockServicer(_Servicer, BlockServiceServicer):
         script: FaultScript,
         token: str | None,
         door: SameHostDoor | None = None,
-        data: DataListener | None = None,
+        listeners: Mapping[str, DataListener] | None = None,
     ) -> None:
         super().__init__(bank, script, token)
         self._shard_or_none = shard
         self._door = door
-        self._data = data
+        self._listeners = listeners or {}
 
     @property
     def _shard(self) -> FakeShard:
@@ -196,8 +196,9 @@ class FakeBlockServicer(_Servicer, BlockServiceServicer):
             min_revision=request.min_revision,
             snapshot=request.snapshot,
         )
-        if self._data is not None:
-            context.send_initial_metadata(((ALTERNATIVE_KEY, self._data.alternative_header),))
+        listener = self._listeners.get(self._shard.shard_id)
+        if listener is not None:
+            context.send_initial_metadata(((ALTERNATIVE_KEY, listener.alternative_header),))
         # One header per message and odd chunks: what a client must cope with.
         first = True
         for block in fetched.blocks:
@@ -499,6 +500,10 @@ class FakeService:
         self.bank.move(shard, endpoint)
         return endpoint
 
+    def tell_of(self, shard_id: str, listener: DataListener) -> None:
+        """Tell callers of a shard of another port for data; closed by whoever made it."""
+        self.data[shard_id] = listener
+
     def stop_server(self, name: str) -> None:
         """Stop the server of a shard, or of the "gateway", at once."""
         if name in self.doors:
@@ -535,7 +540,7 @@ class FakeService:
                 script,
                 self._token,
                 self.doors.get(name),
-                self.data.get(name),
+                self.data,
             ),
             server,
         )

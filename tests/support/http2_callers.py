@@ -102,7 +102,9 @@ def head(stream: int = 1, *, flags: int = Flag.END_HEADERS, **changed: str | Non
 def request(stream: int = 1, body: bytes | None = None, **changed: str | None) -> bytes:
     """Return a whole request."""
     body = message() if body is None else body
-    return head(stream, **changed) + frame(Frame.DATA, Flag.END_STREAM, stream, body)
+    return head(stream, flags=Flag.END_HEADERS, **changed) + frame(
+        Frame.DATA, Flag.END_STREAM, stream, body
+    )
 
 
 class RawCaller:

@@ -132,6 +132,7 @@ class DirectFetches:
                 if connection.to is None:
                     raise
                 self._data_port.failed(connection.to)
+                connection.retire()
                 raise _NoWayError("data port") from err
             finally:
                 self._heed(connection)

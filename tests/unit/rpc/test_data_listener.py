@@ -366,7 +366,7 @@ class TestRefusing:
     def test_what_is_no_call_to_this_server(
         self, rig: ListenerRig, caller: RawCaller, changed: dict[str, str | None], status: str
     ) -> None:
-        caller.say(request(1, **changed))
+        caller.say(request(1, None, **changed))
         assert caller.answer()[0][":status"] == status
         caller.say(request(3, membank_server=rig.listener.alternative.server_id))
         check(rig, caller)

@@ -36,7 +36,7 @@ class ServerEnd(Http2End):
         self._stall_s = stall_s
         self._ends = 0.0
         self._highest = 0  # stream that the other end has begun
-        self._headers: dict[str, str] | None = None
+        self._begun: list[dict[str, str]] = []  # headers of the request that has come, if one has
 
     @classmethod
     def open(cls, end: BufferedSocket, *, stall_s: float) -> Self:
@@ -63,10 +63,9 @@ class ServerEnd(Http2End):
     def next_request(self) -> dict[str, str] | None:
         """Return the headers of the next request; None = something else came, such as a probe."""
         self._discard()
-        self._headers = None
-        while self._headers is None and self._end.has_input():
+        while not self._begun and self._end.has_input():
             self._next_frame()
-        return self._headers
+        return self._begun.pop() if self._begun else None
 
     def answer(self, head: bytes, body: Sequence[Piece] = (), trailers: bytes = b"") -> None:
         """Answer the request.
@@ -144,4 +143,4 @@ class ServerEnd(Http2End):
             return
         self._begin_stream(stream)
         self._is_ended = ended
-        self._headers = headers
+        self._begun.append(headers)

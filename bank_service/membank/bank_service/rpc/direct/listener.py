@@ -154,7 +154,7 @@ class DataListener:
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
         poll.register(self._drained, select.POLLIN)
-        while not self._is_draining:
+        while True:
             poll.poll()
             if self._is_draining:
                 return
