@@ -9,6 +9,7 @@ goes through the generated code.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Generic, Protocol, Self, TypeVar, cast
 
 from google.protobuf.message import Message
@@ -53,6 +54,8 @@ class DataCodec(Generic[M]):
         self._kind = kind
         number = cast("type[Message]", kind).DESCRIPTOR.fields_by_name["data"].number
         self._tag = _varint(number << 3 | _LENGTH_DELIMITED)
+        # All but the last message of a stream have the same one.
+        self._head = lru_cache(maxsize=64)(lambda length: self._tag + _varint(length))
 
     def encode(self, parts: Sequence[memoryview]) -> bytes:
         """Return the serialized message whose data are `parts`, one after the other.
@@ -66,7 +69,7 @@ class DataCodec(Generic[M]):
 
     def pieces(self, parts: Sequence[memoryview]) -> list[bytes | bytearray | memoryview]:
         """Return what `encode` does, in pieces: nothing is copied."""
-        return [self._tag + _varint(sum(map(len, parts))), *parts]
+        return [self._head(sum(map(len, parts))), *parts]
 
     def serialize(self, message: M | bytes) -> bytes:
         """Return a message as it travels; one that `encode` made is that already."""

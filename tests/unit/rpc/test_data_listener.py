@@ -307,17 +307,16 @@ class TestAnswering:
             assert caller.fields(said)[":status"] == "200"
             assert rig.budget.used_bytes in (0, 1 << 20)
 
-    def test_a_call_that_is_given_up_before_it_is_answered(
-        self, rig: ListenerRig, caller: RawCaller
-    ) -> None:
-        rig.shard.may_answer.clear()
-        caller.say(request())
-        assert rig.shard.is_asked.wait(10.0)
-        caller.say(frame(Frame.RST_STREAM, 0, 1, WORD.pack(ErrorCode.CANCEL)))
-        caller.wait_until_heard()
-        rig.shard.may_answer.set()
-        caller.say(request(3))
-        assert caller.next_of(Frame.HEADERS, Frame.DATA).stream == 3
+    def test_a_call_that_is_given_up_before_it_is_answered(self) -> None:
+        with ListenerRig(1 << 20) as rig, RawCaller(rig.port) as caller:
+            rig.shard.may_answer.clear()
+            caller.say(request())
+            assert rig.shard.is_asked.wait(10.0)
+            caller.say(frame(Frame.RST_STREAM, 0, 1, WORD.pack(ErrorCode.CANCEL)))
+            caller.wait_until_heard()
+            rig.shard.may_answer.set()
+            caller.say(request(3))
+            assert caller.next_of(Frame.HEADERS, Frame.DATA).stream == 3
 
     def test_who_takes_nothing_is_hung_up_on(self) -> None:
         with ListenerRig(64 << 20, stall_s=0.2) as rig:

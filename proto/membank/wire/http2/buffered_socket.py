@@ -118,12 +118,13 @@ class BufferedSocket:
         bool
             Whether there are, or the other end is gone.
         """
-        if self.has_input():
+        # TLS may hold what the system has given it already.
+        if self._start < self._end or (not self._is_plain and self.has_input()):
             return True
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        poll.register(other, select.POLLIN)
-        ready = poll.poll(1000 * timeout_s)
+        self._poll.register(self._socket, select.POLLIN)
+        self._poll.register(other, select.POLLIN)
+        ready = self._poll.poll(1000 * timeout_s)
+        self._poll.unregister(other)
         return any(number != other for number, _ in ready)
 
     def take(self, num_bytes: int) -> memoryview:

@@ -34,6 +34,7 @@ from membank.wire.http2.pieces import Piece
 LONGEST_CALL_S = 600.0
 """Time of calls that set themselves none, or more: so nobody holds memory for ever."""
 
+_LARGE_BYTES = 256 << 10
 _MESSAGE_HEAD = struct.Struct(">BI")
 _UNIT_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 _TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])")
@@ -134,8 +135,9 @@ class DataCalls:
             except Exception as err:
                 _refuse(http2, leaving(err, BLOCK_SERVICE + "FetchBlocks"))
                 return
-            # Notices that the caller has given up, before anything is sent.
-            http2.refresh()
+            if sum(map(len, body)) > _LARGE_BYTES:
+                # Notices that the caller has given up, before all that is sent.
+                http2.refresh()
             http2.answer(_HEAD, body, _WELL)
 
     def _answer(self, message: bytes, ends: float, held: ExitStack) -> list[Piece]:
@@ -172,10 +174,9 @@ class DataCalls:
 
 def _framed(messages: Iterable[list[Piece]]) -> Iterator[Piece]:
     """Yield the pieces of messages as gRPC frames them."""
-    for first, *rest in messages:
-        length = len(first) + sum(map(len, rest))
-        yield _MESSAGE_HEAD.pack(0, length) + first
-        yield from rest
+    for pieces in messages:
+        yield _MESSAGE_HEAD.pack(0, sum(map(len, pieces)))
+        yield from pieces
 
 
 def _refuse(http2: ServerEnd, why: MembankError | Refusal) -> None:
