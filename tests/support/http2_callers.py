@@ -289,6 +289,14 @@ def payload_of(body: bytes | bytearray) -> bytes:
     return b"".join(parts)
 
 
+def check(rig: ListenerRig, caller: RawCaller) -> None:
+    """Check that the next answer is the shard's block."""
+    headers, body, trailers = caller.answer()
+    assert (headers[":status"], headers["content-type"]) == ("200", "application/grpc")
+    assert trailers == {"grpc-status": "0"}
+    assert payload_of(body) == rig.shard.content.tobytes()
+
+
 def error_in(trailers: dict[str, str]) -> MembankError:
     """Return the error that a call ended with."""
     code = next(c for c in grpc.StatusCode if str(c.value[0]) == trailers["grpc-status"])
