@@ -23,6 +23,12 @@ class DataPort:
         self._told: Alternative | None = None
         self._paused_until = 0.0
         self._num_failures = 0
+        self._num_served = 0
+
+    @property
+    def num_served(self) -> int:
+        """Calls that it has served."""
+        return self._num_served
 
     @property
     def num_failures(self) -> int:
@@ -39,6 +45,11 @@ class DataPort:
         with self._lock:
             if alternative != self._told:
                 self._told, self._paused_until = alternative, 0.0
+
+    def served(self) -> None:
+        """Count a call."""
+        with self._lock:
+            self._num_served += 1
 
     def failed(self, alternative: Alternative) -> None:
         """Give it up for a while: it cannot be reached, breaks, or is another server's."""

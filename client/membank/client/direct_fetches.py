@@ -76,7 +76,6 @@ class DirectFetches:
         self._paused_until = 0.0
         self._is_not_understood = False
         self._counts: Counter[str] = Counter()
-        self._num_data_port = 0
 
     @property
     def stats(self) -> DirectStats:
@@ -84,7 +83,7 @@ class DirectFetches:
         counts = dict(self._counts)
         return DirectStats(
             num_fetches=counts.pop("fetch", 0),
-            num_data_port=self._num_data_port,
+            num_data_port=self._data_port.num_served,
             num_data_port_failures=self._data_port.num_failures,
             fallbacks=counts,
         )
@@ -136,8 +135,10 @@ class DirectFetches:
                 raise _NoWayError("data port") from err
             finally:
                 self._heed(connection)
-            self._num_data_port += connection.to is not None
-            return payloads.finish()
+            answer = payloads.finish()
+            if connection.to is not None:
+                self._data_port.served()
+            return answer
 
         try:
             return await self._connections.call(fetched, lambda: self._opened(ends), ends=ends)
