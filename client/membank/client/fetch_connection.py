@@ -26,7 +26,6 @@ from membank.client.http2 import Http2Connection
 from membank.client.payloads import FETCH_DATA, FetchedPayloads
 from membank.v1 import block_service_pb2 as block_pb
 from membank.wire.alternative import ALTERNATIVE_KEY, MISDIRECTED, SERVER_KEY, Alternative
-from membank.wire.data_messages import DATA_HEAD_BYTES
 from membank.wire.errors import MembankError, Reason, UnavailableError
 from membank.wire.framing import MAX_MESSAGE_BYTES
 from membank.wire.http2.buffered_socket import BufferedSocket
@@ -248,12 +247,14 @@ class FetchConnection:
                     grpc.StatusCode.RESOURCE_EXHAUSTED,
                     f"a message of {length} bytes; accepted: {MAX_MESSAGE_BYTES}",
                 )
-            head = self._whole(min(length, DATA_HEAD_BYTES))
+            # No byte of the data: those few would cost as much as all the others of the message.
+            head = self._whole(FETCH_DATA.head_bytes(length))
             start = FETCH_DATA.data_start(head, length)
             if start is None:
                 payloads.take(_parsed(head + self._whole(length - len(head))))
                 continue
-            payloads.take(memoryview(head)[start:])
+            if start < len(head):
+                payloads.take(memoryview(head)[start:])
             self._land(payloads, length - len(head))
 
     def _land(self, payloads: FetchedPayloads, num_bytes: int) -> None:

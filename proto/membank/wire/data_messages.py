@@ -56,6 +56,7 @@ class DataCodec(Generic[M]):
         self._tag = _varint(number << 3 | _LENGTH_DELIMITED)
         # All but the last message of a stream have the same one.
         self._head = lru_cache(maxsize=64)(lambda length: self._tag + _varint(length))
+        self._head_bytes = lru_cache(maxsize=64)(self._counted_head_bytes)
 
     def encode(self, parts: Sequence[memoryview]) -> bytes:
         """Return the serialized message whose data are `parts`, one after the other.
@@ -86,6 +87,13 @@ class DataCodec(Generic[M]):
         start = self.data_start(encoded[:DATA_HEAD_BYTES], len(encoded))
         return self._kind.FromString(encoded) if start is None else memoryview(encoded)[start:]
 
+    def head_bytes(self, num_bytes: int) -> int:
+        """Return how many bytes precede the data of a message of `num_bytes` that has nothing else.
+
+        Where no such message has that size, or this, `data_start` says so of them.
+        """
+        return self._head_bytes(num_bytes)
+
     def data_start(self, head: bytes, num_bytes: int) -> int | None:
         """Return where the data of a message begin, or None where it has anything else.
 
@@ -105,6 +113,12 @@ class DataCodec(Generic[M]):
             if byte < 0x80:
                 return at if at + length == num_bytes else None
         return None
+
+    def _counted_head_bytes(self, num_bytes: int) -> int:
+        for head_bytes in range(len(self._tag) + 1, DATA_HEAD_BYTES):
+            if num_bytes - head_bytes < 1 << 7 * (head_bytes - len(self._tag)):
+                return min(num_bytes, head_bytes)
+        return min(num_bytes, DATA_HEAD_BYTES)
 
 
 def data_of(message: DataMessage | memoryview) -> bytes | memoryview:

@@ -100,3 +100,19 @@ def test_garbage_is_refused_or_means_what_it_means_to_the_generated_code(encoded
 def test_messages_with_more_than_data_go_through_the_generated_code() -> None:
     head = pb.PushUpdatesRequest(request_id="r", step=3)
     assert PUSH.deserialize(PUSH.serialize(head)) == head
+
+
+@pytest.mark.parametrize("step", [-1, 0, 1])
+@pytest.mark.parametrize("power", [0, 1, 7, 14, 20, 21])
+def test_the_head_of_data_alone_has_no_byte_of_them(power: int, step: int) -> None:
+    num_bytes = max(1, (1 << power) + step)
+    encoded = pb.FetchBlocksResponse(data=bytes(num_bytes)).SerializeToString()
+    head_bytes = FETCH.head_bytes(len(encoded))
+    assert len(encoded) - head_bytes == num_bytes
+    assert FETCH.data_start(encoded[:head_bytes], len(encoded)) == head_bytes
+
+
+def test_no_head_is_longer_than_its_message() -> None:
+    # Not of every size is there a message that has data alone.
+    for num_bytes in range(200):
+        assert 0 <= FETCH.head_bytes(num_bytes) <= num_bytes
