@@ -97,8 +97,9 @@ class SameHostConnection:
         """
         with self._use():
             answer = self._found(request, refs, partial(self._copied, landing), timeout_s)
-            # From now on the shard may use the memory for something else.
-            self._messages.send(host_pb.SameHostRequest(release=host_pb.SameHostRelease()))
+            if any(block.weight is not None for block in answer.blocks):
+                # From now on the shard may use the memory for something else.
+                self._messages.send(host_pb.SameHostRequest(release=host_pb.SameHostRelease()))
         return answer
 
     def view(

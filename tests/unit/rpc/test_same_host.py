@@ -342,6 +342,25 @@ def test_what_was_fetched_is_reserved_until_it_is_released(rig: Rig) -> None:
     messages.close()
 
 
+def test_an_answer_without_content_is_no_lease(open_rig: Callable[..., Rig]) -> None:
+    rig = open_rig(lease_s=0.01)
+    messages = rig.raw()
+    request = fetch_request(
+        [LARGE], bank="", held_versions=[0], dtype=None, min_revision=0, snapshot=""
+    )
+    for _ in range(2):
+        messages.send(host_pb.SameHostRequest(fetch=request))
+        response, _ = messages.receive(host_pb.SameHostResponse)
+        assert response.blocks.headers[0].unchanged
+        assert rig.budget.used_bytes == 0
+        # The shard would have ended the connection by then.
+        messages.set_timeout(0.05)
+        with pytest.raises(TimeoutError):
+            messages.receive(host_pb.SameHostResponse)
+        messages.set_timeout(10)
+    messages.close()
+
+
 def test_a_leased_block_stays_as_it_is_while_it_is_updated(rig: Rig) -> None:
     before = rig.shard.fetch([LARGE]).blocks[0]
     assert before.weight is not None

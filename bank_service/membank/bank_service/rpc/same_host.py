@@ -229,9 +229,11 @@ class _Connection(threading.Thread):
         match request.WhichOneof("kind"):
             case "fetch":
                 require_role(principal, BLOCK_SERVICE + "FetchBlocks")
-                answer = calls.fetch(request.fetch, self._lease)
-                self._is_leased = True
-                return answer
+                response, descriptors = calls.fetch(request.fetch, self._lease)
+                self._is_leased = bool(response.blocks.places)
+                if not self._is_leased:
+                    self._lease.close()  # there is nothing to read, and so nothing to release
+                return response, descriptors
             case "push":
                 require_role(principal, BLOCK_SERVICE + "PushUpdates")
                 return calls.push(request.push, self._segments)
