@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from membank.v1 import types_pb2 as membank_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emembank/v1/block_service.proto\x12\nmembank.v1\x1a\x16membank/v1/types.proto\"\x1e\n\x0eGetBankRequest\x12\x0c\n\x04\x62\x61nk\x18\x01 \x01(\t\"\xfc\x01\n\x0fGetBankResponse\x12\"\n\x04spec\x18\x01 \x01(\x0b\x32\x14.membank.v1.BankSpec\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12(\n\tplacement\x18\x03 \x01(\x0b\x32\x15.membank.v1.Placement\x12\x16\n\x0eserver_version\x18\x04 \x01(\t\x12\x15\n\rtree_revision\x18\x05 \x01(\x04\x12\x18\n\x10removal_revision\x18\x06 \x01(\x04\x12*\n\ndurability\x18\x07 \x01(\x0e\x32\x16.membank.v1.Durability\x12\x14\n\x0cship_every_s\x18\x08 \x01(\x01\"\x1e\n\x0eGetTreeRequest\x12\x0c\n\x04\x62\x61nk\x18\x01 \x01(\t\"B\n\x0fGetTreeResponse\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\x02 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\xb2\x01\n\x12\x46\x65tchBlocksRequest\x12\x0c\n\x04\x62\x61nk\x18\x01 \x01(\t\x12\"\n\x04refs\x18\x02 \x03(\x0b\x32\x14.membank.v1.BlockRef\x12\x1d\n\x15held_version_plus_one\x18\x03 \x03(\x04\x12#\n\x05\x64type\x18\x04 \x01(\x0e\x32\x14.membank.v1.DataType\x12\x14\n\x0cmin_revision\x18\x05 \x01(\x04\x12\x10\n\x08snapshot\x18\x06 \x01(\t\"_\n\x13\x46\x65tchBlocksResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12(\n\x07headers\x18\x02 \x03(\x0b\x32\x17.membank.v1.BlockHeader\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x8f\x01\n\x0cUpdateHeader\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.membank.v1.BlockRef\x12\x14\n\x0c\x62\x61se_version\x18\x02 \x01(\x04\x12#\n\x05\x64type\x18\x03 \x01(\x0e\x32\x14.membank.v1.DataType\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\x05 \x01(\r\"\xdd\x01\n\x12PushUpdatesRequest\x12\x0c\n\x04\x62\x61nk\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12 \n\x13learning_rate_scale\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12$\n\x04mode\x18\x05 \x01(\x0e\x32\x16.membank.v1.UpdateMode\x12)\n\x07headers\x18\x06 \x03(\x0b\x32\x18.membank.v1.UpdateHeader\x12\x0c\n\x04\x64\x61ta\x18\x07 \x01(\x0c\x42\x16\n\x14_learning_rate_scale\"d\n\x0cUpdateResult\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.membank.v1.BlockRef\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x08\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\"S\n\x13PushUpdatesResponse\x12)\n\x07results\x18\x01 \x03(\x0b\x32\x18.membank.v1.UpdateResult\x12\x11\n\tduplicate\x18\x02 \x01(\x08\"Z\n\x12WatchBlocksRequest\x12\x0c\n\x04\x62\x61nk\x18\x01 \x01(\t\x12\"\n\x04refs\x18\x02 \x03(\x0b\x32\x14.membank.v1.BlockRef\x12\x12\n\nadmin_only\x18\x03 \x01(\x08\"y\n\nBlockEvent\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.membank.v1.BlockRef\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.membank.v1.BlockState\x12\x10\n\x08revision\x18\x04 \x01(\x04\"R\n\x13WatchBlocksResponse\x12&\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x16.membank.v1.BlockEvent\x12\x13\n\x0bnum_dropped\x18\x02 \x01(\x04\"&\n\x16GetSameHostDoorRequest\x12\x0c\n\x04\x62\x61nk\x18\x01 \x01(\t\"O\n\x17GetSameHostDoorResponse\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x13\n\x0bsocket_name\x18\x02 \x01(\t\x12\x0e\n\x06ticket\x18\x03 \x01(\x0c*@\n\nUpdateMode\x12\x1b\n\x17UPDATE_MODE_UNSPECIFIED\x10\x00\x12\x15\n\x11UPDATE_MODE_ASYNC\x10\x01\x32\xea\x03\n\x0c\x42lockService\x12\x42\n\x07GetBank\x12\x1a.membank.v1.GetBankRequest\x1a\x1b.membank.v1.GetBankResponse\x12\x44\n\x07GetTree\x12\x1a.membank.v1.GetTreeRequest\x1a\x1b.membank.v1.GetTreeResponse0\x01\x12P\n\x0b\x46\x65tchBlocks\x12\x1e.membank.v1.FetchBlocksRequest\x1a\x1f.membank.v1.FetchBlocksResponse0\x01\x12P\n\x0bPushUpdates\x12\x1e.membank.v1.PushUpdatesRequest\x1a\x1f.membank.v1.PushUpdatesResponse(\x01\x12P\n\x0bWatchBlocks\x12\x1e.membank.v1.WatchBlocksRequest\x1a\x1f.membank.v1.WatchBlocksResponse0\x01\x12Z\n\x0fGetSameHostDoor\x12\".membank.v1.GetSameHostDoorRequest\x1a#.membank.v1.GetSameHostDoorResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emembank/v1/block_service.proto\x12\nmembank.v1\x1a\x16membank/v1/types.proto\"\x1e\n\x0eGetBankRequest\x12\x0c\n\x04\x62\x61nk\x18\x01 \x01(\t\"\xfc\x01\n\x0fGetBankResponse\x12\"\n\x04spec\x18\x01 \x01(\x0b\x32\x14.membank.v1.BankSpec\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12(\n\tplacement\x18\x03 \x01(\x0b\x32\x15.membank.v1.Placement\x12\x16\n\x0eserver_version\x18\x04 \x01(\t\x12\x15\n\rtree_revision\x18\x05 \x01(\x04\x12\x18\n\x10removal_revision\x18\x06 \x01(\x04\x12*\n\ndurability\x18\x07 \x01(\x0e\x32\x16.membank.v1.Durability\x12\x14\n\x0cship_every_s\x18\x08 \x01(\x01\"\x1e\n\x0eGetTreeRequest\x12\x0c\n\x04\x62\x61nk\x18\x01 \x01(\t\"B\n\x0fGetTreeResponse\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\x02 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\xcb\x01\n\x12\x46\x65tchBlocksRequest\x12\x0c\n\x04\x62\x61nk\x18\x01 \x01(\t\x12\"\n\x04refs\x18\x02 \x03(\x0b\x32\x14.membank.v1.BlockRef\x12\x1d\n\x15held_version_plus_one\x18\x03 \x03(\x04\x12#\n\x05\x64type\x18\x04 \x01(\x0e\x32\x14.membank.v1.DataType\x12\x14\n\x0cmin_revision\x18\x05 \x01(\x04\x12\x10\n\x08snapshot\x18\x06 \x01(\t\x12\x17\n\x0flayers_per_part\x18\x07 \x01(\r\"_\n\x13\x46\x65tchBlocksResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12(\n\x07headers\x18\x02 \x03(\x0b\x32\x17.membank.v1.BlockHeader\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x8f\x01\n\x0cUpdateHeader\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.membank.v1.BlockRef\x12\x14\n\x0c\x62\x61se_version\x18\x02 \x01(\x04\x12#\n\x05\x64type\x18\x03 \x01(\x0e\x32\x14.membank.v1.DataType\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\x05 \x01(\r\"\xdd\x01\n\x12PushUpdatesRequest\x12\x0c\n\x04\x62\x61nk\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12 \n\x13learning_rate_scale\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12$\n\x04mode\x18\x05 \x01(\x0e\x32\x16.membank.v1.UpdateMode\x12)\n\x07headers\x18\x06 \x03(\x0b\x32\x18.membank.v1.UpdateHeader\x12\x0c\n\x04\x64\x61ta\x18\x07 \x01(\x0c\x42\x16\n\x14_learning_rate_scale\"d\n\x0cUpdateResult\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.membank.v1.BlockRef\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x08\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\"S\n\x13PushUpdatesResponse\x12)\n\x07results\x18\x01 \x03(\x0b\x32\x18.membank.v1.UpdateResult\x12\x11\n\tduplicate\x18\x02 \x01(\x08\"Z\n\x12WatchBlocksRequest\x12\x0c\n\x04\x62\x61nk\x18\x01 \x01(\t\x12\"\n\x04refs\x18\x02 \x03(\x0b\x32\x14.membank.v1.BlockRef\x12\x12\n\nadmin_only\x18\x03 \x01(\x08\"y\n\nBlockEvent\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.membank.v1.BlockRef\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.membank.v1.BlockState\x12\x10\n\x08revision\x18\x04 \x01(\x04\"R\n\x13WatchBlocksResponse\x12&\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x16.membank.v1.BlockEvent\x12\x13\n\x0bnum_dropped\x18\x02 \x01(\x04\"&\n\x16GetSameHostDoorRequest\x12\x0c\n\x04\x62\x61nk\x18\x01 \x01(\t\"O\n\x17GetSameHostDoorResponse\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x13\n\x0bsocket_name\x18\x02 \x01(\t\x12\x0e\n\x06ticket\x18\x03 \x01(\x0c*@\n\nUpdateMode\x12\x1b\n\x17UPDATE_MODE_UNSPECIFIED\x10\x00\x12\x15\n\x11UPDATE_MODE_ASYNC\x10\x01\x32\xea\x03\n\x0c\x42lockService\x12\x42\n\x07GetBank\x12\x1a.membank.v1.GetBankRequest\x1a\x1b.membank.v1.GetBankResponse\x12\x44\n\x07GetTree\x12\x1a.membank.v1.GetTreeRequest\x1a\x1b.membank.v1.GetTreeResponse0\x01\x12P\n\x0b\x46\x65tchBlocks\x12\x1e.membank.v1.FetchBlocksRequest\x1a\x1f.membank.v1.FetchBlocksResponse0\x01\x12P\n\x0bPushUpdates\x12\x1e.membank.v1.PushUpdatesRequest\x1a\x1f.membank.v1.PushUpdatesResponse(\x01\x12P\n\x0bWatchBlocks\x12\x1e.membank.v1.WatchBlocksRequest\x1a\x1f.membank.v1.WatchBlocksResponse0\x01\x12Z\n\x0fGetSameHostDoor\x12\".membank.v1.GetSameHostDoorRequest\x1a#.membank.v1.GetSameHostDoorResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'membank.v1.block_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_UPDATEMODE']._serialized_start=1712
-  _globals['_UPDATEMODE']._serialized_end=1776
+  _globals['_UPDATEMODE']._serialized_start=1737
+  _globals['_UPDATEMODE']._serialized_end=1801
   _globals['_GETBANKREQUEST']._serialized_start=70
   _globals['_GETBANKREQUEST']._serialized_end=100
   _globals['_GETBANKRESPONSE']._serialized_start=103
@@ -43,27 +43,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETTREERESPONSE']._serialized_start=389
   _globals['_GETTREERESPONSE']._serialized_end=455
   _globals['_FETCHBLOCKSREQUEST']._serialized_start=458
-  _globals['_FETCHBLOCKSREQUEST']._serialized_end=636
-  _globals['_FETCHBLOCKSRESPONSE']._serialized_start=638
-  _globals['_FETCHBLOCKSRESPONSE']._serialized_end=733
-  _globals['_UPDATEHEADER']._serialized_start=736
-  _globals['_UPDATEHEADER']._serialized_end=879
-  _globals['_PUSHUPDATESREQUEST']._serialized_start=882
-  _globals['_PUSHUPDATESREQUEST']._serialized_end=1103
-  _globals['_UPDATERESULT']._serialized_start=1105
-  _globals['_UPDATERESULT']._serialized_end=1205
-  _globals['_PUSHUPDATESRESPONSE']._serialized_start=1207
-  _globals['_PUSHUPDATESRESPONSE']._serialized_end=1290
-  _globals['_WATCHBLOCKSREQUEST']._serialized_start=1292
-  _globals['_WATCHBLOCKSREQUEST']._serialized_end=1382
-  _globals['_BLOCKEVENT']._serialized_start=1384
-  _globals['_BLOCKEVENT']._serialized_end=1505
-  _globals['_WATCHBLOCKSRESPONSE']._serialized_start=1507
-  _globals['_WATCHBLOCKSRESPONSE']._serialized_end=1589
-  _globals['_GETSAMEHOSTDOORREQUEST']._serialized_start=1591
-  _globals['_GETSAMEHOSTDOORREQUEST']._serialized_end=1629
-  _globals['_GETSAMEHOSTDOORRESPONSE']._serialized_start=1631
-  _globals['_GETSAMEHOSTDOORRESPONSE']._serialized_end=1710
-  _globals['_BLOCKSERVICE']._serialized_start=1779
-  _globals['_BLOCKSERVICE']._serialized_end=2269
+  _globals['_FETCHBLOCKSREQUEST']._serialized_end=661
+  _globals['_FETCHBLOCKSRESPONSE']._serialized_start=663
+  _globals['_FETCHBLOCKSRESPONSE']._serialized_end=758
+  _globals['_UPDATEHEADER']._serialized_start=761
+  _globals['_UPDATEHEADER']._serialized_end=904
+  _globals['_PUSHUPDATESREQUEST']._serialized_start=907
+  _globals['_PUSHUPDATESREQUEST']._serialized_end=1128
+  _globals['_UPDATERESULT']._serialized_start=1130
+  _globals['_UPDATERESULT']._serialized_end=1230
+  _globals['_PUSHUPDATESRESPONSE']._serialized_start=1232
+  _globals['_PUSHUPDATESRESPONSE']._serialized_end=1315
+  _globals['_WATCHBLOCKSREQUEST']._serialized_start=1317
+  _globals['_WATCHBLOCKSREQUEST']._serialized_end=1407
+  _globals['_BLOCKEVENT']._serialized_start=1409
+  _globals['_BLOCKEVENT']._serialized_end=1530
+  _globals['_WATCHBLOCKSRESPONSE']._serialized_start=1532
+  _globals['_WATCHBLOCKSRESPONSE']._serialized_end=1614
+  _globals['_GETSAMEHOSTDOORREQUEST']._serialized_start=1616
+  _globals['_GETSAMEHOSTDOORREQUEST']._serialized_end=1654
+  _globals['_GETSAMEHOSTDOORRESPONSE']._serialized_start=1656
+  _globals['_GETSAMEHOSTDOORRESPONSE']._serialized_end=1735
+  _globals['_BLOCKSERVICE']._serialized_start=1804
+  _globals['_BLOCKSERVICE']._serialized_end=2294
 # @@protoc_insertion_point(module_scope)

@@ -169,6 +169,7 @@ class FetchBlocksRequest(google.protobuf.message.Message):
     DTYPE_FIELD_NUMBER: builtins.int
     MIN_REVISION_FIELD_NUMBER: builtins.int
     SNAPSHOT_FIELD_NUMBER: builtins.int
+    LAYERS_PER_PART_FIELD_NUMBER: builtins.int
     bank: builtins.str
     """Name of the bank; empty = the one that is served."""
     dtype: membank.v1.types_pb2.DataType.ValueType
@@ -178,6 +179,13 @@ class FetchBlocksRequest(google.protobuf.message.Message):
     snapshot: builtins.str
     """Read the blocks as this snapshot pins them; empty = as they are. The answer has the revision of
     the snapshot. What is withheld or deleted by now is answered as such.
+    """
+    layers_per_part: builtins.int
+    """0 = each block is sent whole. Otherwise blocks are cut into parts of this many layers, the last
+    one shorter, and sent part by part: the first of all blocks, in the order of the request, then
+    the second of all, and so on. A caller can use the layers of a part as soon as it has come.
+    INT8, whose payload is not in the order of layers, is refused then. Without effect through
+    shared memory, where nothing travels.
     """
     @property
     def refs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[membank.v1.types_pb2.BlockRef]:
@@ -198,8 +206,9 @@ class FetchBlocksRequest(google.protobuf.message.Message):
         dtype: membank.v1.types_pb2.DataType.ValueType = ...,
         min_revision: builtins.int = ...,
         snapshot: builtins.str = ...,
+        layers_per_part: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bank", b"bank", "dtype", b"dtype", "held_version_plus_one", b"held_version_plus_one", "min_revision", b"min_revision", "refs", b"refs", "snapshot", b"snapshot"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bank", b"bank", "dtype", b"dtype", "held_version_plus_one", b"held_version_plus_one", "layers_per_part", b"layers_per_part", "min_revision", b"min_revision", "refs", b"refs", "snapshot", b"snapshot"]) -> None: ...
 
 Global___FetchBlocksRequest: typing_extensions.TypeAlias = FetchBlocksRequest
 
@@ -207,9 +216,9 @@ Global___FetchBlocksRequest: typing_extensions.TypeAlias = FetchBlocksRequest
 class FetchBlocksResponse(google.protobuf.message.Message):
     """Part of the answer to a fetch.
 
-    The payloads of all blocks form one byte sequence in the order of the headers. A header arrives
+    The payloads of all headers form one byte sequence in the order of the headers. A header arrives
     no later than the message in which its payload begins; a message may end one payload and begin
-    the next.
+    the next. The first header of each block comes before the second of any.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -223,7 +232,7 @@ class FetchBlocksResponse(google.protobuf.message.Message):
     """The next payload bytes, at most 1 MiB."""
     @property
     def headers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[membank.v1.types_pb2.BlockHeader]:
-        """Headers of the blocks that come next, in the order of the request."""
+        """Headers of the blocks, or of their parts, that come next, in the order of the request."""
 
     def __init__(
         self,

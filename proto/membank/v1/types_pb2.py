@@ -24,33 +24,33 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16membank/v1/types.proto\x12\nmembank.v1\"*\n\x08\x42lockRef\x12\r\n\x05level\x18\x01 \x01(\r\x12\x0f\n\x07\x63luster\x18\x02 \x01(\x04\"B\n\x0c\x42lockVersion\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.membank.v1.BlockRef\x12\x0f\n\x07version\x18\x02 \x01(\x04\"\xd2\x01\n\x0b\x42lockHeader\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.membank.v1.BlockRef\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.membank.v1.BlockState\x12#\n\x05\x64type\x18\x04 \x01(\x0e\x32\x14.membank.v1.DataType\x12\r\n\x05shape\x18\x05 \x03(\r\x12\x11\n\tnum_bytes\x18\x06 \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\x07 \x01(\r\x12\x11\n\tunchanged\x18\x08 \x01(\x08\"H\n\tLevelSpec\x12\x0f\n\x07\x66\x61n_out\x18\x01 \x01(\r\x12\x13\n\x0b\x62lock_width\x18\x02 \x01(\r\x12\x15\n\rlearning_rate\x18\x03 \x01(\x01\"^\n\rOptimizerSpec\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05\x62\x65ta1\x18\x02 \x01(\x01\x12\r\n\x05\x62\x65ta2\x18\x03 \x01(\x01\x12\x0b\n\x03\x65ps\x18\x04 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x05 \x01(\x01\"\xc8\x02\n\x08\x42\x61nkSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x62\x61nk_id\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\r\n\x05width\x18\x04 \x01(\r\x12%\n\x06levels\x18\x05 \x03(\x0b\x32\x15.membank.v1.LevelSpec\x12#\n\x05\x64type\x18\x06 \x01(\x0e\x32\x14.membank.v1.DataType\x12,\n\toptimizer\x18\x07 \x01(\x0b\x32\x19.membank.v1.OptimizerSpec\x12\x16\n\x0enum_partitions\x18\x08 \x01(\r\x12\x17\n\x0fpartition_level\x18\t \x01(\r\x12\x11\n\tinit_seed\x18\n \x01(\x04\x12\x10\n\x08init_std\x18\x0b \x01(\x01\x12\x15\n\rmax_staleness\x18\x0c \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\r \x01(\t\"G\n\x0ePartitionOwner\x12\x11\n\tpartition\x18\x01 \x01(\r\x12\x10\n\x08shard_id\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\"K\n\tPlacement\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12*\n\x06owners\x18\x02 \x03(\x0b\x32\x1a.membank.v1.PartitionOwner*\x95\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x02\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x03\x12\x12\n\x0e\x44\x41TA_TYPE_INT8\x10\x04\x12\x14\n\x10\x44\x41TA_TYPE_SPARSE\x10\x05*k\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x16\n\x12\x44URABILITY_PROCESS\x10\x01\x12\x13\n\x0f\x44URABILITY_HOST\x10\x02\x12\x14\n\x10\x44URABILITY_STORE\x10\x03*t\n\nBlockState\x12\x1b\n\x17\x42LOCK_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x42LOCK_STATE_ACTIVE\x10\x01\x12\x18\n\x14\x42LOCK_STATE_WITHHELD\x10\x02\x12\x17\n\x13\x42LOCK_STATE_DELETED\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16membank/v1/types.proto\x12\nmembank.v1\"*\n\x08\x42lockRef\x12\r\n\x05level\x18\x01 \x01(\r\x12\x0f\n\x07\x63luster\x18\x02 \x01(\x04\"B\n\x0c\x42lockVersion\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.membank.v1.BlockRef\x12\x0f\n\x07version\x18\x02 \x01(\x04\"\xfb\x01\n\x0b\x42lockHeader\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.membank.v1.BlockRef\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.membank.v1.BlockState\x12#\n\x05\x64type\x18\x04 \x01(\x0e\x32\x14.membank.v1.DataType\x12\r\n\x05shape\x18\x05 \x03(\r\x12\x11\n\tnum_bytes\x18\x06 \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\x07 \x01(\r\x12\x11\n\tunchanged\x18\x08 \x01(\x08\x12\x13\n\x0b\x66irst_layer\x18\t \x01(\r\x12\x12\n\nnum_layers\x18\n \x01(\r\"H\n\tLevelSpec\x12\x0f\n\x07\x66\x61n_out\x18\x01 \x01(\r\x12\x13\n\x0b\x62lock_width\x18\x02 \x01(\r\x12\x15\n\rlearning_rate\x18\x03 \x01(\x01\"^\n\rOptimizerSpec\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05\x62\x65ta1\x18\x02 \x01(\x01\x12\r\n\x05\x62\x65ta2\x18\x03 \x01(\x01\x12\x0b\n\x03\x65ps\x18\x04 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x05 \x01(\x01\"\xc8\x02\n\x08\x42\x61nkSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x62\x61nk_id\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\r\n\x05width\x18\x04 \x01(\r\x12%\n\x06levels\x18\x05 \x03(\x0b\x32\x15.membank.v1.LevelSpec\x12#\n\x05\x64type\x18\x06 \x01(\x0e\x32\x14.membank.v1.DataType\x12,\n\toptimizer\x18\x07 \x01(\x0b\x32\x19.membank.v1.OptimizerSpec\x12\x16\n\x0enum_partitions\x18\x08 \x01(\r\x12\x17\n\x0fpartition_level\x18\t \x01(\r\x12\x11\n\tinit_seed\x18\n \x01(\x04\x12\x10\n\x08init_std\x18\x0b \x01(\x01\x12\x15\n\rmax_staleness\x18\x0c \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\r \x01(\t\"G\n\x0ePartitionOwner\x12\x11\n\tpartition\x18\x01 \x01(\r\x12\x10\n\x08shard_id\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\"K\n\tPlacement\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12*\n\x06owners\x18\x02 \x03(\x0b\x32\x1a.membank.v1.PartitionOwner*\x95\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x02\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x03\x12\x12\n\x0e\x44\x41TA_TYPE_INT8\x10\x04\x12\x14\n\x10\x44\x41TA_TYPE_SPARSE\x10\x05*k\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x16\n\x12\x44URABILITY_PROCESS\x10\x01\x12\x13\n\x0f\x44URABILITY_HOST\x10\x02\x12\x14\n\x10\x44URABILITY_STORE\x10\x03*t\n\nBlockState\x12\x1b\n\x17\x42LOCK_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x42LOCK_STATE_ACTIVE\x10\x01\x12\x18\n\x14\x42LOCK_STATE_WITHHELD\x10\x02\x12\x17\n\x13\x42LOCK_STATE_DELETED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'membank.v1.types_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=1015
-  _globals['_DATATYPE']._serialized_end=1164
-  _globals['_DURABILITY']._serialized_start=1166
-  _globals['_DURABILITY']._serialized_end=1273
-  _globals['_BLOCKSTATE']._serialized_start=1275
-  _globals['_BLOCKSTATE']._serialized_end=1391
+  _globals['_DATATYPE']._serialized_start=1056
+  _globals['_DATATYPE']._serialized_end=1205
+  _globals['_DURABILITY']._serialized_start=1207
+  _globals['_DURABILITY']._serialized_end=1314
+  _globals['_BLOCKSTATE']._serialized_start=1316
+  _globals['_BLOCKSTATE']._serialized_end=1432
   _globals['_BLOCKREF']._serialized_start=38
   _globals['_BLOCKREF']._serialized_end=80
   _globals['_BLOCKVERSION']._serialized_start=82
   _globals['_BLOCKVERSION']._serialized_end=148
   _globals['_BLOCKHEADER']._serialized_start=151
-  _globals['_BLOCKHEADER']._serialized_end=361
-  _globals['_LEVELSPEC']._serialized_start=363
-  _globals['_LEVELSPEC']._serialized_end=435
-  _globals['_OPTIMIZERSPEC']._serialized_start=437
-  _globals['_OPTIMIZERSPEC']._serialized_end=531
-  _globals['_BANKSPEC']._serialized_start=534
-  _globals['_BANKSPEC']._serialized_end=862
-  _globals['_PARTITIONOWNER']._serialized_start=864
-  _globals['_PARTITIONOWNER']._serialized_end=935
-  _globals['_PLACEMENT']._serialized_start=937
-  _globals['_PLACEMENT']._serialized_end=1012
+  _globals['_BLOCKHEADER']._serialized_end=402
+  _globals['_LEVELSPEC']._serialized_start=404
+  _globals['_LEVELSPEC']._serialized_end=476
+  _globals['_OPTIMIZERSPEC']._serialized_start=478
+  _globals['_OPTIMIZERSPEC']._serialized_end=572
+  _globals['_BANKSPEC']._serialized_start=575
+  _globals['_BANKSPEC']._serialized_end=903
+  _globals['_PARTITIONOWNER']._serialized_start=905
+  _globals['_PARTITIONOWNER']._serialized_end=976
+  _globals['_PLACEMENT']._serialized_start=978
+  _globals['_PLACEMENT']._serialized_end=1053
 # @@protoc_insertion_point(module_scope)

@@ -189,6 +189,8 @@ class BlockHeader(google.protobuf.message.Message):
     NUM_BYTES_FIELD_NUMBER: builtins.int
     CRC32C_FIELD_NUMBER: builtins.int
     UNCHANGED_FIELD_NUMBER: builtins.int
+    FIRST_LAYER_FIELD_NUMBER: builtins.int
+    NUM_LAYERS_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Version whose content follows."""
     state: Global___BlockState.ValueType
@@ -196,11 +198,17 @@ class BlockHeader(google.protobuf.message.Message):
     dtype: Global___DataType.ValueType
     """Element type of the payload."""
     num_bytes: builtins.int
-    """Payload size in bytes, as it travels; 0 where nothing follows."""
+    """Payload size in bytes, as it travels, of the part alone where it is one; 0 where nothing follows."""
     crc32c: builtins.int
     """CRC-32C of the payload; where the block is unchanged, of what it would be, 0 = not known."""
     unchanged: builtins.bool
     """True where the caller already holds this version, so that no payload follows."""
+    first_layer: builtins.int
+    """First layer of the payload, where num_layers says that it is a part."""
+    num_layers: builtins.int
+    """Layers of the payload, where the block travels in parts, each with a header of its own that is
+    the same but for first_layer, num_layers, num_bytes and crc32c; 0 = the payload is all of it.
+    """
     @property
     def ref(self) -> Global___BlockRef:
         """The block."""
@@ -220,9 +228,11 @@ class BlockHeader(google.protobuf.message.Message):
         num_bytes: builtins.int = ...,
         crc32c: builtins.int = ...,
         unchanged: builtins.bool = ...,
+        first_layer: builtins.int = ...,
+        num_layers: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["ref", b"ref"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["crc32c", b"crc32c", "dtype", b"dtype", "num_bytes", b"num_bytes", "ref", b"ref", "shape", b"shape", "state", b"state", "unchanged", b"unchanged", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["crc32c", b"crc32c", "dtype", b"dtype", "first_layer", b"first_layer", "num_bytes", b"num_bytes", "num_layers", b"num_layers", "ref", b"ref", "shape", b"shape", "state", b"state", "unchanged", b"unchanged", "version", b"version"]) -> None: ...
 
 Global___BlockHeader: typing_extensions.TypeAlias = BlockHeader
 

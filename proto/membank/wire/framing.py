@@ -93,12 +93,19 @@ class PayloadAssembler:
         self._payloads: list[Payload] = []
         self._buffers: list[_Bytes] = []
         self._crcs: list[int] = []
+        self._hooks: dict[int, Callable[[], None]] = {}
         # Of the payload that is being received: which one, how much is here, how much is checked.
         self._current = 0
         self._filled = 0
         self._checked = 0
 
-    def expect(self, payload: Payload, place: Callable[[], _Bytes] | None = None) -> None:
+    def expect(
+        self,
+        payload: Payload,
+        place: Callable[[], _Bytes] | None = None,
+        *,
+        when_whole: Callable[[], None] | None = None,
+    ) -> None:
         """Announce the next payload.
 
         Parameters
@@ -108,6 +115,9 @@ class PayloadAssembler:
         place
             Returns the memory that it is to land in, (num_bytes,) uint8, writable, C-contiguous;
             called once the bound is known to hold. None = fresh memory.
+        when_whole
+            Called, by `feed` or `landed`, as soon as the payload is whole and has been checked; what
+            is damaged is refused then already. None = nobody needs it before `finish`.
 
         Raises
         ------
@@ -124,6 +134,8 @@ class PayloadAssembler:
             )
         self._payloads.append(payload)
         self._buffers.append(np.empty(payload.num_bytes, np.uint8) if place is None else place())
+        if when_whole is not None:
+            self._hooks[len(self._crcs)] = when_whole
         self._crcs.append(0)
 
     def feed(self, data: bytes | memoryview) -> None:
@@ -133,6 +145,8 @@ class PayloadAssembler:
         ------
         InvalidArgumentError
             If more bytes come than were announced.
+        CorruptionError
+            As of `landed`.
         """
         source = np.frombuffer(data, np.uint8) if len(data) else _NOTHING
         while source.size:
@@ -174,7 +188,13 @@ class PayloadAssembler:
         return pieces
 
     def landed(self, num_bytes: int) -> None:
-        """Say that the next `num_bytes` are where `room` put them."""
+        """Say that the next `num_bytes` are where `room` put them.
+
+        Raises
+        ------
+        CorruptionError
+            If a payload that somebody waits for is not what its header announces.
+        """
         self._received_bytes += num_bytes
         while num_bytes:
             buffer = self._buffers[self._current]
@@ -188,7 +208,12 @@ class PayloadAssembler:
                 self._crcs[self._current] = crc32c(piece, start=self._crcs[self._current])
                 self._checked = self._filled
             if is_whole:
-                self._current, self._filled, self._checked = self._current + 1, 0, 0
+                at = self._current
+                self._current, self._filled, self._checked = at + 1, 0, 0
+                if (when_whole := self._hooks.pop(at, None)) is not None:
+                    payload = self._payloads[at]
+                    check_known_crc32c(self._crcs[at], payload.crc32c, what=payload.what)
+                    when_whole()
 
     def finish(self) -> list[_Bytes]:
         """Check everything and return the payloads in order.

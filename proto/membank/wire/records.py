@@ -33,6 +33,10 @@ class BlockHeader:
     """CRC-32C of those bytes; of an unchanged block's too, where the service knows it, else 0."""
     unchanged: bool = False
     """True where the caller already holds this version."""
+    first_layer: int = 0
+    """First layer of the content, where that is a part of the block's."""
+    num_layers: int = 0
+    """Layers of that part, whose size and CRC the header has; 0 = the content is all of the block's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -182,7 +182,7 @@ class BlockServicer(BankInfoServicer):
         with fetched(request, self._shard, self._budget) as result:
             if self._alternative is not None:
                 context.send_initial_metadata(((ALTERNATIVE_KEY, self._alternative),))
-            for pieces in answer_messages(result):
+            for pieces in answer_messages(result, layers_per_part=request.layers_per_part):
                 check_alive(context)
                 yield b"".join(pieces)
 

@@ -60,6 +60,11 @@ def read_fetch(request: pb.FetchBlocksRequest, spec: BankSpec) -> FetchCall:
     refs = _checked_refs(spec, convert.refs_from_pb(request.refs))
     held = _held_versions(request, len(refs))
     dtype = convert.dtype_from_pb(request.dtype)
+    if request.layers_per_part and (dtype or spec.dtype) not in DTYPES:
+        raise InvalidArgumentError(
+            f"{dtype} is not cut by layers; fetch blocks whole in it, or in an element type",
+            reason=Reason.BAD_DTYPE,
+        )
     # What the caller holds is likely unchanged; asking for a large cache again must be cheap.
     wanted = [ref for ref, version in zip(refs, held, strict=True) if version is None]
     return FetchCall(

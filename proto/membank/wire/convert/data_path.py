@@ -161,6 +161,8 @@ def header_to_pb(header: BlockHeader) -> types_pb.BlockHeader:
         num_bytes=header.num_bytes,
         crc32c=header.crc32c,
         unchanged=header.unchanged,
+        first_layer=header.first_layer,
+        num_layers=header.num_layers,
     )
 
 
@@ -175,6 +177,8 @@ def header_from_pb(message: types_pb.BlockHeader) -> BlockHeader:
         num_bytes=message.num_bytes,
         crc32c=message.crc32c,
         unchanged=message.unchanged,
+        first_layer=message.first_layer,
+        num_layers=message.num_layers,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from membank.wire.http2.buffered_socket import BufferedSocket
 from membank.wire.http2.frames import (
@@ -172,7 +172,7 @@ class Http2End(ABC):
             block = NO_TABLE + block
         return header_frames(block, stream=self._stream, ends=ends)
 
-    def _send_stream(self, head: bytes, body: Sequence[Piece], tail: bytes) -> None:
+    def _send_stream(self, head: bytes, body: Iterable[Piece], tail: bytes) -> None:
         """Send the whole of this end's half of the stream, as the windows of the other end allow.
 
         Parameters
@@ -180,7 +180,7 @@ class Http2End(ABC):
         head
             Frames that precede the data.
         body
-            The data; may change once this has returned.
+            The data, taken piece by piece; may change once this has returned.
         tail
             Frames that end the stream; empty = the last of the data does.
         """
@@ -189,9 +189,9 @@ class Http2End(ABC):
         while True:
             room = min(self._send_window, self._stream_send_window)
             count = min(room, self._peer_frame_bytes, _SENT_FRAME_BYTES)
-            if count > 0 or (not rest.num_bytes):
+            if count > 0 or not rest:
                 data, count = rest.cut(max(0, count))
-                is_last = not rest.num_bytes
+                is_last = not rest
                 if count or not tail:
                     flags = Flag.END_STREAM if is_last and not tail else 0
                     outgoing.append(frame_head(count, Frame.DATA, flags, self._stream))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 Piece = bytes | bytearray | memoryview
 """Bytes that are sent from where they lie."""
@@ -12,20 +12,26 @@ _MAX_PIECES = 256
 
 
 class Pieces:
-    """The concatenation of pieces, to be cut from the front.
+    """The concatenation of pieces, to be cut from the front; false once nothing is left.
 
     Parameters
     ----------
     pieces
-        The pieces, flat.
+        The pieces, flat; each is asked for only when its turn comes.
     """
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        self.num_bytes = sum(map(len, pieces))
-        """Bytes that are left."""
-        self._pieces = pieces
-        self._next = 0
+    def __init__(self, pieces: Iterable[Piece]) -> None:
+        self._pieces = iter(pieces)
+        self._piece: Piece = b""
         self._start = 0  # within that piece
+
+    def __bool__(self) -> bool:
+        while self._start == len(self._piece):
+            piece = next(self._pieces, None)
+            if piece is None:
+                return False
+            self._piece, self._start = piece, 0
+        return True
 
     def cut(self, max_bytes: int) -> tuple[list[Piece], int]:
         """Cut the next bytes off.
@@ -40,22 +46,17 @@ class Pieces:
         list of Piece
             What was cut off, without a copy.
         int
-            Its bytes; at least 1, where `max_bytes` and `num_bytes` are.
+            Its bytes; at least 1, where `max_bytes` is and anything is left.
         """
         cut: list[Piece] = []
         room = max_bytes
-        while room and self._next < len(self._pieces) and len(cut) < _MAX_PIECES:
-            piece = self._pieces[self._next]
-            if not self._start and len(piece) <= room:
-                part: Piece = piece
+        while room and len(cut) < _MAX_PIECES and self:
+            whole = self._piece
+            if not self._start and len(whole) <= room:
+                part: Piece = whole
             else:
-                part = memoryview(piece)[self._start : self._start + room]
+                part = memoryview(whole)[self._start : self._start + room]
             room -= len(part)
             self._start += len(part)
-            if self._start == len(piece):
-                self._next, self._start = self._next + 1, 0
-            if part:
-                cut.append(part)
-        count = max_bytes - room
-        self.num_bytes -= count
-        return cut, count
+            cut.append(part)
+        return cut, max_bytes - room

@@ -131,17 +131,20 @@ class DataCalls:
             return
         with ExitStack() as held:
             try:
-                body = self._answer(message, ends, held)
+                body, num_bytes = self._answer(message, ends, held)
             except Exception as err:
                 _refuse(http2, leaving(err, BLOCK_SERVICE + "FetchBlocks"))
                 return
-            if sum(map(len, body)) > _LARGE_BYTES:
+            if num_bytes > _LARGE_BYTES:
                 # Notices that the caller has given up, before all that is sent.
                 http2.refresh()
             http2.answer(_HEAD, body, _WELL)
 
-    def _answer(self, message: bytes, ends: float, held: ExitStack) -> list[Piece]:
-        """Find blocks; what `held` holds keeps them, and the bytes that are reserved for them."""
+    def _answer(self, message: bytes, ends: float, held: ExitStack) -> tuple[Iterator[Piece], int]:
+        """Find blocks; return the answer, made as it is sent, and the bytes of their content.
+
+        What `held` holds keeps them, and the bytes that are reserved for them.
+        """
         if time.monotonic() >= ends:
             raise DeadlineError("the deadline of the call passed before anything was done")
         try:
@@ -149,7 +152,8 @@ class DataCalls:
         except DecodeError as err:
             raise InvalidArgumentError(f"the request cannot be read: {err}") from err
         result = held.enter_context(fetched(request, self._shard, self._budget))
-        return list(_framed(answer_messages(result)))
+        messages = answer_messages(result, layers_per_part=request.layers_per_part)
+        return _framed(messages), sum(block.header.num_bytes for block in result.blocks)
 
     def _only_message(self, http2: ServerEnd) -> bytes | Refusal:
         """Read a request of one message, to its end."""

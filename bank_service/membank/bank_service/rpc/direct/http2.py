@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Self
 
 from membank.wire.http2.buffered_socket import BufferedSocket
@@ -67,7 +67,7 @@ class ServerEnd(Http2End):
             self._next_frame()
         return self._begun.pop() if self._begun else None
 
-    def answer(self, head: bytes, body: Sequence[Piece] = (), trailers: bytes = b"") -> None:
+    def answer(self, head: bytes, body: Iterable[Piece] = (), trailers: bytes = b"") -> None:
         """Answer the request.
 
         Parameters
@@ -75,7 +75,7 @@ class ServerEnd(Http2End):
         head
             Headers, encoded.
         body
-            The body, in pieces, which are sent from where they lie.
+            The body, in pieces, which are sent from where they lie, and made as they are needed.
         trailers
             What follows it, encoded; empty = the headers are the whole answer.
         """
