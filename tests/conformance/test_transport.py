@@ -13,6 +13,7 @@ from fake_bank import SPEC, FakeBank
 from fake_service import FakeService
 from fake_shard import FakeShard
 from in_process import InProcessTransport
+from layer_notes import LayerNotes
 from membank.client import ClientConfig, GrpcTransport, Transport
 from membank.client.same_host import SameHostCounters, same_host_connector
 from membank.wire.codec import fetch_codec, push_codec
@@ -25,7 +26,14 @@ from membank.wire.errors import (
     Reason,
     UnavailableError,
 )
-from membank.wire.records import Garbage, GarbageKind, Gradient, TransactionReport, Update
+from membank.wire.records import (
+    Block,
+    Garbage,
+    GarbageKind,
+    Gradient,
+    TransactionReport,
+    Update,
+)
 from membank.wire.spec import Array, BlockRef, BlockState, dtype_of
 
 TIMEOUT_S = 10.0
@@ -139,6 +147,96 @@ class TransportSuite:
         with pytest.raises(NotFoundError) as caught:
             await transport.fetch([BlockRef(1, 99)], timeout_s=TIMEOUT_S)
         assert caught.value.reason is Reason.UNKNOWN_CLUSTER
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    @pytest.mark.parametrize("layers_per_part", [1, 2, 99])
+    async def test_fetch_layers_tells_of_layers_that_are_there(
+        self,
+        bank: FakeBank,
+        shard: FakeShard,
+        transport: Transport,
+        dtype: str,
+        layers_per_part: int,
+    ) -> None:
+        shard.blocks[LEAF].version = 3
+        bank.transact("nothing", (), lambda ref, kept: None)
+        heard = LayerNotes()
+        await transport.fetch_layers(
+            [LEAF, TOPIC],
+            heard,
+            layers_per_part=layers_per_part,
+            dtype=dtype,
+            min_revision=1,
+            timeout_s=TIMEOUT_S,
+        )
+        assert list(heard.blocks) == [LEAF, TOPIC]
+        for note in heard.notes:
+            kept = shard.blocks[note.ref].weight.astype(dtype_of(dtype))
+            assert note.layers is not None
+            assert note.layers.dtype == dtype_of(dtype)
+            assert note.layers.tobytes() == kept[: note.num_layers].tobytes()
+            assert (note.revision, note.version) == (1, shard.blocks[note.ref].version)
+        for ref, block in heard.blocks.items():
+            counts = heard.counts(ref)
+            assert counts == sorted(set(counts))
+            assert counts[-1] == SPEC.num_layers
+            assert block.weight is not None
+            assert not block.weight.flags.writeable
+            assert block.header.num_bytes == block.weight.nbytes
+            assert (block.header.first_layer, block.header.num_layers) == (0, 0)
+
+    async def test_fetch_layers_into_the_callers_memory(
+        self, shard: FakeShard, transport: Transport
+    ) -> None:
+        buffer = np.zeros(SPEC.block_shape(2), np.float32)
+        heard = LayerNotes()
+        await transport.fetch_layers(
+            [TOPIC, LEAF], heard, layers_per_part=1, into={LEAF: buffer}, timeout_s=TIMEOUT_S
+        )
+        np.testing.assert_array_equal(buffer, shard.blocks[LEAF].weight)
+        weight = heard.blocks[LEAF].weight
+        assert weight is not None
+        assert np.shares_memory(weight, buffer)
+
+    @pytest.mark.parametrize("state", [BlockState.WITHHELD, BlockState.DELETED])
+    async def test_fetch_layers_tells_of_inactive_blocks(
+        self, shard: FakeShard, transport: Transport, state: BlockState
+    ) -> None:
+        shard.blocks[TOPIC].state = state
+        heard = LayerNotes()
+        await transport.fetch_layers([TOPIC, LEAF], heard, layers_per_part=1, timeout_s=TIMEOUT_S)
+        assert heard.blocks[TOPIC].header.state is state
+        assert heard.blocks[TOPIC].weight is None
+        assert heard.counts(TOPIC) == [0]
+        assert heard.counts(LEAF)[-1] == SPEC.num_layers
+
+    async def test_fetch_layers_fails_as_a_fetch_does(self, transport: Transport) -> None:
+        heard = LayerNotes()
+        with pytest.raises(UnavailableError) as caught:
+            await transport.fetch_layers(
+                [TOPIC], heard, layers_per_part=1, min_revision=7, timeout_s=TIMEOUT_S
+            )
+        assert caught.value.reason is Reason.BEHIND_REVISION
+        with pytest.raises(NotFoundError):
+            await transport.fetch_layers(
+                [BlockRef(1, 99)], heard, layers_per_part=1, timeout_s=TIMEOUT_S
+            )
+        assert not heard.notes
+
+    async def test_fetch_layers_ends_with_what_its_listener_raises(
+        self, transport: Transport
+    ) -> None:
+        class Refusing(LayerNotes):
+            def take(self, revision: int, block: Block, num_layers: int) -> None:
+                raise ArithmeticError("enough")
+
+        with pytest.raises(ArithmeticError):
+            await transport.fetch_layers(
+                [TOPIC], Refusing(), layers_per_part=1, timeout_s=TIMEOUT_S
+            )
+        # And the transport goes on.
+        answer = await transport.fetch([TOPIC], timeout_s=TIMEOUT_S)
+        assert answer.blocks[0].weight is not None
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
     async def test_push_applies_each_gradient(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import grpc
@@ -49,7 +50,7 @@ from membank.wire.framing import (
     PayloadAssembler,
     iter_chunks,
 )
-from membank.wire.records import Gradient, Update
+from membank.wire.records import Block, Gradient, Update
 from membank.wire.spec import Array, BlockRef, BlockState
 
 REFUSALS: dict[Fault, Callable[[], MembankError]] = {
@@ -200,16 +201,16 @@ class FakeBlockServicer(_Servicer, BlockServiceServicer):
         if listener is not None:
             context.send_initial_metadata(((ALTERNATIVE_KEY, listener.alternative_header),))
         # One header per message and odd chunks: what a client must cope with.
-        first = True
-        for block in fetched.blocks:
-            message = block_pb.FetchBlocksResponse(headers=[convert.header_to_pb(block.header)])
-            if first:
-                message.revision = fetched.revision
-            first = False
-            yield message
-        weights = [block.weight for block in fetched.blocks if block.weight is not None]
-        for chunk in iter_chunks(weights, chunk_bytes=1_000):
-            yield block_pb.FetchBlocksResponse(data=chunk)
+        revision = fetched.revision
+        for number, blocks in enumerate(_rounds(fetched.blocks, request.layers_per_part)):
+            for block in blocks:
+                header = convert.header_to_pb(block.header)
+                yield block_pb.FetchBlocksResponse(revision=revision, headers=[header])
+                revision = 0
+            weights = [block.weight for block in blocks if block.weight is not None]
+            payload = self._script.spoil_part(number, b"".join(map(np.ndarray.tobytes, weights)))
+            for chunk in iter_chunks([payload], chunk_bytes=1_000):
+                yield block_pb.FetchBlocksResponse(data=chunk)
 
     @_rpc
     def PushUpdates(
@@ -441,6 +442,31 @@ class FakeAdminServicer(_Servicer, AdminServiceServicer):
     ) -> admin_pb.ListAuditRecordsResponse:
         records = self._bank.audit_records(request.limit, retained_only=request.retained_only)
         return admin_pb.ListAuditRecordsResponse(records=map(convert.audit_to_pb, records))
+
+
+def _rounds(blocks: Sequence[Block], layers_per_part: int) -> Iterator[list[Block]]:
+    """Yield what is sent together: all, or the first layers of each, then the next of each."""
+    if not layers_per_part:
+        yield list(blocks)
+        return
+    yield [_layers(block, 0, layers_per_part) for block in blocks]
+    left = [block for block in blocks if block.weight is not None]
+    for first in range(layers_per_part, left[0].header.shape[0] if left else 0, layers_per_part):
+        yield [_layers(block, first, layers_per_part) for block in left]
+
+
+def _layers(block: Block, first: int, count: int) -> Block:
+    if block.weight is None:
+        return block
+    layers = block.weight[first : first + count]
+    header = replace(
+        block.header,
+        num_bytes=layers.nbytes,
+        crc32c=crc32c(layers),
+        first_layer=first,
+        num_layers=len(layers),
+    )
+    return Block(header=header, weight=layers)
 
 
 def _optional_ref(request: Any, name: str) -> BlockRef | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
+from collections.abc import Callable
 from enum import Enum, auto
 
 
@@ -44,6 +45,8 @@ class FaultScript:
         self.request_ids: list[str] = []
         self.refs: list[tuple[object, ...]] = []
         self.metadata: list[dict[str, str]] = []
+        self.spoil_part: Callable[[int, bytes], bytes] = lambda number, payload: payload
+        """Returns what is sent as a part of a fetch that goes layer by layer; may wait or raise."""
 
     def plan(self, method: str, *faults: Fault | None) -> None:
         """Say what happens to the next calls of `method`; None = nothing."""

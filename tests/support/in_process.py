@@ -12,7 +12,15 @@ import numpy as np
 from fake_bank import FakeBank
 from fake_service import REFUSALS
 from faults import Fault, FaultScript
-from membank.client import FetchAnswer, ImportAnswer, PackInfo, PushAnswer, Transport, WatchAnswer
+from membank.client import (
+    FetchAnswer,
+    ImportAnswer,
+    LayerListener,
+    PackInfo,
+    PushAnswer,
+    Transport,
+    WatchAnswer,
+)
 from membank.wire.codec import fetch_codec, push_codec
 from membank.wire.crc import crc32c
 from membank.wire.errors import DeadlineError, Reason, UnavailableError
@@ -141,6 +149,34 @@ class InProcessTransport:
             if block.weight is not None:
                 block.weight.flags.writeable = False
         return FetchAnswer(revision=fetched.revision, blocks=blocks)
+
+    async def fetch_layers(
+        self,
+        refs: Sequence[BlockRef],
+        listener: LayerListener,
+        *,
+        layers_per_part: int,
+        dtype: str | None = None,
+        min_revision: int = 0,
+        snapshot: str = "",
+        into: Mapping[BlockRef, Array] | None = None,
+        timeout_s: float,
+    ) -> None:
+        answer = await self.fetch(
+            refs, dtype=dtype, min_revision=min_revision, snapshot=snapshot, timeout_s=timeout_s
+        )
+        listener.restart()
+        for block in answer.blocks:
+            if block.weight is None:
+                listener.take(answer.revision, block, 0)
+                continue
+            here = (into or {}).get(block.ref, np.empty_like(block.weight))
+            here[...] = block.weight
+            shown = here.view()
+            shown.flags.writeable = False
+            whole = replace(block, weight=shown)
+            for first in range(0, len(here), layers_per_part):
+                listener.take(answer.revision, whole, min(first + layers_per_part, len(here)))
 
     async def push(self, update: Update, *, timeout_s: float) -> PushAnswer:
         spec = self._bank.info().spec
@@ -295,7 +331,7 @@ class FaultyTransport:
         if method == "push":
             self._script.request_ids.append(args[0].request_id)
             self._script.refs.append(tuple(gradient.ref for gradient in args[0].gradients))
-        elif method == "fetch":
+        elif method in ("fetch", "fetch_layers"):
             self._script.refs.append(tuple(args[0]))
         elif "request_id" in kwargs:
             self._script.request_ids.append(kwargs["request_id"])

@@ -21,6 +21,7 @@ from membank.client.direct_fetches import DirectStats
 from membank.client.disk_tier import DiskStats
 from membank.client.error_feedback import ErrorFeedback, Sending
 from membank.client.grpc_transport import GrpcTransport, grpc_connector
+from membank.client.layers import AsyncLayeredMemory, LayeredMemory, MemoryHead
 from membank.client.memory import FetchedBlocks, Memory
 from membank.client.opened import AsyncOpenedBank, OpenedBank, StateRead
 from membank.client.retriever import (
@@ -36,6 +37,7 @@ from membank.client.transport import (
     Connector,
     FetchAnswer,
     ImportAnswer,
+    LayerListener,
     PackInfo,
     PushAnswer,
     Transport,
@@ -45,6 +47,7 @@ from membank.client.watching import Changes
 
 __all__ = [
     "AsyncBankClient",
+    "AsyncLayeredMemory",
     "AsyncOpenedBank",
     "BankClient",
     "BlockSource",
@@ -65,8 +68,11 @@ __all__ = [
     "FetchedBlocks",
     "GrpcTransport",
     "ImportAnswer",
+    "LayerListener",
+    "LayeredMemory",
     "LsaEmbedder",
     "Memory",
+    "MemoryHead",
     "OpenedBank",
     "PackInfo",
     "PushAnswer",

@@ -208,7 +208,7 @@ class ShardedBlocks:
 
             await _all(push_part(endpoint, part) for endpoint, part in groups.items())
 
-        await self._with_retries(attempt, what=f"push {update.request_id}", deadline=deadline)
+        await self.with_retries(attempt, what=f"push {update.request_id}", deadline=deadline)
         return PushAnswer(results=tuple(results[ref] for ref in gradients), duplicate=duplicate)
 
     async def _fetch_round(
@@ -254,15 +254,15 @@ class ShardedBlocks:
             await _all(
                 fetch_part(endpoint, part, timeout_s)
                 for endpoint, group in groups.items()
-                for part in self._parts(group, dtype)
+                for part in self.parts(group, dtype)
             )
 
         while len(fetched) < len(refs):
             what = f"fetch of {len(refs)} blocks"
-            await self._with_retries(attempt, what=what, deadline=deadline)
+            await self.with_retries(attempt, what=what, deadline=deadline)
         return fetched
 
-    def _parts(self, refs: Sequence[BlockRef], dtype: str) -> Iterator[list[BlockRef]]:
+    def parts(self, refs: Sequence[BlockRef], dtype: str) -> Iterator[list[BlockRef]]:
         """Cut what one shard is asked for into requests of a bounded size."""
         codec = fetch_codec(dtype)
         part: list[BlockRef] = []
@@ -278,9 +278,10 @@ class ShardedBlocks:
         if part:
             yield part
 
-    async def _with_retries(
+    async def with_retries(
         self, attempt: Callable[[float], Awaitable[None]], *, what: str, deadline: Deadline
     ) -> None:
+        """Make attempts as `call_with_retries` does, and learn in between where shards are."""
         seen = self._shards.num_refreshes
 
         async def once(timeout_s: float) -> None:

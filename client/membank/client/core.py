@@ -37,6 +37,7 @@ from membank.client.same_host import (
     same_host_connector,
 )
 from membank.client.session import Session, new_request_id
+from membank.client.streaming import StreamingCalls
 from membank.client.transaction import Transaction
 from membank.client.transport import Connector, PushAnswer
 from membank.client.watching import Changes, ShardWatch, watch_shards
@@ -51,7 +52,7 @@ from membank.wire.records import Block, Update
 from membank.wire.spec import Array, BankSpec, BlockRef
 
 
-class AsyncBankClient(RoutingCalls, AdminCalls):
+class AsyncBankClient(RoutingCalls, StreamingCalls, AdminCalls):
     """A bank as seen over the network; belongs to the event loop that it was made in.
 
     Made by `connect`. Calls may run concurrently. Every call takes a `timeout_s` in seconds
@@ -324,10 +325,7 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
             into=buffers.arrays if lands else None,
             deadline=deadline,
         )
-        if snapshot:
-            self._check_pinned(snapshot, fetched.revision)
-        else:
-            self._session.note_revision(fetched.revision)
+        self._note_answer(snapshot, fetched.revision)
         return buffers.fill(fetched) if buffers.arrays else fetched
 
     @asynccontextmanager
@@ -512,8 +510,10 @@ class AsyncBankClient(RoutingCalls, AdminCalls):
         if transaction.weights:
             transaction.report = await self.swap(transaction.weights, expected=transaction.expected)
 
-    def _check_pinned(self, snapshot: str, revision: int) -> None:
-        if snapshot != self.config.snapshot:
+    def _note_answer(self, snapshot: str, revision: int) -> None:
+        if not snapshot:
+            self._session.note_revision(revision)
+        if not snapshot or snapshot != self.config.snapshot:
             return
         if self._pinned_revision is None:
             self._pinned_revision = revision

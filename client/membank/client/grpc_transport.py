@@ -13,11 +13,13 @@ from membank.client.grpc_admin import GrpcAdminTransport
 from membank.client.grpc_channel import GrpcChannel
 from membank.client.inline import require_loop
 from membank.client.landing import Landing
+from membank.client.layered_landing import LayeredLanding
 from membank.client.payloads import PUSH_DATA, push_requests, read_document
 from membank.client.requests import fetch_request
 from membank.client.transport import (
     Connector,
     FetchAnswer,
+    LayerListener,
     PushAnswer,
     SameHostDoor,
     WatchAnswer,
@@ -144,6 +146,37 @@ class GrpcTransport(GrpcAdminTransport):
         )
         landing = Landing(self._pool, into)
         return await self._fetches.fetch(request, refs, landing, timeout_s=timeout_s)
+
+    async def fetch_layers(
+        self,
+        refs: Sequence[BlockRef],
+        listener: LayerListener,
+        *,
+        layers_per_part: int,
+        dtype: str | None = None,
+        min_revision: int = 0,
+        snapshot: str = "",
+        into: Mapping[BlockRef, Array] | None = None,
+        timeout_s: float,
+    ) -> None:
+        """Fetch blocks layer by layer."""
+        request = fetch_request(
+            refs,
+            bank=self._bank,
+            held_versions=None,
+            dtype=dtype,
+            min_revision=min_revision,
+            snapshot=snapshot,
+            layers_per_part=layers_per_part,
+        )
+        landing = LayeredLanding(
+            self._pool,
+            into,
+            listener,
+            max_bytes=self._max_answer_bytes,
+            where=self._channel.endpoint,
+        )
+        await self._fetches.fetch(request, refs, landing, timeout_s=timeout_s)
 
     async def push(self, update: Update, *, timeout_s: float) -> PushAnswer:
         """Apply gradients."""

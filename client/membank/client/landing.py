@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice, pairwise
@@ -17,7 +17,7 @@ from membank.wire.buffers import BufferPool
 from membank.wire.codec import fetch_codec
 from membank.wire.crc import as_uint8
 from membank.wire.errors import InvalidArgumentError, Reason
-from membank.wire.records import BlockHeader
+from membank.wire.records import Block, BlockHeader
 from membank.wire.spec import DTYPES, Array, BankSpec, BlockRef
 
 
@@ -32,9 +32,19 @@ class Landing:
         The caller's buffers, writable and C-contiguous; None = none.
     """
 
+    takes_parts = False
+    """Whether blocks may come in parts."""
+
     def __init__(self, pool: BufferPool, into: Mapping[BlockRef, Array] | None = None) -> None:
         self._pool = pool
         self._into = into or {}
+
+    def begin(self) -> None:
+        """Hear that an answer begins: what came of an earlier attempt is void."""
+
+    def when_arrived(self, header: BlockHeader, revision: int) -> Callable[[], None] | None:
+        """Return what to call once the bytes of a header are there and checked; None = nothing."""
+        return None
 
     def place(self, header: BlockHeader) -> npt.NDArray[np.uint8]:
         """Return the memory for the bytes of a block that travel, (num_bytes,) uint8, writable."""
@@ -50,6 +60,15 @@ class Landing:
         # Fetches share unchanged blocks, and so does a cache: nobody may write into one.
         weight.flags.writeable = False
         return weight
+
+    def blocks(
+        self, arrived: Sequence[tuple[BlockHeader, npt.NDArray[np.uint8] | None]]
+    ) -> tuple[Block, ...]:
+        """Return the blocks of an answer that has come, from its headers and payloads in order."""
+        return tuple(
+            Block(header=header, weight=None if payload is None else self.weight(header, payload))
+            for header, payload in arrived
+        )
 
     def _memory(self, ref: BlockRef, num_bytes: int) -> npt.NDArray[np.uint8]:
         buffer = self._into.get(ref)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from membank.client.bank_files import open_files
+from membank.client.layer_board import LayerBoard
+from membank.client.layers import AsyncLayeredMemory, LayeredMemory
 from membank.client.memory import FetchedBlocks, Memory
 from membank.client.retriever import Embedder, Retriever, ScoredPath
 from membank.wire.codec import fetch_codec
@@ -137,6 +140,33 @@ class OpenedBank:
 
         with ThreadPoolExecutor(_THREADS, "membank-read") as threads:
             return FetchedBlocks(self._state.revision, threads.map(read, wanted))
+
+    @contextmanager
+    def stream(
+        self, path: Sequence[BlockRef], *, layers_per_part: int = 1, dtype: str | None = None
+    ) -> Iterator[LayeredMemory]:
+        """Show a path layer by layer, as `BankClient.stream` does; here it is read whole first.
+
+        Parameters
+        ----------
+        path
+            Blocks, usually from `route`.
+        layers_per_part
+            Without effect.
+        dtype
+            Element type to get; None = as kept in the bank.
+
+        Yields
+        ------
+        LayeredMemory
+            The layers; errors are those of `fetch`, and come at once.
+        """
+        yield LayeredMemory(self._board(path, dtype))
+
+    def _board(self, path: Sequence[BlockRef], dtype: str | None) -> LayerBoard:
+        board = LayerBoard(self.spec, path)
+        board.fill(self.fetch_blocks(path, dtype=dtype))
+        return board
 
     def topics(self, parent: BlockRef | None = None, *, depth: int = 0) -> tuple[Topic, ...]:
         """Return topics with labels, states, versions and sizes, by level and cluster.
@@ -278,6 +308,13 @@ class AsyncOpenedBank:
     ) -> FetchedBlocks:
         """Return blocks for themselves; see `OpenedBank.fetch_blocks`."""
         return await asyncio.to_thread(self._opened.fetch_blocks, refs, dtype=dtype, held=held)
+
+    @asynccontextmanager
+    async def stream(
+        self, path: Sequence[BlockRef], *, layers_per_part: int = 1, dtype: str | None = None
+    ) -> AsyncIterator[AsyncLayeredMemory]:
+        """Show a path layer by layer; see `OpenedBank.stream`."""
+        yield AsyncLayeredMemory(await asyncio.to_thread(self._opened._board, path, dtype))
 
     async def topics(self, parent: BlockRef | None = None, *, depth: int = 0) -> tuple[Topic, ...]:
         """Return topics; see `OpenedBank.topics`."""

@@ -23,8 +23,8 @@ from membank.wire.crc import crc32c
 from membank.wire.data_messages import DataCodec, data_of
 from membank.wire.errors import CorruptionError, InvalidArgumentError, Reason
 from membank.wire.framing import CHUNK_BYTES, Payload, PayloadAssembler, iter_chunks, iter_parts
-from membank.wire.records import Block, BlockHeader, Update
-from membank.wire.spec import Array, BlockRef, BlockState
+from membank.wire.records import BlockHeader, Update
+from membank.wire.spec import DTYPES, Array, BlockRef, BlockState
 
 FETCH_DATA = DataCodec(block_pb.FetchBlocksResponse)
 """Messages of an answer to a fetch."""
@@ -121,6 +121,7 @@ class FetchedPayloads:
         self._assembler = PayloadAssembler(max_bytes=max_bytes)
         self._headers: list[BlockHeader] = []
         self._revision: int | None = None
+        landing.begin()
 
     def take(self, message: block_pb.FetchBlocksResponse | memoryview) -> None:
         """Take the next message of the answer, or its data where it has nothing else."""
@@ -129,10 +130,7 @@ class FetchedPayloads:
             for header in map(header_from_pb, message.headers):
                 check_header(header, where=self._where)
                 self._headers.append(header)
-                if header.num_bytes:
-                    what = f"{self._where}: block {header.ref}"
-                    payload = Payload(header.num_bytes, header.crc32c, what)
-                    self._assembler.expect(payload, partial(self._landing.place, header))
+                self._expect(header, self._revision)
         _feed(self._assembler, data_of(message), where=self._where)
 
     def room(self, max_bytes: int) -> list[memoryview]:
@@ -140,7 +138,7 @@ class FetchedPayloads:
         try:
             return self._assembler.room(max_bytes)
         except InvalidArgumentError as err:
-            raise _malformed(self._where, err.message) from err
+            raise malformed(self._where, err.message) from err
 
     def landed(self, num_bytes: int) -> None:
         """Say that the next `num_bytes` are where `room` put them."""
@@ -148,19 +146,29 @@ class FetchedPayloads:
 
     def finish(self) -> FetchAnswer:
         """Check everything and return the answer."""
-        headers = self._headers
-        if [header.ref for header in headers] != list(self._refs):
-            problem = f"{len(headers)} blocks for {len(self._refs)} that were asked for"
-            raise _malformed(self._where, problem)
         payloads = iter(_finish(self._assembler, where=self._where))
-        blocks = tuple(
-            Block(
-                header=header,
-                weight=self._landing.weight(header, next(payloads)) if header.num_bytes else None,
-            )
-            for header in headers
+        blocks = self._landing.blocks(
+            [(header, next(payloads) if header.num_bytes else None) for header in self._headers]
         )
+        if [block.ref for block in blocks] != list(self._refs):
+            problem = f"{len(blocks)} blocks for {len(self._refs)} that were asked for"
+            raise malformed(self._where, problem)
         return FetchAnswer(revision=self._revision or 0, blocks=blocks)
+
+    def _expect(self, header: BlockHeader, revision: int) -> None:
+        if header.num_layers and not self._landing.takes_parts:
+            raise malformed(self._where, f"a part of block {header.ref}, which nobody asked for")
+        arrived = self._landing.when_arrived(header, revision)
+        if not header.num_bytes:
+            if arrived is not None:
+                arrived()
+            return
+        what = f"{self._where}: block {header.ref}"
+        if header.num_layers:
+            what += f", layers {header.first_layer} to {header.first_layer + header.num_layers - 1}"
+        payload = Payload(header.num_bytes, header.crc32c, what)
+        place = partial(self._landing.place, header)
+        self._assembler.expect(payload, place, when_whole=arrived)
 
 
 async def read_document(
@@ -177,7 +185,7 @@ async def read_document(
         if message.data:
             _feed(assembler, message.data, where=where)
     if is_first:
-        raise _malformed(where, "it is empty")
+        raise malformed(where, "it is empty")
     return _finish(assembler, where=where)[0].tobytes()
 
 
@@ -203,7 +211,7 @@ async def write_pack(
             written, crc = written + len(message.data), crc32c(message.data, start=crc)
             await asyncio.to_thread(target.write, message.data)
     if head is None or written != head.num_bytes:
-        raise _malformed(where, f"the pack ended after {written} bytes")
+        raise malformed(where, f"the pack ended after {written} bytes")
     if crc != head.crc32c:
         raise CorruptionError(
             f"{where}: the pack has CRC-32C {crc:08x}, announced was {head.crc32c:08x}; "
@@ -216,28 +224,34 @@ def _feed(assembler: PayloadAssembler, data: bytes | memoryview, *, where: str) 
     try:
         assembler.feed(data)
     except InvalidArgumentError as err:
-        raise _malformed(where, err.message) from err
+        raise malformed(where, err.message) from err
 
 
 def _finish(assembler: PayloadAssembler, *, where: str) -> list[npt.NDArray[np.uint8]]:
     try:
         return assembler.finish()
     except InvalidArgumentError as err:
-        raise _malformed(where, err.message) from err
+        raise malformed(where, err.message) from err
 
 
 def check_header(header: BlockHeader, *, where: str) -> None:
     """Raise `CorruptionError` unless a block's size is that of its shape."""
     codec = FETCH_CODECS.get(header.dtype)
-    announced = None if codec is None else codec.num_bytes(math.prod(header.shape))
+    shape = header.shape
+    if header.num_layers:
+        # Layers of an encoding are no part of its payload.
+        codec = codec if header.dtype in DTYPES and shape else None
+        shape = (header.num_layers, *shape[1:])
+    announced = None if codec is None else codec.num_bytes(math.prod(shape))
     travels = header.state is BlockState.ACTIVE and not header.unchanged
     if header.num_bytes != (announced if travels else 0):
-        raise _malformed(
+        raise malformed(
             where, f"block {header.ref} of shape {header.shape} has {header.num_bytes} bytes"
         )
 
 
-def _malformed(where: str, problem: str) -> CorruptionError:
+def malformed(where: str, problem: str) -> CorruptionError:
+    """Return the error of an answer that says what cannot be."""
     # The service's fault, not an argument of the caller's.
     return CorruptionError(
         f"{where}: the answer is malformed: {problem}", metadata={"endpoint": where}

@@ -22,8 +22,12 @@ def fetch_request(
     dtype: str | None,
     min_revision: int,
     snapshot: str,
+    layers_per_part: int = 0,
 ) -> block_pb.FetchBlocksRequest:
-    """Return the request of a fetch; the arguments are those of `BlockTransport.fetch`."""
+    """Return the request of a fetch; the arguments are those of `BlockTransport.fetch`.
+
+    `layers_per_part` = 0 asks for whole blocks.
+    """
     held = [0 if version is None else version + 1 for version in held_versions or ()]
     return block_pb.FetchBlocksRequest(
         bank=bank,
@@ -32,6 +36,7 @@ def fetch_request(
         dtype=dtype_to_pb(dtype),
         min_revision=min_revision,
         snapshot=snapshot,
+        layers_per_part=layers_per_part,
     )
 
 

@@ -16,12 +16,14 @@ from typing import TypeVar
 from membank.client.config import ClientConfig, SameHostConfig
 from membank.client.grpc_transport import GrpcTransport, grpc_connector
 from membank.client.landing import Landing
+from membank.client.layered_landing import tell_whole
 from membank.client.lent_connections import LentConnections
 from membank.client.requests import fetch_request
 from membank.client.same_host_connection import SameHostConnection
 from membank.client.transport import (
     Connector,
     FetchAnswer,
+    LayerListener,
     PushAnswer,
     SameHostDoor,
 )
@@ -167,6 +169,49 @@ class SameHostTransport(GrpcTransport):
             )
 
         return await self._call("fetch", through, over, timeout_s)
+
+    async def fetch_layers(
+        self,
+        refs: Sequence[BlockRef],
+        listener: LayerListener,
+        *,
+        layers_per_part: int,
+        dtype: str | None = None,
+        min_revision: int = 0,
+        snapshot: str = "",
+        into: Mapping[BlockRef, Array] | None = None,
+        timeout_s: float,
+    ) -> None:
+        """Fetch blocks whole, all layers at once: out of the shard's memory none comes before another."""
+        request = fetch_request(
+            refs,
+            bank=self._bank,
+            held_versions=None,
+            dtype=dtype,
+            min_revision=min_revision,
+            snapshot=snapshot,
+        )
+        landing = Landing(self._pool, into)
+
+        def through(connection: SameHostConnection, left_s: float) -> FetchAnswer | None:
+            return connection.fetch(request, refs, landing, timeout_s=left_s)
+
+        async def over(left_s: float) -> None:
+            await GrpcTransport.fetch_layers(
+                self,
+                refs,
+                listener,
+                layers_per_part=layers_per_part,
+                dtype=dtype,
+                min_revision=min_revision,
+                snapshot=snapshot,
+                into=into,
+                timeout_s=left_s,
+            )
+
+        answer = await self._call("fetch", through, over, timeout_s)
+        if answer is not None:
+            tell_whole(listener, answer)
 
     @asynccontextmanager
     async def borrow(

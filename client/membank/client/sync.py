@@ -9,7 +9,7 @@ import functools
 import inspect
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
@@ -18,6 +18,7 @@ from membank.client.cached_blocks import CacheStats
 from membank.client.config import ClientConfig
 from membank.client.core import AsyncBankClient
 from membank.client.inline import NeedsLoopError, run_inline
+from membank.client.layers import AsyncLayeredMemory, LayeredMemory
 from membank.client.loop_thread import loop_thread, may_block
 from membank.client.memory import FetchedBlocks
 from membank.client.opened import OpenedBank, open_bank
@@ -28,7 +29,7 @@ from membank.client.transaction import Transaction
 from membank.client.transport import Connector
 from membank.client.watching import Changes
 from membank.wire.errors import FailedPreconditionError
-from membank.wire.spec import BankSpec, BlockRef
+from membank.wire.spec import Array, BankSpec, BlockRef
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -254,6 +255,50 @@ class BankClient:
             # After a fork, or while the process ends, there is no loop left to close it on.
             with suppress(FailedPreconditionError):
                 self._run(changes.aclose())
+
+    @contextmanager
+    def stream(
+        self,
+        path: Sequence[BlockRef],
+        *,
+        layers_per_part: int = 1,
+        dtype: str | None = None,
+        into: Mapping[BlockRef, Array] | None = None,
+        snapshot: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Iterator[LayeredMemory]:
+        """Fetch the blocks of a path layer by layer; see `AsyncBankClient.stream`.
+
+        Parameters
+        ----------
+        path
+            Blocks, usually from `route`.
+        layers_per_part
+            Layers that travel together and become usable together, >= 1.
+        dtype
+            Element type to get: float32, bfloat16 or float16; None = as kept in the bank.
+        into
+            As for `fetch_blocks`.
+        snapshot
+            As for `fetch`.
+        timeout_s
+            Deadline of the last layer, however slowly layers are used.
+        """
+        stream = self._core.stream(
+            path,
+            layers_per_part=layers_per_part,
+            dtype=dtype,
+            into=into,
+            snapshot=snapshot,
+            timeout_s=timeout_s,
+        )
+        memory: AsyncLayeredMemory = self._run(stream.__aenter__())
+        try:
+            yield memory.in_threads()
+        finally:
+            # After a fork, or while the process ends, there is nothing left to leave.
+            with suppress(FailedPreconditionError):
+                self._run(stream.__aexit__(None, None, None))
 
     @contextmanager
     def borrow(

@@ -92,6 +92,33 @@ class ImportAnswer:
     """The topic that the pack was installed under."""
 
 
+class LayerListener(Protocol):
+    """Hears of the layers of blocks as they come; from any thread, from one at a time."""
+
+    def restart(self) -> None:
+        """Hear that an answer begins: what came of an earlier attempt is void.
+
+        Raises
+        ------
+        UnavailableError
+            If somebody has used that already.
+        """
+
+    def take(self, revision: int, block: Block, num_layers: int) -> None:
+        """Hear that the first layers of a block are there and checked.
+
+        Parameters
+        ----------
+        revision
+            Revision of the answer.
+        block
+            The block. Its weight is the same array each time, whose other layers may still change;
+            None where no content travels.
+        num_layers
+            How many are there.
+        """
+
+
 class BlockTransport(Protocol):
     """The data path of one endpoint."""
 
@@ -118,6 +145,24 @@ class BlockTransport(Protocol):
         to where withholding and deletion must be taken account of. `into` has writable C-contiguous
         memory of the right size for blocks: content that has to be copied anyway lands there, also
         where the call then fails.
+        """
+
+    async def fetch_layers(
+        self,
+        refs: Sequence[BlockRef],
+        listener: LayerListener,
+        *,
+        layers_per_part: int,
+        dtype: str | None = None,
+        min_revision: int = 0,
+        snapshot: str = "",
+        into: Mapping[BlockRef, Array] | None = None,
+        timeout_s: float,
+    ) -> None:
+        """Fetch blocks layer by layer, and tell `listener` of each few as soon as they can be used.
+
+        Where nothing travels, or the service cannot cut blocks, it may hear of all at once.
+        Arguments are those of `fetch`; what `listener` raises ends the call.
         """
 
     async def push(self, update: Update, *, timeout_s: float) -> PushAnswer:

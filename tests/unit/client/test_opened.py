@@ -209,6 +209,23 @@ class TestReading:
         assert (await bank.fetch([TOPIC])).versions == {TOPIC: 1}
         assert (await bank.fetch_blocks([TOPIC])).states == {TOPIC: BlockState.ACTIVE}
         assert len(await bank.topics()) == rig.spec.num_blocks
+        async with bank.stream([TOPIC]) as memory:
+            assert (await memory.head()).versions == {TOPIC: 1}
+
+    @pytest.mark.parametrize("dtype", [None, "int8"])
+    def test_layer_by_layer(self, rig: ShardRig, dtype: str | None) -> None:
+        swap(rig, "s1", TOPIC)
+        rig.operations.withhold_topic(asked("s2"), LEAF)
+        consolidate(rig)
+        bank = open_it(rig)
+        expected = bank.fetch([TOPIC, LEAF], dtype=dtype)
+        with bank.stream([TOPIC, LEAF, TOPIC], dtype=dtype) as memory:
+            head = memory.head()
+            assert (head.revision, head.ended_at) == (expected.revision, LEAF)
+            for number in range(memory.num_layers):
+                (array,) = memory.layer(number).values()
+                np.testing.assert_array_equal(array, expected.weights[TOPIC][number])
+            assert memory.memory().versions == expected.versions
 
 
 def test_both_kinds_have_the_same_calls() -> None:
@@ -216,7 +233,10 @@ def test_both_kinds_have_the_same_calls() -> None:
         members = inspect.getmembers(kind, inspect.isfunction)
         return {name: inspect.signature(call) for name, call in members if name[0] != "_"}
 
-    assert calls(OpenedBank) == calls(AsyncOpenedBank)
+    sync, core = calls(OpenedBank), calls(AsyncOpenedBank)
+    # What these return is of two kinds.
+    assert sync.pop("stream").parameters == core.pop("stream").parameters
+    assert sync == core
 
 
 class TestRefuses:
