@@ -181,6 +181,7 @@ def ask(
             console.print(f"[yellow]  the path ends at {answer.ended_at}: withheld or deleted[/]")
         console.print(
             f"[dim]  route {answer.route_ms:.1f} ms, fetch {answer.fetch_ms:.1f} ms, "
+            f"wait for layers {answer.waited_ms:.1f} ms, "
             f"all {total_ms:.1f} ms, revision {answer.revision}[/]"
         )
 

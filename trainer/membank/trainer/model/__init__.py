@@ -9,8 +9,10 @@ from membank.trainer.model.anchor import (
 from membank.trainer.model.generate import generate
 from membank.trainer.model.memory import (
     NO_BLOCK,
+    LayerMemory,
     LevelBlocks,
     MemoryBatch,
+    MemoryOfLayers,
     init_block,
 )
 from membank.trainer.model.recipes import (
@@ -28,10 +30,12 @@ __all__ = [
     "Anchor",
     "AnchorConfig",
     "BankPlan",
+    "LayerMemory",
     "LevelBlocks",
     "LevelPlan",
     "MemoryBatch",
     "MemoryConfig",
+    "MemoryOfLayers",
     "PublicAnchor",
     "Recipe",
     "generate",

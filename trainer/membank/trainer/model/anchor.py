@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from membank.trainer.model.memory import LayerMemory, MemoryBatch, add_memory
+from membank.trainer.model.memory import LayerMemory, MemoryOfLayers, add_memory
 
 PADDING_SEGMENT = -1
 
@@ -103,7 +103,7 @@ class Anchor(nn.Module):
         self,
         tokens_BT: Tensor,
         segments_BT: Tensor | None = None,
-        memory: MemoryBatch | None = None,
+        memory: MemoryOfLayers | None = None,
     ) -> Tensor:
         """Return the logits of the token that follows each position.
 
@@ -115,7 +115,7 @@ class Anchor(nn.Module):
             (B, T) int64. A position attends only to earlier ones of its own segment, so documents
             packed into one window do not see each other. None means one segment per sequence,
             which takes the fused causal kernel.
-        memory : MemoryBatch, optional
+        memory : MemoryOfLayers, optional
             Blocks added to the feed-forward networks, chosen per sequence. None runs the anchor
             alone; the result is the same as with memory whose down part is zero.
 

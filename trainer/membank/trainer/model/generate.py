@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 
 from membank.trainer.model.anchor import Anchor
-from membank.trainer.model.memory import MemoryBatch
+from membank.trainer.model.memory import MemoryOfLayers
 
 
 @torch.inference_mode()
 def generate(
     model: Anchor,
     prompts: Sequence[Sequence[int]],
-    memory: MemoryBatch | None = None,
+    memory: MemoryOfLayers | None = None,
     *,
     max_new_tokens: int,
     stop_token: int | None = None,
@@ -27,7 +27,7 @@ def generate(
         The anchor; its mode and weights are left alone.
     prompts : sequence of sequence of int
         Token ids, none empty; lengths may differ.
-    memory : MemoryBatch, optional
+    memory : MemoryOfLayers, optional
         One path per prompt, fetched once and kept for the whole completion.
     max_new_tokens : int
         Number of tokens to add at most, per prompt.

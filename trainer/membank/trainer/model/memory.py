@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,16 @@ class LevelBlocks:
         if low < NO_BLOCK or high >= len(self.blocks_KLPRD):
             limit = len(self.blocks_KLPRD) - 1
             raise ValueError(f"index spans {low}..{high}; it must lie in -1..{limit}")
+
+
+class MemoryOfLayers(Protocol):
+    """Memory that the anchor asks for layer by layer, such as a `MemoryBatch`."""
+
+    def layer(self, number: int) -> LayerMemory | None:
+        """Return the weights that layer ``number`` adds; None if no sequence has any block.
+
+        May wait for them: they are asked for when the layer is about to be computed.
+        """
 
 
 class MemoryBatch:

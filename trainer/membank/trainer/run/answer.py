@@ -1,19 +1,18 @@
-"""One question to a served bank: route, fetch, complete; the answer says what it rests on."""
+"""One question to a served bank: route, stream, complete; the answer says what it rests on."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
-
-import torch
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 from membank.client import BankClient
 from membank.client.retriever import Retriever
-from membank.trainer.model import LevelBlocks, MemoryBatch, generate
+from membank.trainer.model import generate
 from membank.trainer.run.directory import RunDirectory
+from membank.trainer.run.streamed_memory import StreamedMemory
 from membank.trainer.tree import embedder_from_config
-from membank.wire.records import Block
-from membank.wire.spec import BlockRef
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +42,9 @@ class Answer:
     route_ms: float
     """Time to route, in ms."""
     fetch_ms: float
-    """Time to fetch, in ms."""
+    """Time until the first layer of the path could be used, in ms."""
+    waited_ms: float
+    """Time that the anchor then stood still for later layers, in ms."""
 
     def to_json(self) -> dict[str, object]:
         """Return the fields as JSON-able values."""
@@ -76,7 +77,7 @@ class Answerer:
         max_new_tokens: int = 16,
         with_memory: bool = True,
     ) -> Answer:
-        """Complete `prompt` greedily.
+        """Complete `prompt` greedily, with each layer of its memory as soon as that has come.
 
         Parameters
         ----------
@@ -99,44 +100,40 @@ class Answerer:
         retriever = Retriever.from_tree(document, embedder=embedder_from_config(document))
         path = retriever.route(prompt) if with_memory else ()
         routed = time.perf_counter()
-        memory = client.fetch(path) if path else None
-        fetched = time.perf_counter()
-        blocks = [] if memory is None else [memory[ref] for ref in memory]
-        (tokens,) = generate(
-            self._anchor,
-            [self._tokenizer.encode(prompt)],
-            _memory_batch(blocks, client.info().spec.num_levels) if blocks else None,
-            max_new_tokens=max_new_tokens,
-            stop_token=self._tokenizer.eot_id,
+        tokens = self._tokenizer.encode(prompt)
+        generated = partial(
+            generate, self._anchor, [tokens],
+            max_new_tokens=max_new_tokens, stop_token=self._tokenizer.eot_id,
+        )  # fmt: skip
+        if not path:
+            (completion,) = generated(None)
+            return self._answer(
+                completion, revision=client.info().revision, routed_s=routed - start
+            )
+        with client.stream(path) as stream:
+            head = stream.head()
+            fetched = time.perf_counter()
+            memory = StreamedMemory(stream)
+            (completion,) = generated(memory)
+        answer = self._answer(completion, revision=head.revision, routed_s=routed - start)
+        return replace(
+            answer,
+            blocks=tuple(
+                UsedBlock(ref=str(ref), version=version, label=document.labels.get(ref, ""))
+                for ref, version in head.versions.items()
+            ),
+            ended_at=None if head.ended_at is None else str(head.ended_at),
+            fetch_ms=1e3 * (fetched - routed),
+            waited_ms=1e3 * memory.waited_s,
         )
+
+    def _answer(self, tokens: Sequence[int], *, revision: int, routed_s: float) -> Answer:
         return Answer(
             text=self._tokenizer.decode(tokens).split("\n")[0],
-            blocks=tuple(
-                UsedBlock(ref=str(b.ref), version=b.version, label=document.labels.get(b.ref, ""))
-                for b in blocks
-            ),
-            ended_at=_name(memory.ended_at if memory is not None else None),
-            revision=client.info().revision if memory is None else memory.revision,
-            route_ms=1e3 * (routed - start),
-            fetch_ms=1e3 * (fetched - routed),
+            blocks=(),
+            ended_at=None,
+            revision=revision,
+            route_ms=1e3 * routed_s,
+            fetch_ms=0.0,
+            waited_ms=0.0,
         )
-
-
-def _memory_batch(blocks: list[Block], num_levels: int) -> MemoryBatch:
-    """Return the memory of one sequence; a level that the path does not reach has no block."""
-    by_level = {block.ref.level: block for block in blocks}
-    levels = []
-    for level in range(1, num_levels + 1):
-        if level not in by_level:
-            break  # a path never skips a level
-        weight_LPRD = by_level[level].weight
-        assert weight_LPRD is not None  # the client leaves inactive blocks out of a path
-        weight = torch.tensor(weight_LPRD.astype("float32"))
-        levels.append(
-            LevelBlocks(blocks_KLPRD=weight[None], index_B=torch.zeros(1, dtype=torch.long))
-        )
-    return MemoryBatch(levels)
-
-
-def _name(ref: BlockRef | None) -> str | None:
-    return None if ref is None else str(ref)
