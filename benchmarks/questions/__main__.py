@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.questions import batching, block_sizes, hierarchy, latency, overlap
+from benchmarks.questions import batching, block_sizes, hierarchy, latency, layers, overlap
 from benchmarks.questions.latency import Say
 from benchmarks.questions.plots import draw
 from benchmarks.questions.rendering import fill_in
@@ -30,6 +30,7 @@ QUESTIONS: dict[str, Measure] = {
     ),
     "hierarchy": lambda folder, scale, say, quick: hierarchy.measure(scale, say),
     "overlap": lambda folder, scale, say, quick: overlap.measure(folder, scale, say),
+    "layers": lambda folder, scale, say, quick: layers.measure(folder, scale, say),
     "batching": lambda folder, scale, say, quick: batching.measure(scale, say),
 }
 """What is measured, by the name that ``--only`` takes."""

@@ -126,6 +126,21 @@ def _prompts(panel: Axes, figures: Figures) -> None:
     panel.set_xlabel("first token, ms")
 
 
+def _streams(number: int) -> Callable[[Axes, Figures], None]:
+    def paint(panel: Axes, figures: Figures) -> None:
+        model = figures["models"][number]
+        rows = model["rows"]
+        names = [f"{row['link']},\n{row['way']}" for row in rows]
+        panel.barh(names, [row["first_token_ms"] for row in rows], label="first token")
+        panel.barh(names, [row["waited_ms"] for row in rows], label="of that, waited", height=0.4)
+        panel.axvline(model["forward_ms"], color="black", linestyle="--", label="no memory")
+        panel.tick_params(axis="y", labelsize=6)
+        panel.set_xlabel("ms")
+        panel.set_title(f"{model['model']}, a path of {model['bytes'] / 1e6:.0f} MB", fontsize=9)
+
+    return paint
+
+
 def _batching(model: str, length: str) -> Callable[[Axes, Figures], None]:
     def paint(panel: Axes, figures: Figures) -> None:
         lines: dict[str, list[tuple[int, float]]] = {}
@@ -152,6 +167,7 @@ _PANELS: Mapping[str, tuple[Callable[[Axes, Figures], None], ...]] = {
     "block_sizes": (_blocks,),
     "hierarchy": (_moved("sequential"), _moved("interleaved"), _moved("shuffled")),
     "overlap": (_training, _prompts),
+    "layers": (_streams(0), _streams(1)),
     "batching": tuple(
         _batching(model, length)
         for model in ("demo", "demo-10x")

@@ -216,6 +216,20 @@ def _prompts(figures: Figures) -> str:
     return markdown(heads, rows)
 
 
+def _streams(figures: Figures) -> str:
+    rows = []
+    for model in figures["models"]:
+        name = f"{size_of(model['bytes'])}, {model['layers']} layers"
+        rows.append([f"{name}, no memory", "-", "-", _ms(model["forward_ms"]), "-"])
+        rows += [
+            [f"{name}, {row['link']}, {row['way']}", _ms(row["first_layer_ms"]),
+             _ms(row["all_layers_ms"]), _ms(row["first_token_ms"]), _ms(row["waited_ms"])]
+            for row in model["rows"]
+        ]  # fmt: skip
+    heads = ["path, link, way", "first layer, ms", "all layers", "first token", "of that, waited"]
+    return markdown(heads, rows)
+
+
 # ---- question 7
 
 
@@ -251,6 +265,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Figures], str]]] = {
     "stays": ("hierarchy", _stays),
     "training": ("overlap", _training),
     "prompts": ("overlap", _prompts),
+    "streams": ("layers", _streams),
     "batching": ("batching", _batching),
     "distinct": ("hierarchy", _distinct),
 }

@@ -2,22 +2,26 @@
 
 import json
 import math
+import threading
 
+import ml_dtypes
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.questions.batching import Ways
 from benchmarks.questions.hierarchy import Layout, num_distinct, replay
 from benchmarks.questions.latency import paper_model_s
+from benchmarks.questions.layers import WaitedLayers
 from benchmarks.questions.overlap import LateMemory, hidden_share
-from benchmarks.questions.rendering import filled, markdown, size_of
+from benchmarks.questions.rendering import TABLES, filled, markdown, size_of
 from benchmarks.questions.timing import fit_line, quantiles_ms
 from benchmarks.questions.trace import interleave, sessions_of, stays, windows_of
 from membank.client import CacheConfig, Eviction
 from membank.trainer.corpus import Document
 from membank.trainer.model import AnchorConfig
 from membank.wire.errors import InvalidArgumentError
-from membank.wire.spec import BlockRef, Path
+from membank.wire.spec import Array, BlockRef, Path
 
 
 def path(*clusters: int) -> Path:
@@ -66,6 +70,36 @@ def test_the_papers_figures_follow_from_its_bytes() -> None:
         "hierarchy": 38,
         "reload": 47,
     }
+
+
+def test_layers_note_how_long_they_are_waited_for() -> None:
+    first, second = (np.full((3, r, 2), r, ml_dtypes.bfloat16) for r in (1, 2))
+
+    class Slow:
+        def layer(self, number: int) -> dict[BlockRef, Array]:
+            opened.wait(0.01)
+            return {BlockRef(1, 0): first, BlockRef(2, 0): second}
+
+    opened = threading.Event()
+    memory = WaitedLayers(Slow())
+    layer = memory.layer(0)
+    assert memory.waited_s >= 0.01
+    assert layer.weights_GPRD.shape == (1, 3, 3, 2)
+    assert layer.weights_GPRD[0, 0, :, 0].tolist() == [1, 2, 2]
+
+
+def test_streams_are_told_by_model_link_and_way() -> None:
+    row = {"first_layer_ms": 1.0, "all_layers_ms": 2.0, "first_token_ms": 300.0, "waited_ms": 4.0}
+    model = {
+        "model": "m", "layers": 7, "bytes": 36_000_000, "forward_ms": 250.0,
+        "rows": [{"link": "1 GB/s", "way": way, **row} for way in ("whole fetch", "stream")],
+    }  # fmt: skip
+    table = TABLES["streams"][1]({"models": [model]})
+    assert table.splitlines()[2:] == [
+        "| 36 MB, 7 layers, no memory | - | - | 250 | - |",
+        "| 36 MB, 7 layers, 1 GB/s, whole fetch | 1 | 2 | 300 | 4 |",
+        "| 36 MB, 7 layers, 1 GB/s, stream | 1 | 2 | 300 | 4 |",
+    ]
 
 
 def test_windows_and_sessions_keep_the_order_of_the_text() -> None:
