@@ -26,10 +26,10 @@ import grpc
 import numpy as np
 
 from membank.client.config import ClientConfig
-from membank.client.direct_fetches import DirectFetches
-from membank.client.fetches import ChannelFetches, Fetches
-from membank.client.grpc_channel import GrpcChannel
-from membank.client.landing import Landing
+from membank.client.transport.direct_fetches import DirectFetches
+from membank.client.transport.fetches import ChannelFetches, Fetches
+from membank.client.transport.grpc_channel import GrpcChannel
+from membank.client.transport.landing import Landing
 from membank.v1 import block_service_pb2 as pb
 from membank.wire.buffers import BufferPool, keep_freed_memory
 from membank.wire.convert import header_to_pb

@@ -23,7 +23,7 @@ from benchmarks.questions.trace import (
 )
 from membank.cli.bench.presets import preset_spec
 from membank.client import CacheConfig, Eviction
-from membank.client.cache_store import BlockStore, Confirmation
+from membank.client.cache.store import BlockStore, Confirmation
 from membank.wire.records import Block, BlockHeader
 from membank.wire.spec import BlockRef, Path
 

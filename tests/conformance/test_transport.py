@@ -15,7 +15,7 @@ from fake_shard import FakeShard
 from in_process import InProcessTransport
 from layer_notes import LayerNotes
 from membank.client import ClientConfig, GrpcTransport, Transport
-from membank.client.same_host import SameHostCounters, same_host_connector
+from membank.client.transport.same_host import SameHostCounters, same_host_connector
 from membank.wire.codec import fetch_codec, push_codec
 from membank.wire.crc import crc32c
 from membank.wire.errors import (

@@ -35,7 +35,7 @@ SUPPORT = Path(__file__).parents[1] / "support"
 _HOLDER = """
 import sys
 from membank.client import BankClient
-from membank.client import same_host_connection as connection
+from membank.client.transport import same_host_connection as connection
 from membank.wire.spec import BlockRef
 
 def stop_in_the_middle(target, source):

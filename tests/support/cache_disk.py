@@ -7,7 +7,7 @@ from pathlib import Path
 from cache_rig import CacheRig
 from fake_bank import SPEC
 from membank.client import DiskStats
-from membank.client.disk_files import TRAILER_BYTES
+from membank.client.cache.disk_files import TRAILER_BYTES
 from membank.wire.spec import Array, BlockRef
 
 TOP, OTHER, THIRD, LEAF = BlockRef(1, 0), BlockRef(1, 1), BlockRef(1, 2), BlockRef(2, 1)

@@ -18,10 +18,10 @@ from membank.client import (
     RetryConfig,
 )
 from membank.client.blocks import ShardedBlocks
-from membank.client.cache_store import BlockStore
-from membank.client.cached_blocks import CachedBlocks
+from membank.client.cache.blocks import CachedBlocks
+from membank.client.cache.disk_tier import DiskTier
+from membank.client.cache.store import BlockStore
 from membank.client.deadline import Deadline
-from membank.client.disk_tier import DiskTier
 from membank.client.shards import ShardMap
 from membank.wire.records import Block, BlockEvent, Gradient, Update
 from membank.wire.spec import BlockRef, BlockState

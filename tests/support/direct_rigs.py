@@ -7,8 +7,8 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 
-from membank.client.landing import Landing
-from membank.client.transport import FetchAnswer
+from membank.client.transport.contract import FetchAnswer
+from membank.client.transport.landing import Landing
 from membank.v1 import block_service_pb2 as block_pb
 from membank.wire.spec import BlockRef
 

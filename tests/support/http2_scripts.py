@@ -11,12 +11,12 @@ from collections.abc import Iterable, Sequence
 import hpack
 
 from fake_bank import FakeBank
-from membank.client.fetch_connection import Address, FetchConnection
-from membank.client.http2 import Http2Connection
-from membank.client.landing import Landing
-from membank.client.payloads import FetchedPayloads
-from membank.client.requests import fetch_request
-from membank.client.transport import FetchAnswer
+from membank.client.transport.contract import FetchAnswer
+from membank.client.transport.fetch_connection import Address, FetchConnection
+from membank.client.transport.http2 import Http2Connection
+from membank.client.transport.landing import Landing
+from membank.client.transport.payloads import FetchedPayloads
+from membank.client.transport.requests import fetch_request
 from membank.v1 import block_service_pb2 as block_pb
 from membank.wire import convert
 from membank.wire.buffers import BufferPool

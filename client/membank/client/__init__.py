@@ -4,7 +4,8 @@
 """
 
 from membank.client.blocks import BlockSource
-from membank.client.cached_blocks import CacheStats
+from membank.client.cache.blocks import CacheStats
+from membank.client.cache.disk_tier import DiskStats
 from membank.client.compression import CompressedPushes, Compression
 from membank.client.config import (
     CacheConfig,
@@ -17,11 +18,7 @@ from membank.client.config import (
     TlsConfig,
 )
 from membank.client.core import AsyncBankClient
-from membank.client.direct_fetches import DirectStats
-from membank.client.disk_tier import DiskStats
 from membank.client.error_feedback import ErrorFeedback, Sending
-from membank.client.grpc_transport import GrpcTransport, grpc_connector
-from membank.client.layers import AsyncLayeredMemory, LayeredMemory, MemoryHead
 from membank.client.memory import FetchedBlocks, Memory
 from membank.client.opened import AsyncOpenedBank, OpenedBank, StateRead
 from membank.client.retriever import (
@@ -30,10 +27,10 @@ from membank.client.retriever import (
     Retriever,
     ScoredPath,
 )
-from membank.client.same_host import SameHostStats
+from membank.client.streaming.layers import AsyncLayeredMemory, LayeredMemory, MemoryHead
 from membank.client.sync import BankClient
 from membank.client.transaction import Transaction
-from membank.client.transport import (
+from membank.client.transport.contract import (
     Connector,
     FetchAnswer,
     ImportAnswer,
@@ -43,6 +40,9 @@ from membank.client.transport import (
     Transport,
     WatchAnswer,
 )
+from membank.client.transport.direct_fetches import DirectStats
+from membank.client.transport.grpc_transport import GrpcTransport, grpc_connector
+from membank.client.transport.same_host import SameHostStats
 from membank.client.watching import Changes
 
 __all__ = [

@@ -24,7 +24,7 @@ from membank.client.inline import NeedsLoopError, is_inline
 from membank.client.memory import FetchedBlocks
 from membank.client.retrying import call_with_retries, is_retryable
 from membank.client.shards import ShardMap
-from membank.client.transport import PushAnswer
+from membank.client.transport.contract import PushAnswer
 from membank.wire.codec import fetch_codec
 from membank.wire.errors import (
     ConflictError,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from membank.client.requests import dtype_name
+from membank.client.transport.requests import dtype_name
 from membank.wire.codec import Encoded, fetch_codec
 from membank.wire.errors import InvalidArgumentError, Reason
 from membank.wire.spec import Array, BankSpec, BlockRef

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from membank.client.error_feedback import ErrorFeedback, Sending
 from membank.client.session import new_request_id
-from membank.client.transport import PushAnswer
+from membank.client.transport.contract import PushAnswer
 from membank.wire.codec import Encoded, Sparse, WireCodec, push_codec
 from membank.wire.errors import (
     DeadlineError,

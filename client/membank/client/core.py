@@ -9,11 +9,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import Self
 
-from membank.client.admin import AdminCalls
+from membank.client.admin.admin import AdminCalls
 from membank.client.blocks import BlockSource, ShardedBlocks
-from membank.client.borrowing import borrowed_blocks
-from membank.client.cache_store import BlockStore
-from membank.client.cached_blocks import CachedBlocks, CacheStats
+from membank.client.cache.blocks import CachedBlocks, CacheStats
+from membank.client.cache.disk_tier import DiskTier
+from membank.client.cache.listening import WatchEar
+from membank.client.cache.store import BlockStore
 from membank.client.checks import (
     check_answer_bytes,
     check_arrays,
@@ -21,25 +22,24 @@ from membank.client.checks import (
     check_scale,
 )
 from membank.client.config import CacheConfig, ClientConfig
-from membank.client.disk_tier import DiskTier
 from membank.client.inline import is_inline
-from membank.client.landing import CallerBuffers
-from membank.client.listening import WatchEar
 from membank.client.memory import FetchedBlocks, Memory
 from membank.client.opened import AsyncOpenedBank, open_bank
-from membank.client.requests import encoded, gradient_to_send
 from membank.client.retriever import Embedder
 from membank.client.routing import RoutingCalls
-from membank.client.same_host import (
+from membank.client.session import Session, new_request_id
+from membank.client.streaming.calls import StreamingCalls
+from membank.client.transaction import Transaction
+from membank.client.transport.borrowing import borrowed_blocks
+from membank.client.transport.contract import Connector, PushAnswer
+from membank.client.transport.landing import CallerBuffers
+from membank.client.transport.requests import encoded, gradient_to_send
+from membank.client.transport.same_host import (
     NoWayError,
     SameHostCounters,
     SameHostStats,
     same_host_connector,
 )
-from membank.client.session import Session, new_request_id
-from membank.client.streaming import StreamingCalls
-from membank.client.transaction import Transaction
-from membank.client.transport import Connector, PushAnswer
 from membank.client.watching import Changes, ShardWatch, watch_shards
 from membank.wire.codec import Encoded
 from membank.wire.errors import (

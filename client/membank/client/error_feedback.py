@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from membank.client.requests import dtype_name
+from membank.client.transport.requests import dtype_name
 from membank.wire.buffers import BufferPool
 from membank.wire.codec import Encoded, WireCodec
 from membank.wire.errors import InvalidArgumentError, Reason

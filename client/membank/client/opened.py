@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from membank.client.bank_files import open_files
-from membank.client.layer_board import LayerBoard
-from membank.client.layers import AsyncLayeredMemory, LayeredMemory
 from membank.client.memory import FetchedBlocks, Memory
 from membank.client.retriever import Embedder, Retriever, ScoredPath
+from membank.client.streaming.board import LayerBoard
+from membank.client.streaming.layers import AsyncLayeredMemory, LayeredMemory
 from membank.wire.codec import fetch_codec
 from membank.wire.crc import crc32c
 from membank.wire.errors import InvalidArgumentError

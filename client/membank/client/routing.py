@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from membank.client.admin_calls import GatewayCalls
+from membank.client.admin.calls import GatewayCalls
 from membank.client.retriever import Embedder, Retriever, ScoredPath
 from membank.client.retrying import call_with_retries
 from membank.client.session import Session

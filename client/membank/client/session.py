@@ -11,7 +11,7 @@ from membank.client.config import ClientConfig, RetryConfig
 from membank.client.deadline import Deadline
 from membank.client.retrying import call_with_retries
 from membank.client.shards import ShardMap
-from membank.client.transport import Connector, Transport
+from membank.client.transport.contract import Connector, Transport
 from membank.wire.records import TransactionReport
 from membank.wire.spec import BankSpec
 

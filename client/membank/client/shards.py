@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable
 
 from membank.client.inline import require_loop
-from membank.client.transport import Connector, Transport
+from membank.client.transport.contract import Connector, Transport
 from membank.wire.errors import (
     FailedPreconditionError,
     MembankError,

@@ -14,19 +14,19 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-from membank.client.cached_blocks import CacheStats
+from membank.client.cache.blocks import CacheStats
 from membank.client.config import ClientConfig
 from membank.client.core import AsyncBankClient
 from membank.client.inline import NeedsLoopError, run_inline
-from membank.client.layers import AsyncLayeredMemory, LayeredMemory
 from membank.client.loop_thread import loop_thread, may_block
 from membank.client.memory import FetchedBlocks
 from membank.client.opened import OpenedBank, open_bank
 from membank.client.retriever import Embedder
-from membank.client.same_host import SameHostStats
 from membank.client.session import new_request_id
+from membank.client.streaming.layers import AsyncLayeredMemory, LayeredMemory
 from membank.client.transaction import Transaction
-from membank.client.transport import Connector
+from membank.client.transport.contract import Connector
+from membank.client.transport.same_host import SameHostStats
 from membank.client.watching import Changes
 from membank.wire.errors import FailedPreconditionError
 from membank.wire.spec import Array, BankSpec, BlockRef

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from membank.client.config import ClientConfig
 from membank.client.retrying import backoff_s, is_retryable
 from membank.client.shards import ShardMap
-from membank.client.transport import WatchAnswer
+from membank.client.transport.contract import WatchAnswer
 from membank.wire.errors import MembankError, UnavailableError
 from membank.wire.records import BlockEvent
 from membank.wire.spec import BankSpec, BlockRef

@@ -30,9 +30,9 @@ from membank.client import (
     DiskTierConfig,
     RetryConfig,
 )
-from membank.client.cache_store import KeptBlock
-from membank.client.disk_files import BlockFile, BlockFolder
-from membank.client.disk_tier import DiskBlock, _Reading
+from membank.client.cache.disk_files import BlockFile, BlockFolder
+from membank.client.cache.disk_tier import DiskBlock, _Reading
+from membank.client.cache.store import KeptBlock
 from membank.wire.spec import DTYPES, BlockRef, BlockState
 
 

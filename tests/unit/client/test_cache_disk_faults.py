@@ -15,7 +15,12 @@ from full_disk import files_up_to, small_disk
 from membank.client import (
     DiskTierConfig,
 )
-from membank.client.disk_files import TRAILER_BYTES, BlockFile, BlockFolder, DirectoryInUseError
+from membank.client.cache.disk_files import (
+    TRAILER_BYTES,
+    BlockFile,
+    BlockFolder,
+    DirectoryInUseError,
+)
 
 
 @pytest.fixture
@@ -202,7 +207,7 @@ from pathlib import Path
 
 import numpy as np
 
-from membank.client.disk_files import BlockFile, BlockFolder
+from membank.client.cache.disk_files import BlockFile, BlockFolder
 from membank.wire.crc import crc32c
 from membank.wire.spec import BlockRef
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cache_rig import CacheRig
 from fake_bank import SPEC
 from membank.client import DiskTierConfig, FetchedBlocks
-from membank.client.disk_files import TRAILER_BYTES
+from membank.client.cache.disk_files import TRAILER_BYTES
 from membank.wire.records import BlockEvent
 from membank.wire.spec import BlockRef, BlockState
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from membank.client import CacheConfig, DiskTierConfig, Eviction
-from membank.client.cache_store import BlockStore, Confirmation, KeptBlock
+from membank.client.cache.store import BlockStore, Confirmation, KeptBlock
 from membank.wire.buffers import MIN_POOLED_BYTES, BufferPool
 from membank.wire.records import Block, BlockHeader
 from membank.wire.spec import BlockRef

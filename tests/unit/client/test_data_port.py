@@ -27,13 +27,15 @@ from membank.bank_service.rpc.budget import ByteBudget
 from membank.bank_service.rpc.direct import DataListener
 from membank.bank_service.rpc.server import ServerConfig
 from membank.bank_service.shard import ShardApi
-from membank.client import BankClient, ClientConfig, GrpcTransport, data_port, direct_fetches
-from membank.client.data_port import DataPort
-from membank.client.direct_fetches import DirectFetches
-from membank.client.landing import Landing
+from membank.client import BankClient, ClientConfig, GrpcTransport
+from membank.client.transport import data_port, direct_fetches
+from membank.client.transport.data_port import DataPort
+from membank.client.transport.direct_fetches import DirectFetches
+from membank.client.transport.landing import Landing
 from membank.wire.alternative import ALTERNATIVE_KEY, Alternative
 from membank.wire.buffers import BufferPool
 from membank.wire.errors import UnavailableError
+from membank.wire.http2.frames import WORD, Frame, frame
 
 TOPIC = REFS[0]
 TIMEOUT_S = 10.0
@@ -162,7 +164,9 @@ def telling(bank: FakeBank, port: int) -> bytes:
             (ALTERNATIVE_KEY, Alternative(port, "ab").header(is_secured=False)),
         ]
     )
-    return SETTINGS + first + b"".join(map(data, map(message, answer_messages(bank)))) + trailers()
+    answer = first + b"".join(map(data, map(message, answer_messages(bank)))) + trailers()
+    # With the answer comes that it is the last one of this connection.
+    return SETTINGS + answer + frame(Frame.GOAWAY, 0, 0, WORD.pack(1) + WORD.pack(0))
 
 
 def port_of(server: Server) -> int:
@@ -172,7 +176,7 @@ def port_of(server: Server) -> int:
 @asynccontextmanager
 async def fetches_told_of(bank: FakeBank, port: int) -> AsyncIterator[DirectFetches]:
     """Yield fetches from a server that has told of another port."""
-    server = Server(telling(bank, port), hangs_up=True)
+    server = Server(telling(bank, port))
     fetches = DirectFetches(server.endpoint, ClientConfig(), Grpcio())
     try:
         await fetched(fetches)

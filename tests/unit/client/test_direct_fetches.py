@@ -19,9 +19,9 @@ from fake_service import FakeService
 from faults import Fault
 from http2_scripts import REFS, SETTINGS, head, request_of, whole_answer
 from membank.client import ClientConfig, GrpcTransport, TlsConfig
-from membank.client.direct_fetches import DirectFetches
-from membank.client.landing import Landing
-from membank.client.transport import FetchAnswer
+from membank.client.transport.contract import FetchAnswer
+from membank.client.transport.direct_fetches import DirectFetches
+from membank.client.transport.landing import Landing
 from membank.wire.buffers import BufferPool
 from membank.wire.errors import DeadlineError, Reason, UnavailableError
 

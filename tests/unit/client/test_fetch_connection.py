@@ -35,9 +35,9 @@ from http2_scripts import (
     trailers,
     whole_answer,
 )
-from membank.client.landing import Landing
-from membank.client.payloads import FETCH_DATA, FetchedPayloads
-from membank.client.transport import FetchAnswer
+from membank.client.transport.contract import FetchAnswer
+from membank.client.transport.landing import Landing
+from membank.client.transport.payloads import FETCH_DATA, FetchedPayloads
 from membank.v1 import block_service_pb2 as block_pb
 from membank.wire.buffers import BufferPool
 from membank.wire.crc import crc32c

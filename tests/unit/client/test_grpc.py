@@ -17,8 +17,8 @@ from fake_bank import SPEC, FakeBank
 from fake_service import FakeService
 from faults import Fault
 from membank.client import AsyncBankClient, ClientConfig, GrpcTransport, RetryConfig, TlsConfig
-from membank.client.grpc_channel import host_of, is_loopback
-from membank.client.grpc_status import ServedStatus
+from membank.client.transport.grpc_channel import host_of, is_loopback
+from membank.client.transport.grpc_status import ServedStatus
 from membank.wire.errors import (
     CorruptionError,
     DeadlineError,

@@ -11,9 +11,9 @@ import pytest
 from fake_bank import SPEC, FakeBank
 from http2_scripts import REFS, answer_messages
 from layer_notes import LayerNotes
-from membank.client.landing import Landing
-from membank.client.layered_landing import LayeredLanding
-from membank.client.payloads import FetchedPayloads
+from membank.client.transport.landing import Landing
+from membank.client.transport.layered_landing import LayeredLanding
+from membank.client.transport.payloads import FetchedPayloads
 from membank.v1 import block_service_pb2 as block_pb
 from membank.v1 import types_pb2 as types_pb
 from membank.wire import convert

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from membank.client.inline import NeedsLoopError, run_inline
-from membank.client.lent_connections import LentConnections
+from membank.client.transport.lent_connections import LentConnections
 
 
 class Connection:

@@ -15,8 +15,8 @@ import pytest
 from fake_bank import FakeBank
 from fake_service import FakeService
 from membank.client import AsyncBankClient, BankClient, ClientConfig, SameHostConfig
-from membank.client.same_host import SameHostCounters, SameHostTransport
-from membank.client.transport import SameHostDoor
+from membank.client.transport.contract import SameHostDoor
+from membank.client.transport.same_host import SameHostCounters, SameHostTransport
 from membank.v1 import same_host_pb2 as host_pb
 from membank.wire.copying import copy_checked
 from membank.wire.errors import DeadlineError, NotFoundError, UnavailableError
@@ -88,7 +88,7 @@ async def test_a_service_without_a_door(bank: FakeBank) -> None:
 async def test_a_shard_on_another_machine_is_not_tried(
     bank: FakeBank, transport: SameHostTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("membank.client.same_host.boot_id", lambda: "another kernel")
+    monkeypatch.setattr("membank.client.transport.same_host.boot_id", lambda: "another kernel")
     assert await fetched(transport) == content(bank)
     assert transport.stats.fallbacks == {"other host": 1}
 
@@ -116,7 +116,7 @@ async def test_memory_that_changes_while_it_is_copied(
     bank: FakeBank, transport: SameHostTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "membank.client.same_host_connection.copy_checked",
+        "membank.client.transport.same_host_connection.copy_checked",
         lambda target, source: copy_checked(target, source) ^ 1,
     )
     assert await fetched(transport) == content(bank)
@@ -203,7 +203,7 @@ async def test_a_call_that_was_cancelled_writes_nothing_later(
         go_on.wait(TIMEOUT_S)
         return copy_checked(target, source)
 
-    monkeypatch.setattr("membank.client.same_host_connection.copy_checked", copy_slowly)
+    monkeypatch.setattr("membank.client.transport.same_host_connection.copy_checked", copy_slowly)
     buffer = np.zeros(bank.spec.block_shape(1), bank.spec.numpy_dtype)
     call = asyncio.create_task(transport.fetch([TOPIC], into={TOPIC: buffer}, timeout_s=TIMEOUT_S))
     await asyncio.to_thread(copying.wait, TIMEOUT_S)

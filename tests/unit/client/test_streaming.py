@@ -24,8 +24,8 @@ from membank.client import (
     ClientConfig,
     LayeredMemory,
 )
-from membank.client.layer_board import LayerBoard
 from membank.client.loop_thread import loop_thread
+from membank.client.streaming.board import LayerBoard
 from membank.wire.errors import (
     CorruptionError,
     DeadlineError,

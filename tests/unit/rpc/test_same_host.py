@@ -21,11 +21,11 @@ from membank.bank_service.rpc.same_host import SameHostDoor
 from membank.bank_service.shard import Shard
 from membank.bank_service.shard.contract import SetState
 from membank.bank_service.store import Bank
-from membank.client.landing import Landing
-from membank.client.requests import fetch_request, push_head
-from membank.client.same_host_connection import SameHostConnection
-from membank.client.transport import FetchAnswer, PushAnswer
-from membank.client.transport import SameHostDoor as Door
+from membank.client.transport.contract import FetchAnswer, PushAnswer
+from membank.client.transport.contract import SameHostDoor as Door
+from membank.client.transport.landing import Landing
+from membank.client.transport.requests import fetch_request, push_head
+from membank.client.transport.same_host_connection import SameHostConnection
 from membank.v1 import same_host_pb2 as host_pb
 from membank.wire.buffers import BufferPool
 from membank.wire.crc import crc32c

@@ -6,9 +6,9 @@ import asyncio
 from contextlib import suppress
 from dataclasses import dataclass
 
-from membank.client.layer_board import LayerBoard
 from membank.client.loop_thread import loop_thread
 from membank.client.memory import Memory
+from membank.client.streaming.board import LayerBoard
 from membank.wire.errors import FailedPreconditionError, InvalidArgumentError
 from membank.wire.spec import Array, BlockRef
 

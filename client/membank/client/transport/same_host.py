@@ -14,19 +14,19 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from membank.client.config import ClientConfig, SameHostConfig
-from membank.client.grpc_transport import GrpcTransport, grpc_connector
-from membank.client.landing import Landing
-from membank.client.layered_landing import tell_whole
-from membank.client.lent_connections import LentConnections
-from membank.client.requests import fetch_request
-from membank.client.same_host_connection import SameHostConnection
-from membank.client.transport import (
+from membank.client.transport.contract import (
     Connector,
     FetchAnswer,
     LayerListener,
     PushAnswer,
     SameHostDoor,
 )
+from membank.client.transport.grpc_transport import GrpcTransport, grpc_connector
+from membank.client.transport.landing import Landing
+from membank.client.transport.layered_landing import tell_whole
+from membank.client.transport.lent_connections import LentConnections
+from membank.client.transport.requests import fetch_request
+from membank.client.transport.same_host_connection import SameHostConnection
 from membank.wire.buffers import BufferPool
 from membank.wire.errors import (
     DeadlineError,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from membank.client.admin_history import HistoryCalls
-from membank.client.admin_packs import PackCalls
-from membank.client.admin_topics import TopicCalls
+from membank.client.admin.history import HistoryCalls
+from membank.client.admin.packs import PackCalls
+from membank.client.admin.topics import TopicCalls
 from membank.client.session import new_request_id
-from membank.client.transport import Transport
+from membank.client.transport.contract import Transport
 from membank.wire.format import TreeDocument, encode_tree
 from membank.wire.records import BankStats
 from membank.wire.spec import BankSpec

@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from membank.client.blocks import BlockSource
-from membank.client.cache_store import BlockStore, Confirmation, KeptBlock
+from membank.client.cache.disk_tier import DiskStats, DiskTier
+from membank.client.cache.listening import Ear
+from membank.client.cache.store import BlockStore, Confirmation, KeptBlock
 from membank.client.config import CacheConfig
 from membank.client.deadline import Deadline
-from membank.client.disk_tier import DiskStats, DiskTier
-from membank.client.listening import Ear
 from membank.client.memory import FetchedBlocks
-from membank.client.transport import PushAnswer
+from membank.client.transport.contract import PushAnswer
 from membank.wire.errors import MembankError, Reason
 from membank.wire.records import Block, BlockEvent, TransactionReport, Update
 from membank.wire.spec import Array, BlockRef, BlockState

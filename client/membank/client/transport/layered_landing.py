@@ -9,9 +9,9 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from membank.client.landing import Landing
-from membank.client.payloads import malformed
-from membank.client.transport import FetchAnswer, LayerListener
+from membank.client.transport.contract import FetchAnswer, LayerListener
+from membank.client.transport.landing import Landing
+from membank.client.transport.payloads import malformed
 from membank.wire.buffers import BufferPool
 from membank.wire.errors import InvalidArgumentError, Reason
 from membank.wire.records import Block, BlockHeader

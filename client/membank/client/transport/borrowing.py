@@ -7,8 +7,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from membank.client.deadline import Deadline
 from membank.client.memory import FetchedBlocks
-from membank.client.same_host import NoWayError, SameHostTransport
 from membank.client.shards import ShardMap
+from membank.client.transport.same_host import NoWayError, SameHostTransport
 from membank.wire.records import Block
 from membank.wire.spec import BankSpec, BlockRef
 

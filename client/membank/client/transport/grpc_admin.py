@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, BinaryIO
 
 from membank.client.config import ClientConfig
-from membank.client.grpc_channel import GrpcChannel
-from membank.client.payloads import import_requests, swap_requests, write_pack
-from membank.client.transport import ImportAnswer, PackInfo
+from membank.client.transport.contract import ImportAnswer, PackInfo
+from membank.client.transport.grpc_channel import GrpcChannel
+from membank.client.transport.payloads import import_requests, swap_requests, write_pack
 from membank.v1 import admin_service_pb2 as admin_pb
 from membank.v1.admin_service_pb2_grpc import AdminServiceStub
 from membank.wire.convert import (

@@ -12,9 +12,9 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from membank.client.landing import Landing
-from membank.client.requests import dtype_name, push_head
-from membank.client.transport import FetchAnswer, PackInfo
+from membank.client.transport.contract import FetchAnswer, PackInfo
+from membank.client.transport.landing import Landing
+from membank.client.transport.requests import dtype_name, push_head
 from membank.v1 import admin_service_pb2 as admin_pb
 from membank.v1 import block_service_pb2 as block_pb
 from membank.wire.codec import FETCH_CODECS

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
-from membank.client.call_errors import call_error
 from membank.client.config import ClientConfig, TlsConfig
-from membank.client.grpc_status import ServedStatus
+from membank.client.transport.call_errors import call_error
+from membank.client.transport.grpc_status import ServedStatus
 from membank.wire.buffers import keep_freed_memory
 from membank.wire.errors import (
     FailedPreconditionError,

@@ -17,15 +17,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from membank.client.cache_store import Confirmation, KeptBlock
-from membank.client.config import DiskTierConfig
-from membank.client.disk_files import (
+from membank.client.cache.disk_files import (
     TRAILER_BYTES,
     BlockFile,
     BlockFolder,
     DamagedFileError,
     DirectoryInUseError,
 )
+from membank.client.cache.store import Confirmation, KeptBlock
+from membank.client.config import DiskTierConfig
 from membank.wire.buffers import BufferPool
 from membank.wire.codec import FETCH_CODECS
 from membank.wire.crc import crc32c

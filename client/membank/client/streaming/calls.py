@@ -8,15 +8,15 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
-from membank.client.admin_calls import GatewayCalls
+from membank.client.admin.calls import GatewayCalls
 from membank.client.blocks import ShardedBlocks
 from membank.client.checks import check_answer_bytes
 from membank.client.deadline import Deadline
-from membank.client.landing import CallerBuffers
-from membank.client.layer_board import LayerBoard, RevisionsDifferError
-from membank.client.layers import AsyncLayeredMemory
 from membank.client.memory import FetchedBlocks
 from membank.client.retrying import is_retryable
+from membank.client.streaming.board import LayerBoard, RevisionsDifferError
+from membank.client.streaming.layers import AsyncLayeredMemory
+from membank.client.transport.landing import CallerBuffers
 from membank.wire.errors import FailedPreconditionError, InvalidArgumentError, Reason
 from membank.wire.records import Block
 from membank.wire.spec import DTYPES, Array, BankSpec, BlockRef

@@ -6,9 +6,9 @@ import io
 from dataclasses import replace
 from typing import BinaryIO
 
-from membank.client.admin_calls import GatewayCalls
+from membank.client.admin.calls import GatewayCalls
 from membank.client.session import new_request_id
-from membank.client.transport import ImportAnswer, PackInfo, Transport
+from membank.client.transport.contract import ImportAnswer, PackInfo, Transport
 from membank.wire.errors import InvalidArgumentError
 from membank.wire.spec import BlockRef
 

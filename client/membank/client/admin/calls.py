@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from membank.client.session import Session
-from membank.client.transport import Transport
+from membank.client.transport.contract import Transport
 from membank.wire.records import TransactionReport
 
 

@@ -21,9 +21,9 @@ from urllib.parse import unquote
 import grpc
 from google.protobuf.message import DecodeError
 
-from membank.client.call_errors import call_error
-from membank.client.http2 import Http2Connection
-from membank.client.payloads import FETCH_DATA, FetchedPayloads
+from membank.client.transport.call_errors import call_error
+from membank.client.transport.http2 import Http2Connection
+from membank.client.transport.payloads import FETCH_DATA, FetchedPayloads
 from membank.v1 import block_service_pb2 as block_pb
 from membank.wire.alternative import ALTERNATIVE_KEY, MISDIRECTED, SERVER_KEY, Alternative
 from membank.wire.errors import MembankError, Reason, UnavailableError

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from membank.client.admin_calls import GatewayCalls
+from membank.client.admin.calls import GatewayCalls
 from membank.client.session import new_request_id
-from membank.client.transport import Transport
+from membank.client.transport.contract import Transport
 from membank.wire.errors import InvalidArgumentError
 from membank.wire.records import AuditRecord, GarbageReport, Snapshot, TransactionReport
 from membank.wire.spec import BlockRef

@@ -7,16 +7,8 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from membank.client.config import ClientConfig
-from membank.client.direct_fetches import DirectFetches, DirectStats
-from membank.client.fetches import ChannelFetches, Fetches
-from membank.client.grpc_admin import GrpcAdminTransport
-from membank.client.grpc_channel import GrpcChannel
 from membank.client.inline import require_loop
-from membank.client.landing import Landing
-from membank.client.layered_landing import LayeredLanding
-from membank.client.payloads import PUSH_DATA, push_requests, read_document
-from membank.client.requests import fetch_request
-from membank.client.transport import (
+from membank.client.transport.contract import (
     Connector,
     FetchAnswer,
     LayerListener,
@@ -24,6 +16,14 @@ from membank.client.transport import (
     SameHostDoor,
     WatchAnswer,
 )
+from membank.client.transport.direct_fetches import DirectFetches, DirectStats
+from membank.client.transport.fetches import ChannelFetches, Fetches
+from membank.client.transport.grpc_admin import GrpcAdminTransport
+from membank.client.transport.grpc_channel import GrpcChannel
+from membank.client.transport.landing import Landing
+from membank.client.transport.layered_landing import LayeredLanding
+from membank.client.transport.payloads import PUSH_DATA, push_requests, read_document
+from membank.client.transport.requests import fetch_request
 from membank.v1 import block_service_pb2 as block_pb
 from membank.v1.block_service_pb2_grpc import BlockServiceStub
 from membank.wire.buffers import BufferPool

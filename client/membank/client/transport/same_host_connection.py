@@ -14,10 +14,10 @@ from typing import Self
 import numpy as np
 from google.rpc import status_pb2
 
-from membank.client.landing import Landing
-from membank.client.payloads import check_header
-from membank.client.requests import push_head
-from membank.client.transport import FetchAnswer, PushAnswer, SameHostDoor
+from membank.client.transport.contract import FetchAnswer, PushAnswer, SameHostDoor
+from membank.client.transport.landing import Landing
+from membank.client.transport.payloads import check_header
+from membank.client.transport.requests import push_head
 from membank.v1 import block_service_pb2 as block_pb
 from membank.v1 import same_host_pb2 as host_pb
 from membank.wire.codec import fetch_codec

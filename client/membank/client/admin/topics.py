@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from membank.client.admin_calls import GatewayCalls
+from membank.client.admin.calls import GatewayCalls
 from membank.client.checks import check_arrays
 from membank.client.session import new_request_id
-from membank.client.transport import Transport
+from membank.client.transport.contract import Transport
 from membank.wire.errors import InvalidArgumentError
 from membank.wire.records import BlockDescription, Topic, TransactionReport
 from membank.wire.spec import Array, BlockRef

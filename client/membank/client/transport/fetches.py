@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from membank.client.grpc_channel import GrpcChannel
 from membank.client.inline import require_loop
-from membank.client.landing import Landing
-from membank.client.payloads import FETCH_DATA, FetchedPayloads
-from membank.client.transport import FetchAnswer
+from membank.client.transport.contract import FetchAnswer
+from membank.client.transport.grpc_channel import GrpcChannel
+from membank.client.transport.landing import Landing
+from membank.client.transport.payloads import FETCH_DATA, FetchedPayloads
 from membank.v1 import block_service_pb2 as block_pb
 from membank.wire.spec import BlockRef
 

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from membank.client.config import ClientConfig, TlsConfig
-from membank.client.data_port import CONNECT_TIMEOUT_S, DataPort
-from membank.client.fetch_connection import Address, FetchConnection, MisdirectedError
-from membank.client.fetches import Fetches
-from membank.client.grpc_channel import host_of
-from membank.client.landing import Landing
-from membank.client.lent_connections import LentConnections
-from membank.client.payloads import FetchedPayloads
-from membank.client.transport import FetchAnswer
+from membank.client.transport.contract import FetchAnswer
+from membank.client.transport.data_port import CONNECT_TIMEOUT_S, DataPort
+from membank.client.transport.fetch_connection import Address, FetchConnection, MisdirectedError
+from membank.client.transport.fetches import Fetches
+from membank.client.transport.grpc_channel import host_of
+from membank.client.transport.landing import Landing
+from membank.client.transport.lent_connections import LentConnections
+from membank.client.transport.payloads import FetchedPayloads
 from membank.v1 import block_service_pb2 as block_pb
 from membank.wire.alternative import Alternative
 from membank.wire.errors import DeadlineError, MembankError

@@ -1,0 +1,1 @@
+"""Operations on what a bank knows, which the gateway carries out."""

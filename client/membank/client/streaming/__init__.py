@@ -1,0 +1,1 @@
+"""Fetches whose first layers are used while the others are still on their way."""
