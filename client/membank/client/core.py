@@ -5,23 +5,22 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Self
 
 from membank.client.admin.admin import AdminCalls
 from membank.client.blocks import BlockSource, ShardedBlocks
+from membank.client.borrowing import BorrowCalls
 from membank.client.cache.blocks import CachedBlocks, CacheStats
-from membank.client.cache.disk_tier import DiskTier
-from membank.client.cache.listening import WatchEar
-from membank.client.cache.store import BlockStore
+from membank.client.cache.session import cached
 from membank.client.checks import (
     check_answer_bytes,
     check_arrays,
     check_bases,
     check_scale,
 )
-from membank.client.config import CacheConfig, ClientConfig
+from membank.client.config import ClientConfig
 from membank.client.inline import is_inline
 from membank.client.memory import FetchedBlocks, Memory
 from membank.client.opened import AsyncOpenedBank, open_bank
@@ -30,29 +29,26 @@ from membank.client.routing import RoutingCalls
 from membank.client.session import Session, new_request_id
 from membank.client.streaming.calls import StreamingCalls
 from membank.client.transaction import Transaction
-from membank.client.transport.borrowing import borrowed_blocks
 from membank.client.transport.contract import Connector, PushAnswer
 from membank.client.transport.landing import CallerBuffers
 from membank.client.transport.requests import encoded, gradient_to_send
 from membank.client.transport.same_host import (
-    NoWayError,
     SameHostCounters,
     SameHostStats,
     same_host_connector,
 )
-from membank.client.watching import Changes, ShardWatch, watch_shards
+from membank.client.watching import Changes, watch_shards
 from membank.wire.codec import Encoded
 from membank.wire.errors import (
     FailedPreconditionError,
     NotFoundError,
     Reason,
-    UnavailableError,
 )
 from membank.wire.records import Block, Update
 from membank.wire.spec import Array, BankSpec, BlockRef
 
 
-class AsyncBankClient(RoutingCalls, StreamingCalls, AdminCalls):
+class AsyncBankClient(RoutingCalls, StreamingCalls, BorrowCalls, AdminCalls):
     """A bank as seen over the network; belongs to the event loop that it was made in.
 
     Made by `connect`. Calls may run concurrently. Every call takes a `timeout_s` in seconds
@@ -328,60 +324,6 @@ class AsyncBankClient(RoutingCalls, StreamingCalls, AdminCalls):
         self._note_answer(snapshot, fetched.revision)
         return buffers.fill(fetched) if buffers.arrays else fetched
 
-    @asynccontextmanager
-    async def borrow(
-        self, refs: Iterable[BlockRef], *, timeout_s: float | None = None
-    ) -> AsyncIterator[FetchedBlocks]:
-        """Look at blocks where the shard keeps them, without a copy, as long as the context lasts.
-
-        Blocks of shards on this machine are read-only views of the shard's memory, whose bytes have
-        been checked. Do not use them after the context has ended, nor in it for longer than the
-        lease of the shard, 30 s: the shard then uses the memory for something else. Blocks of other
-        shards are fetched.
-
-        Parameters
-        ----------
-        refs
-            The blocks.
-        timeout_s
-            Deadline of getting them.
-
-        Yields
-        ------
-        FetchedBlocks
-            As `fetch_blocks` returns them, of one revision, in the element type of the bank; the
-            client's cache and `ClientConfig.snapshot` have no part in it.
-
-        Raises
-        ------
-        UnavailableError
-            At the end, if the shard had taken the memory back: what was read may be anything.
-        """
-        deadline = self._session.deadline(timeout_s)
-        spec = await self._session.spec(deadline)
-        wanted = list(dict.fromkeys(BlockRef(*ref) for ref in refs))
-        for ref in wanted:
-            spec.check_ref(ref)
-        async with AsyncExitStack() as lease:
-            try:
-                blocks = await lease.enter_async_context(
-                    borrowed_blocks(
-                        self._session.shards,
-                        spec,
-                        wanted,
-                        dtype=spec.dtype,
-                        min_revision=self._session.revision,
-                        deadline=deadline,
-                    )
-                )
-                self._session.note_revision(blocks.revision)
-            except (NoWayError, UnavailableError):
-                # With its retries, a fetch also finds shards that have moved.
-                blocks = await self.fetch_blocks(
-                    wanted, snapshot="", timeout_s=deadline.remaining_s("borrow")
-                )
-            yield blocks
-
     async def push(
         self,
         gradients: Mapping[BlockRef, Array | Encoded],
@@ -530,34 +472,5 @@ class AsyncBankClient(RoutingCalls, StreamingCalls, AdminCalls):
         if self._blocks is None:
             self._blocks = ShardedBlocks(self._session.shards, spec, self.config)
             if self.config.cache is not None:
-                self._blocks = self._cached(self._blocks, spec, self.config.cache)
+                self._blocks = self._cache = cached(self._blocks, self._session, spec)
         return self._blocks
-
-    def _cached(self, blocks: BlockSource, spec: BankSpec, config: CacheConfig) -> CachedBlocks:
-        # Who asks every time need hear only of what must not be held any more.
-        admin_only = config.max_staleness_s == 0
-
-        def open_watch() -> ShardWatch:
-            return ShardWatch(
-                self._session.shards, spec, (), admin_only=admin_only, config=self.config
-            )
-
-        async def last_removal() -> int:
-            info = await self._session.ask_gateway(
-                lambda gateway, timeout_s: gateway.get_bank(timeout_s=timeout_s),
-                what="last removal of the bank",
-                deadline=self._session.deadline(None),
-            )
-            return info.removal_revision
-
-        disk = None if config.disk is None else DiskTier(config.disk, spec)
-        self._cache = CachedBlocks(
-            blocks,
-            config,
-            store=BlockStore(config, demote=None if disk is None else disk.put),
-            ear=WatchEar(open_watch, self.config.retry),
-            disk=disk,
-            last_removal=last_removal,
-        )
-        self._session.report_listeners.append(self._cache.hear_report)
-        return self._cache
