@@ -76,8 +76,13 @@ def wider(by: int, *, stream: int = 0) -> bytes:
 
 def message(refs: Sequence[BlockRef] = (REF,)) -> bytes:
     """Return a request for blocks, as gRPC frames it."""
-    request = block_pb.FetchBlocksRequest(refs=map(convert.ref_to_pb, refs)).SerializeToString()
-    return struct.pack(">BI", 0, len(request)) + request
+    request = block_pb.FetchBlocksRequest(refs=map(convert.ref_to_pb, refs))
+    return framed_message(request.SerializeToString())
+
+
+def framed_message(encoded: bytes) -> bytes:
+    """Return a message as gRPC frames it."""
+    return struct.pack(">BI", 0, len(encoded)) + encoded
 
 
 def head(stream: int = 1, *, flags: int = Flag.END_HEADERS, **changed: str | None) -> bytes:

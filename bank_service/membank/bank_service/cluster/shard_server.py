@@ -21,6 +21,7 @@ from membank.bank_service.knowledge.trees import TreeStore
 from membank.bank_service.rpc.block_servicer import BlockServicer
 from membank.bank_service.rpc.budget import ByteBudget
 from membank.bank_service.rpc.direct import DataListener
+from membank.bank_service.rpc.pushing import POOLED_BYTES
 from membank.bank_service.rpc.same_host import SameHostDoor
 from membank.bank_service.rpc.server import BankServer, Service, join_address
 from membank.bank_service.shard.config import ShardConfig
@@ -29,6 +30,7 @@ from membank.bank_service.shard.maintenance import ThreadMaintenance
 from membank.bank_service.shard.shard import Shard
 from membank.bank_service.store import Bank
 from membank.v1.block_service_pb2_grpc import add_BlockServiceServicer_to_server
+from membank.wire.buffers import BufferPool
 from membank.wire.errors import CorruptionError, NotFoundError, Reason, UnavailableError
 from membank.wire.format import Manifest, RevisionRecord
 from membank.wire.records import BankInfo, Placement, ShardStats
@@ -159,16 +161,18 @@ class ShardServer:
 
     def _listen(self) -> BankServer:
         budget = ByteBudget(self._settings.max_in_flight_bytes)
-        self._door = self._opened_door(budget)
+        gradients = BufferPool(POOLED_BYTES)
+        self._door = self._opened_door(budget, gradients)
         config = self._settings.server
         if config.data_port is not None:
-            self._data = DataListener(config, self.shard, budget)
+            self._data = DataListener(config, self.shard, budget, gradients=gradients)
         servicer = BlockServicer(
             self.shard,
             self,
             budget,
             door=self._door,
             alternative=None if self._data is None else self._data.alternative_header,
+            gradients=gradients,
         )
         service = Service(
             BLOCK_SERVICE, lambda server: add_BlockServiceServicer_to_server(servicer, server)
@@ -189,11 +193,11 @@ class ShardServer:
         if self._door is not None:
             self._door.close()
 
-    def _opened_door(self, budget: ByteBudget) -> SameHostDoor | None:
+    def _opened_door(self, budget: ByteBudget, gradients: BufferPool) -> SameHostDoor | None:
         if not self._settings.server.same_host:
             return None
         try:
-            return SameHostDoor(self.shard, budget)
+            return SameHostDoor(self.shard, budget, gradients=gradients)
         except OSError as err:
             # Such as a kernel without abstract sockets: everybody goes over gRPC.
             _LOG.warning("callers on this machine cannot be let in to shared memory: %s", err)

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from itertools import chain
 from typing import Protocol
 
 import grpc
-import numpy as np
-import numpy.typing as npt
 
 from membank.bank_service.rpc.auth import current_principal
 from membank.bank_service.rpc.budget import ByteBudget
 from membank.bank_service.rpc.fetching import answer_messages, fetched
 from membank.bank_service.rpc.interceptor import check_alive
-from membank.bank_service.rpc.requests import (
-    check_bank,
-    push_bytes,
-    read_push,
-    update_of,
-)
+from membank.bank_service.rpc.pushing import POOLED_BYTES, StreamedGradients, reserved
+from membank.bank_service.rpc.requests import check_bank
 from membank.bank_service.rpc.same_host import SameHostDoor
 from membank.bank_service.shard.contract import ShardApi
 from membank.v1 import block_service_pb2 as pb
@@ -30,24 +23,11 @@ from membank.wire import convert
 from membank.wire.alternative import ALTERNATIVE_KEY
 from membank.wire.buffers import BufferPool
 from membank.wire.crc import crc32c
-from membank.wire.data_messages import data_of
-from membank.wire.errors import (
-    InvalidArgumentError,
-    Reason,
-    UnavailableError,
-)
-from membank.wire.framing import (
-    CHUNK_BYTES,
-    WATCH_ON_KEY,
-    Payload,
-    PayloadAssembler,
-    iter_chunks,
-)
+from membank.wire.errors import Reason, UnavailableError
+from membank.wire.framing import WATCH_ON_KEY, iter_chunks
 from membank.wire.records import BankInfo
 from membank.wire.spec import BlockRef
 
-_POOLED_BYTES = 256 << 20
-"""Memory kept for gradients to land in; far more are rarely received at a time."""
 _WATCH_WAIT_S = 0.5
 """How soon a watcher notices that its caller is gone or the server stops."""
 
@@ -139,6 +119,8 @@ class BlockServicer(BankInfoServicer):
         Where callers on this machine are let in; None = nowhere.
     alternative
         What callers are told of another port for data (`membank.wire.alternative`); None = nothing.
+    gradients
+        Memory for gradients; None = of its own.
     """
 
     def __init__(
@@ -150,6 +132,7 @@ class BlockServicer(BankInfoServicer):
         max_watchers: int = 16,
         door: SameHostDoor | None = None,
         alternative: str | None = None,
+        gradients: BufferPool | None = None,
     ) -> None:
         super().__init__(source)
         self._door = door
@@ -159,7 +142,7 @@ class BlockServicer(BankInfoServicer):
         self._max_watchers = max_watchers
         self._watchers = threading.BoundedSemaphore(max_watchers)
         self._draining = threading.Event()
-        self._pool = BufferPool(_POOLED_BYTES)
+        self._gradients = gradients or BufferPool(POOLED_BYTES)
 
     def drain(self) -> None:
         """End the subscriptions, which would otherwise last as long as their callers."""
@@ -180,8 +163,7 @@ class BlockServicer(BankInfoServicer):
         # docstring inherited
         check_alive(context)
         with fetched(request, self._shard, self._budget) as result:
-            if self._alternative is not None:
-                context.send_initial_metadata(((ALTERNATIVE_KEY, self._alternative),))
+            self._tell(context)
             for pieces in answer_messages(result, layers_per_part=request.layers_per_part):
                 check_alive(context)
                 yield b"".join(pieces)
@@ -192,40 +174,16 @@ class BlockServicer(BankInfoServicer):
         context: grpc.ServicerContext,
     ) -> pb.PushUpdatesResponse:
         """Apply gradients; messages of payload alone arrive as views (`PayloadInterceptor`)."""
-        head = next(request_iterator, None)
-        if head is None:
-            raise InvalidArgumentError("the push is empty; its first message carries the headers")
-        if isinstance(head, memoryview):
-            raise InvalidArgumentError("the push begins with data; headers come first")
-        spec = self._shard.spec
-        payloads = read_push(head, spec)
-        with self._budget.reserve(0, what="push") as reservation:
-            # Reserved before a byte is allocated.
-            reservation.grow(push_bytes(head, spec))
-            buffers = self._receive(payloads, chain([head], request_iterator))
+        first = next(request_iterator, None)
+        with reserved(first, self._shard, self._budget, self._gradients) as push:
+            gradients = StreamedGradients(push)
+            for message in chain([push.head], request_iterator):
+                gradients.take(message)
+            buffers = gradients.finish()
             # A caller that left will send the same request id again; do the work once, then.
             check_alive(context)
-            result = self._shard.push(update_of(head, buffers, spec, self._pool.take))
-        return pb.PushUpdatesResponse(
-            results=[convert.result_to_pb(item) for item in result.results],
-            duplicate=result.duplicate,
-        )
-
-    def _receive(
-        self, payloads: list[Payload], messages: Iterable[pb.PushUpdatesRequest | memoryview]
-    ) -> list[npt.NDArray[np.uint8]]:
-        assembler = PayloadAssembler(max_bytes=sum(payload.num_bytes for payload in payloads))
-        for payload in payloads:
-            assembler.expect(payload, partial(self._pool.take, payload.num_bytes))
-        for message in messages:
-            data = data_of(message)
-            if len(data) > 2 * CHUNK_BYTES:
-                raise InvalidArgumentError(
-                    f"a message carries {len(data)} bytes; send chunks of {CHUNK_BYTES}",
-                    reason=Reason.MESSAGE_TOO_LARGE,
-                )
-            assembler.feed(data)
-        return assembler.finish()
+            self._tell(context)
+            return push.apply(buffers)
 
     def WatchBlocks(
         self, request: pb.WatchBlocksRequest, context: grpc.ServicerContext
@@ -245,6 +203,11 @@ class BlockServicer(BankInfoServicer):
             yield from self._watch(refs, request.admin_only, context)
         finally:
             self._watchers.release()
+
+    def _tell(self, context: grpc.ServicerContext) -> None:
+        """Tell the caller of the port for data, if there is one."""
+        if self._alternative is not None:
+            context.send_initial_metadata(((ALTERNATIVE_KEY, self._alternative),))
 
     def _watch(
         self, refs: tuple[BlockRef, ...], admin_only: bool, context: grpc.ServicerContext

@@ -8,15 +8,11 @@ from typing import TYPE_CHECKING, Any, cast
 import grpc
 
 from membank.bank_service.rpc.auth import BLOCK_SERVICE
-from membank.v1 import block_service_pb2 as pb
-from membank.wire.data_messages import DataCodec
+from membank.bank_service.rpc.pushing import PUSH_DATA
 
 if TYPE_CHECKING:
     # Generic in its stubs alone. One interceptor serves methods of all message types.
     _Handler = grpc.RpcMethodHandler[Any, Any]
-
-PUSH_DATA = DataCodec(pb.PushUpdatesRequest)
-"""Messages of a push."""
 
 
 class PayloadInterceptor(grpc.ServerInterceptor):

@@ -24,7 +24,7 @@ from membank.bank_service.rpc.admission import leaving
 from membank.bank_service.rpc.auth import BLOCK_SERVICE, Principal, require_role
 from membank.bank_service.rpc.budget import ByteBudget
 from membank.bank_service.rpc.fetching import fetched
-from membank.bank_service.rpc.requests import push_bytes, read_push, update_of
+from membank.bank_service.rpc.pushing import POOLED_BYTES, IncomingPush, reserved
 from membank.bank_service.shard.contract import ShardApi
 from membank.bank_service.store.block_memory import block_memory
 from membank.v1 import block_service_pb2 as pb
@@ -49,8 +49,6 @@ _LOG = logging.getLogger(__name__)
 _MAX_TICKETS = 1_024
 _TICKET_S = 10.0
 _SEND_S = 10.0
-_POOLED_BYTES = 256 << 20
-"""Memory of gradients that is kept for the next ones."""
 
 Answer = tuple[host_pb.SameHostResponse, Sequence[int]]
 """A message and the descriptors that go along."""
@@ -69,6 +67,8 @@ class SameHostDoor:
         Most connections at a time; further callers are sent away, and go on over gRPC.
     lease_s
         Seconds for which a caller may read what it has fetched before its connection is ended.
+    gradients
+        Memory for gradients; None = of its own.
     """
 
     # `_lock` guards `_tickets` and `_connections`.
@@ -80,8 +80,9 @@ class SameHostDoor:
         *,
         max_connections: int = 32,
         lease_s: float = 30.0,
+        gradients: BufferPool | None = None,
     ) -> None:
-        self._calls = _Calls(shard, budget)
+        self._calls = _Calls(shard, budget, gradients or BufferPool(POOLED_BYTES))
         self._max_connections = max_connections
         self._lease_s = lease_s
         self._tickets: OrderedDict[bytes, tuple[Principal, float]] = OrderedDict()
@@ -244,10 +245,10 @@ class _Connection(threading.Thread):
 class _Calls:
     """The data path of a shard, in terms of shared memory."""
 
-    def __init__(self, shard: ShardApi, budget: ByteBudget) -> None:
+    def __init__(self, shard: ShardApi, budget: ByteBudget, gradients: BufferPool) -> None:
         self._shard = shard
         self._budget = budget
-        self._gradients = BufferPool(_POOLED_BYTES)
+        self._gradients = gradients
 
     def fetch(self, request: pb.FetchBlocksRequest, lease: ExitStack) -> Answer:
         """Find blocks; what `lease` holds keeps them where they are."""
@@ -265,42 +266,35 @@ class _Calls:
 
     def push(self, request: host_pb.SameHostPush, segments: MappedSegments) -> Answer:
         """Apply gradients that lie in memory of the caller."""
-        head = request.head
-        spec = self._shard.spec
-        payloads = read_push(head, spec)
-        if len(request.places) != len(payloads):
-            raise InvalidArgumentError(
-                f"{len(request.places)} places for {len(payloads)} gradients"
-            )
-        with self._budget.reserve(push_bytes(head, spec), what="push"):
+        with reserved(request.head, self._shard, self._budget, self._gradients) as push:
+            if len(request.places) != len(push.payloads):
+                raise InvalidArgumentError(
+                    f"{len(request.places)} places for {len(push.payloads)} gradients"
+                )
             buffers = [
-                self._taken_over(payload, place, segments)
-                for payload, place in zip(payloads, request.places, strict=True)
+                _taken_over(payload, place, segments, push)
+                for payload, place in zip(push.payloads, request.places, strict=True)
             ]
-            result = self._shard.push(update_of(head, buffers, spec, self._gradients.take))
-        pushed = pb.PushUpdatesResponse(
-            results=[convert.result_to_pb(item) for item in result.results],
-            duplicate=result.duplicate,
-        )
-        return host_pb.SameHostResponse(pushed=pushed), ()
+            return host_pb.SameHostResponse(pushed=push.apply(buffers)), ()
 
-    def _taken_over(
-        self, payload: Payload, place: host_pb.SharedPlace, segments: MappedSegments
-    ) -> Bytes:
-        """Copy a gradient out of the caller's memory, which may change while that is done."""
-        try:
-            view = segments.view(place.segment, place.offset, payload.num_bytes)
-        except LookupError as err:
-            raise InvalidArgumentError(f"{payload.what}: {err}") from err
-        buffer = self._gradients.take(payload.num_bytes)
-        actual = copy_checked(buffer, view)
-        if actual != payload.crc32c:
-            raise CorruptionError(
-                f"{payload.what}: CRC-32C is {actual:08x}, expected {payload.crc32c:08x}; the "
-                "memory was changed before the push was answered",
-                reason=Reason.CHECKSUM_MISMATCH,
-            )
-        return buffer
+
+def _taken_over(
+    payload: Payload, place: host_pb.SharedPlace, segments: MappedSegments, push: IncomingPush
+) -> Bytes:
+    """Copy a gradient out of the caller's memory, which may change while that is done."""
+    try:
+        view = segments.view(place.segment, place.offset, payload.num_bytes)
+    except LookupError as err:
+        raise InvalidArgumentError(f"{payload.what}: {err}") from err
+    buffer = push.take_buffer(payload.num_bytes)
+    actual = copy_checked(buffer, view)
+    if actual != payload.crc32c:
+        raise CorruptionError(
+            f"{payload.what}: CRC-32C is {actual:08x}, expected {payload.crc32c:08x}; the "
+            "memory was changed before the push was answered",
+            reason=Reason.CHECKSUM_MISMATCH,
+        )
+    return buffer
 
 
 def _places(weights: Sequence[Array]) -> tuple[list[Place], Bytes | None]:

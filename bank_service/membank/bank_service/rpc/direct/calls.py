@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import re
-import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from itertools import chain
 from urllib.parse import quote
 
 import grpc
@@ -18,24 +18,28 @@ from membank.bank_service.rpc.auth import BLOCK_SERVICE, Authenticator
 from membank.bank_service.rpc.budget import ByteBudget
 from membank.bank_service.rpc.direct.http2 import ServerEnd
 from membank.bank_service.rpc.fetching import answer_messages, fetched
+from membank.bank_service.rpc.pushing import PUSH_DATA, StreamedGradients, reserved
 from membank.bank_service.shard.contract import ShardApi
 from membank.v1 import block_service_pb2 as pb
 from membank.wire.alternative import MISDIRECTED, SERVER_KEY
+from membank.wire.buffers import BufferPool
 from membank.wire.errors import (
     DeadlineError,
     InvalidArgumentError,
     MembankError,
     to_status_proto,
 )
-from membank.wire.http2.frames import ProtocolError
+from membank.wire.http2.frames import ProtocolError, StreamResetError
 from membank.wire.http2.headers import encode_headers
+from membank.wire.http2.messages import framed, next_message, read_whole, receive
 from membank.wire.http2.pieces import Piece
 
 LONGEST_CALL_S = 600.0
 """Time of calls that set themselves none, or more: so nobody holds memory for ever."""
 
 _LARGE_BYTES = 256 << 10
-_MESSAGE_HEAD = struct.Struct(">BI")
+_FETCH = BLOCK_SERVICE + "FetchBlocks"
+_PUSH = BLOCK_SERVICE + "PushUpdates"
 _UNIT_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 _TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])")
 _CONTENT = ("content-type", "application/grpc")
@@ -44,9 +48,17 @@ _PLAIN = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 _HEAD = encode_headers([(":status", "200"), _CONTENT])
 _WELL = encode_headers([("grpc-status", "0")])
 
-Refusal = tuple[grpc.StatusCode, str]
-"""Status of a call that is none of the service's, and what is said about it."""
-_Method = Callable[[ServerEnd, float], None]
+_Method = Callable[[ServerEnd, float, ExitStack], tuple[Iterable[Piece], int]]
+"""Does a call and returns the body of its answer, and about how many bytes that has."""
+
+
+class _RefusedError(Exception):
+    """A call that is refused in words of gRPC, not of the service."""
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
 
 
 class DataCalls:
@@ -58,6 +70,8 @@ class DataCalls:
         The shard.
     budget
         Bound on payload bytes in flight, shared with all other ways in.
+    gradients
+        Memory that gradients land in.
     authenticator
         Tells who calls.
     max_message_bytes
@@ -70,6 +84,7 @@ class DataCalls:
         self,
         shard: ShardApi,
         budget: ByteBudget,
+        gradients: BufferPool,
         authenticator: Authenticator,
         *,
         max_message_bytes: int,
@@ -77,10 +92,11 @@ class DataCalls:
     ) -> None:
         self._shard = shard
         self._budget = budget
+        self._gradients = gradients
         self._authenticator = authenticator
         self._max_message_bytes = max_message_bytes
         self._server_id = server_id
-        self._methods: dict[str, _Method] = {BLOCK_SERVICE + "FetchBlocks": self._fetch}
+        self._methods: dict[str, _Method] = {_FETCH: self._fetch, _PUSH: self._push}
 
     def serve(self, http2: ServerEnd, headers: dict[str, str]) -> None:
         """Answer one call.
@@ -99,20 +115,41 @@ class DataCalls:
         """
         ends = time.monotonic() + min(_timeout_s(headers), LONGEST_CALL_S)
         http2.end_at(ends)
-        path = headers.get(":path", "")
         if (misfit := self._misfit(headers)) is not None:
             http2.answer(encode_headers([(":status", misfit)]))
-        elif path not in self._methods:
-            _refuse(http2, (grpc.StatusCode.UNIMPLEMENTED, "Method not found!"))
-        elif headers.get("grpc-encoding", "identity") != "identity":
-            _refuse(http2, (grpc.StatusCode.UNIMPLEMENTED, "compressed messages are not read here"))
-        else:
+            return
+        with ExitStack() as held:
             try:
-                admit(self._authenticator, headers.items(), path)
-            except MembankError as err:
+                body, num_bytes = self._answer(http2, headers, ends, held)
+            except (MembankError, _RefusedError) as err:
+                # Told although the caller may not have said all.
                 _refuse(http2, err)
                 return
-            self._methods[path](http2, ends)
+            if num_bytes > _LARGE_BYTES:
+                # Notices that the caller has given up, before all that is sent.
+                http2.refresh()
+            http2.answer(_HEAD, body, _WELL)
+
+    def _answer(
+        self, http2: ServerEnd, headers: dict[str, str], ends: float, held: ExitStack
+    ) -> tuple[Iterable[Piece], int]:
+        """Do what a call asks for and return the answer, as a `_Method` does, good while `held` is."""
+        path = headers.get(":path", "")
+        method = self._methods.get(path)
+        if method is None:
+            raise _RefusedError(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        if headers.get("grpc-encoding", "identity") != "identity":
+            raise _RefusedError(
+                grpc.StatusCode.UNIMPLEMENTED, "compressed messages are not read here"
+            )
+        try:
+            admit(self._authenticator, headers.items(), path)
+            return method(http2, ends, held)
+        except (MembankError, OSError, ProtocolError, StreamResetError, _RefusedError):
+            # Those of the system's kinds are the connection's: the shard's come through `_leaving`.
+            raise
+        except Exception as err:
+            raise leaving(err, path) from None
 
     def _misfit(self, headers: dict[str, str]) -> str | None:
         """Return the status of HTTP for what is no call to this server; None = it is one."""
@@ -124,73 +161,99 @@ class DataCalls:
             return MISDIRECTED
         return None
 
-    def _fetch(self, http2: ServerEnd, ends: float) -> None:
+    def _fetch(self, http2: ServerEnd, ends: float, held: ExitStack) -> tuple[Iterable[Piece], int]:
         message = self._only_message(http2)
-        if not isinstance(message, bytes):
-            _refuse(http2, message)
-            return
-        with ExitStack() as held:
+        with _leaving(_FETCH):
+            _check_time(ends)
             try:
-                body, num_bytes = self._answer(message, ends, held)
-            except Exception as err:
-                _refuse(http2, leaving(err, BLOCK_SERVICE + "FetchBlocks"))
-                return
-            if num_bytes > _LARGE_BYTES:
-                # Notices that the caller has given up, before all that is sent.
-                http2.refresh()
-            http2.answer(_HEAD, body, _WELL)
+                request = pb.FetchBlocksRequest.FromString(message)
+            except DecodeError as err:
+                raise InvalidArgumentError(f"the request cannot be read: {err}") from err
+            result = held.enter_context(fetched(request, self._shard, self._budget))
+            messages = answer_messages(result, layers_per_part=request.layers_per_part)
+            # Made as it is sent; what `held` holds keeps the blocks that long.
+            body = chain.from_iterable(map(framed, messages))
+            return body, sum(block.header.num_bytes for block in result.blocks)
 
-    def _answer(self, message: bytes, ends: float, held: ExitStack) -> tuple[Iterator[Piece], int]:
-        """Find blocks; return the answer, made as it is sent, and the bytes of their content.
+    def _push(self, http2: ServerEnd, ends: float, held: ExitStack) -> tuple[Iterable[Piece], int]:
+        first = self._first_message(http2)
+        with reserved(first, self._shard, self._budget, self._gradients) as push:
+            gradients = StreamedGradients(push)
+            gradients.take(push.head)
+            while (length := self._next_length(http2)) is not None:
+                # Each message has a time of its own: who sends slowly shall not live on the
+                # patience that was meant for all.
+                http2.end_at(ends)
+                receive(http2, length, PUSH_DATA, gradients)
+            buffers = gradients.finish()
+            # A caller that left will send the same request id again; do the work once, then.
+            http2.refresh()
+            with _leaving(_PUSH):
+                _check_time(ends)
+                answer = push.apply(buffers).SerializeToString()
+        return framed([answer]), len(answer)
 
-        What `held` holds keeps them, and the bytes that are reserved for them.
-        """
-        if time.monotonic() >= ends:
-            raise DeadlineError("the deadline of the call passed before anything was done")
+    def _first_message(self, http2: ServerEnd) -> pb.PushUpdatesRequest | memoryview | None:
+        length = self._next_length(http2)
+        if length is None:
+            return None
         try:
-            request = pb.FetchBlocksRequest.FromString(message)
+            return PUSH_DATA.deserialize(read_whole(http2, length))
         except DecodeError as err:
-            raise InvalidArgumentError(f"the request cannot be read: {err}") from err
-        result = held.enter_context(fetched(request, self._shard, self._budget))
-        messages = answer_messages(result, layers_per_part=request.layers_per_part)
-        return _framed(messages), sum(block.header.num_bytes for block in result.blocks)
+            raise InvalidArgumentError(f"the push cannot be read: {err}") from err
 
-    def _only_message(self, http2: ServerEnd) -> bytes | Refusal:
+    def _only_message(self, http2: ServerEnd) -> bytes:
         """Read a request of one message, to its end."""
-        head = http2.read(_MESSAGE_HEAD.size)
-        if len(head) < _MESSAGE_HEAD.size:
-            return grpc.StatusCode.INVALID_ARGUMENT, "the request has no message"
-        compressed, length = _MESSAGE_HEAD.unpack(head)
-        if compressed:
-            return grpc.StatusCode.INTERNAL, "a compressed message without a grpc-encoding"
+        length = self._next_length(http2)
+        if length is None:
+            raise _RefusedError(grpc.StatusCode.INVALID_ARGUMENT, "the request has no message")
+        message = read_whole(http2, length)
+        if http2.available():
+            raise _RefusedError(
+                grpc.StatusCode.INVALID_ARGUMENT, "the request has more than one message"
+            )
+        return message
+
+    def _next_length(self, http2: ServerEnd) -> int | None:
+        """Wait for the next message of a request and return its size; None = there is none."""
+        head = next_message(http2)
+        if head is None:
+            return None
+        is_compressed, length = head
+        if is_compressed:
+            raise _RefusedError(
+                grpc.StatusCode.INTERNAL, "a compressed message without a grpc-encoding"
+            )
         if length > self._max_message_bytes:
-            return (
+            raise _RefusedError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 f"a message of {length} bytes; accepted: {self._max_message_bytes}",
             )
-        message = http2.read(length)
-        if len(message) < length:
-            raise ProtocolError("the request ends within a message")
-        if http2.available():
-            return grpc.StatusCode.INVALID_ARGUMENT, "the request has more than one message"
-        return message
+        return length
 
 
-def _framed(messages: Iterable[list[Piece]]) -> Iterator[Piece]:
-    """Yield the pieces of messages as gRPC frames them."""
-    for pieces in messages:
-        yield _MESSAGE_HEAD.pack(0, sum(map(len, pieces)))
-        yield from pieces
+@contextmanager
+def _leaving(method: str) -> Iterator[None]:
+    """Let errors of the shard leave as callers are told of them."""
+    try:
+        yield
+    except Exception as err:
+        # Not from itself: such a ring would keep the memory of gradients until it is collected.
+        raise leaving(err, method) from None
 
 
-def _refuse(http2: ServerEnd, why: MembankError | Refusal) -> None:
+def _check_time(ends: float) -> None:
+    if time.monotonic() >= ends:
+        raise DeadlineError("the deadline of the call passed before anything was done")
+
+
+def _refuse(http2: ServerEnd, why: MembankError | _RefusedError) -> None:
     """End a call with a status, and nothing before that."""
+    code, message = why.code, why.message
+    more = []
     if isinstance(why, MembankError):
-        code, message = why.code, why.message
         details = base64.b64encode(to_status_proto(why).SerializeToString()).decode()
         more = [("grpc-status-details-bin", details.rstrip("="))]
-    else:
-        (code, message), more = why, []
     status = [("grpc-status", str(code.value[0])), ("grpc-message", quote(message, safe=_PLAIN))]
     http2.answer(encode_headers([(":status", "200"), _CONTENT, *status, *more]))
 

@@ -120,6 +120,11 @@ class ServerEnd(Http2End):
         # It begins no further call; the one at hand is answered.
         pass
 
+    def _take_input(self) -> bool:
+        # A refusal may be sent in the midst of a frame.
+        self._discard()
+        return super()._take_input()
+
     def _send_pieces(self, pieces: list[Piece]) -> None:
         # Each frame has a time of its own: who takes the last one slowly shall not live on the
         # patience that was meant for all.

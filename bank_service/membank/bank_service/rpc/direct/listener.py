@@ -16,6 +16,7 @@ from contextlib import suppress
 from membank.bank_service.rpc.budget import ByteBudget
 from membank.bank_service.rpc.direct.calls import DataCalls
 from membank.bank_service.rpc.direct.http2 import ServerEnd
+from membank.bank_service.rpc.pushing import POOLED_BYTES
 from membank.bank_service.rpc.server import (
     ServerConfig,
     authenticator_of,
@@ -24,6 +25,7 @@ from membank.bank_service.rpc.server import (
 )
 from membank.bank_service.shard.contract import ShardApi
 from membank.wire.alternative import Alternative
+from membank.wire.buffers import BufferPool
 from membank.wire.errors import FailedPreconditionError
 from membank.wire.http2.buffered_socket import BufferedSocket
 from membank.wire.http2.frames import PROBE, ErrorCode, ProtocolError, StreamResetError
@@ -38,8 +40,8 @@ _PAUSE_S = 0.1
 class DataListener:
     """Listens for callers of a shard's data path, from its construction on.
 
-    It speaks gRPC to any client, and serves `FetchBlocks` alone. All other calls go to the server
-    of grpcio, whose answers tell of this one.
+    It speaks gRPC to any client, and serves `FetchBlocks` and `PushUpdates` alone. All other calls
+    go to the server of grpcio, whose answers tell of this one.
 
     Parameters
     ----------
@@ -54,8 +56,10 @@ class DataListener:
     idle_s
         Seconds after which a connection without calls is ended.
     stall_s
-        Seconds in which a caller must take the next piece of an answer: nobody who reads nothing
-        holds memory for longer.
+        Seconds in which a caller must take the next piece of an answer, or send the next message of
+        a push: nobody who does nothing holds memory for longer.
+    gradients
+        Memory that gradients land in; None = of its own.
 
     Raises
     ------
@@ -75,6 +79,7 @@ class DataListener:
         max_connections: int = 128,
         idle_s: float = 300.0,
         stall_s: float = 30.0,
+        gradients: BufferPool | None = None,
     ) -> None:
         self._drain_s = config.drain_s
         self._max_connections = max_connections
@@ -85,6 +90,7 @@ class DataListener:
         self._calls = DataCalls(
             shard,
             budget,
+            gradients or BufferPool(POOLED_BYTES),
             authenticator_of(config),
             max_message_bytes=config.max_message_bytes,
             server_id=server_id,
