@@ -26,8 +26,9 @@ import grpc
 import numpy as np
 
 from membank.client.config import ClientConfig
-from membank.client.transport.direct_fetches import DirectFetches
-from membank.client.transport.fetches import ChannelFetches, Fetches
+from membank.client.transport.data_calls import ChannelCalls, DataCalls
+from membank.client.transport.data_port import DataPort
+from membank.client.transport.direct_calls import DirectCalls
 from membank.client.transport.grpc_channel import GrpcChannel
 from membank.client.transport.landing import Landing
 from membank.v1 import block_service_pb2 as pb
@@ -88,13 +89,14 @@ async def measure(grpc_port: int, socket_port: int, num_bytes: int, rounds: int)
     plain = socket.create_connection(("127.0.0.1", socket_port))
     endpoint, config = f"127.0.0.1:{grpc_port}", ClientConfig()
     channel = GrpcChannel(endpoint, config)
-    grpcio = ChannelFetches(channel, max_answer_bytes=num_bytes)
-    direct = DirectFetches(endpoint, config, grpcio)
+    data_port = DataPort()
+    grpcio = ChannelCalls(channel, max_answer_bytes=num_bytes, data_port=data_port)
+    direct = DirectCalls(endpoint, config, grpcio, data_port)
     landing = Landing(BufferPool(0), {_REF: target})
 
-    async def by(fetches: Fetches, chunk_bytes: int) -> None:
+    async def by(calls: DataCalls, chunk_bytes: int) -> None:
         request = pb.FetchBlocksRequest(bank=str(chunk_bytes))
-        await fetches.fetch(request, [_REF], landing, timeout_s=60.0)
+        await calls.fetch(request, [_REF], landing, timeout_s=60.0)
 
     async def by_socket() -> None:
         plain.sendall(b"x")

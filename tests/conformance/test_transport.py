@@ -482,13 +482,13 @@ class TestGrpcTransport(TransportSuite):
 
 
 class TestGrpcioTransport(TestGrpcTransport):
-    """Fetches over the channel of all other calls."""
+    """Fetches and pushes over the channel of all other calls."""
 
     @pytest.fixture
     async def transport(
         self, bank: FakeBank, shard: FakeShard, service: FakeService
     ) -> AsyncIterator[Transport]:
-        config = ClientConfig(max_fetch_connections=0)
+        config = ClientConfig(max_data_connections=0)
         transport = GrpcTransport(bank.endpoints[shard.shard_id], config)
         yield transport
         await transport.close()
@@ -496,7 +496,7 @@ class TestGrpcioTransport(TestGrpcTransport):
 
 
 class TestDataPortTransport(TestGrpcTransport):
-    """Fetches over the port that a shard has for them."""
+    """Fetches and pushes over the port that a shard has for them."""
 
     @pytest.fixture
     def service(self, bank: FakeBank) -> Iterator[FakeService]:
@@ -516,7 +516,7 @@ class TestDataPortTransport(TestGrpcTransport):
         await transport.close()
         after = transport.direct_stats
         assert (before.num_fetches, before.num_data_port) == (1, 0)
-        assert after.num_data_port == after.num_fetches - 1
+        assert after.num_data_port == after.num_fetches - 1 + after.num_pushes
         assert (after.num_data_port_failures, after.fallbacks) == (0, {})
 
 

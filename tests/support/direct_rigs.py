@@ -1,4 +1,4 @@
-"""Ends that fetches past grpcio meet: one that says what a test wants, and one that stands for grpcio."""
+"""Ends that calls past grpcio meet: one that says what a test wants, and one that stands for grpcio."""
 
 from __future__ import annotations
 
@@ -7,19 +7,25 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 
-from membank.client.transport.contract import FetchAnswer
+from membank.client.transport.contract import FetchAnswer, PushAnswer
 from membank.client.transport.landing import Landing
 from membank.v1 import block_service_pb2 as block_pb
+from membank.wire.records import Update
 from membank.wire.spec import BlockRef
 
 MAX_TIMEOUT_S = 10.0
-"""What tests give a fetch at most."""
+"""What tests give a call at most."""
 
 
 class Grpcio:
-    """Makes the fetches that are left to it."""
+    """Makes the calls that are left to it."""
 
     answer = FetchAnswer(revision=77, blocks=())
+    push_answer = PushAnswer(results=(), duplicate=True)
+
+    def __init__(self) -> None:
+        self.pushes: list[str] = []
+        """Request ids of the pushes."""
 
     async def fetch(
         self,
@@ -31,6 +37,11 @@ class Grpcio:
     ) -> FetchAnswer:
         assert 0 < timeout_s <= MAX_TIMEOUT_S
         return self.answer
+
+    async def push(self, update: Update, *, bank: str, timeout_s: float) -> PushAnswer:
+        assert 0 < timeout_s <= MAX_TIMEOUT_S
+        self.pushes.append(update.request_id)
+        return self.push_answer
 
     async def close(self, *, grace_s: float = 0.0) -> None:
         raise AssertionError("not closed by whom it was lent to")
@@ -75,7 +86,7 @@ class Server:
         heard = b""
         while part := caller.recv(1 << 16):
             heard += part
-            if b"FetchBlocks" in heard:
+            if b"FetchBlocks" in heard or b"PushUpdates" in heard:
                 self.heard.set()
                 if self._hangs_up:
                     caller.shutdown(socket.SHUT_WR)

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 import hpack
 
 from fake_bank import FakeBank
-from membank.client.transport.contract import FetchAnswer
-from membank.client.transport.fetch_connection import Address, FetchConnection
+from membank.client.transport.contract import FetchAnswer, PushAnswer
+from membank.client.transport.data_connection import Address, DataConnection
 from membank.client.transport.http2 import Http2Connection
 from membank.client.transport.landing import Landing
 from membank.client.transport.payloads import FetchedPayloads
@@ -23,6 +23,7 @@ from membank.wire.buffers import BufferPool
 from membank.wire.errors import MembankError, to_status_proto
 from membank.wire.http2.buffered_socket import BufferedSocket
 from membank.wire.http2.frames import PROBE, Flag, Frame, frame
+from membank.wire.records import Update
 from membank.wire.spec import BlockRef
 
 SETTINGS = frame(Frame.SETTINGS, 0, 0)
@@ -116,7 +117,7 @@ class Dripping(socket.socket):
 
 
 class Client:
-    """A fetching client whose other end a test holds.
+    """A client whose other end a test holds.
 
     Parameters
     ----------
@@ -136,12 +137,12 @@ class Client:
         self.end = BufferedSocket(
             end, keepalive_s=keepalive_s, keepalive_timeout_s=keepalive_s, probe=PROBE
         )
-        self.connection: FetchConnection | None = None
+        self.connection: DataConnection | None = None
 
-    def connect(self, *, timeout_s: float = 10.0) -> FetchConnection:
+    def connect(self, *, timeout_s: float = 10.0) -> DataConnection:
         """Exchange settings; the server's must be there or come."""
         self.end.end_at(time.monotonic() + timeout_s)
-        self.connection = FetchConnection(self.end, Http2Connection.open(self.end), ADDRESS)
+        self.connection = DataConnection(self.end, Http2Connection.open(self.end), ADDRESS)
         return self.connection
 
     def fetch(
@@ -158,6 +159,11 @@ class Client:
         )
         connection.fetch(request_of(refs), payloads, ends=time.monotonic() + timeout_s)
         return payloads.finish()
+
+    def push(self, update: Update, *, timeout_s: float = 10.0) -> PushAnswer:
+        """Push gradients."""
+        connection = self.connection or self.connect()
+        return connection.push(update, bank="", ends=time.monotonic() + timeout_s)
 
     def close(self) -> None:
         """Close both ends."""

@@ -40,7 +40,7 @@ from membank.client.transport.contract import (
     Transport,
     WatchAnswer,
 )
-from membank.client.transport.direct_fetches import DirectStats
+from membank.client.transport.direct_calls import DirectStats
 from membank.client.transport.grpc_transport import GrpcTransport, grpc_connector
 from membank.client.transport.same_host import SameHostStats
 from membank.client.watching import Changes

@@ -199,9 +199,10 @@ class ClientConfig:
     """What is kept of the blocks that were fetched; None = nothing."""
     same_host: SameHostConfig | None = field(default_factory=SameHostConfig)
     """How shards on this machine are called through shared memory; None = over gRPC alone."""
-    max_fetch_connections: int = 8
-    """Most connections to one shard that fetches have for themselves, >= 0; they carry one fetch at a
-    time, at about the speed of the network. 0 = none: fetches share the connection of all calls."""
+    max_data_connections: int = 8
+    """Most connections to one shard that fetches and pushes have for themselves, >= 0; they carry one
+    call at a time, at about the speed of the network. 0 = none: all share the connection of all
+    calls."""
     tls: TlsConfig | None = None
     """None = no TLS; a credential is then sent to this machine alone."""
     token: Secret | str | None = None
@@ -239,8 +240,8 @@ class ClientConfig:
         ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
         _require(self.pooled_bytes >= 0, "pooled_bytes", self.pooled_bytes, ">= 0")
-        ok = self.max_fetch_connections >= 0
-        _require(ok, "max_fetch_connections", self.max_fetch_connections, ">= 0")
+        ok = self.max_data_connections >= 0
+        _require(ok, "max_data_connections", self.max_data_connections, ">= 0")
         if isinstance(self.token, str):
             object.__setattr__(self, "token", Secret(self.token))
         if self.token_file is not None:

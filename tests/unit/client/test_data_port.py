@@ -28,9 +28,9 @@ from membank.bank_service.rpc.direct import DataListener
 from membank.bank_service.rpc.server import ServerConfig
 from membank.bank_service.shard import ShardApi
 from membank.client import BankClient, ClientConfig, GrpcTransport
-from membank.client.transport import data_port, direct_fetches
+from membank.client.transport import data_port, direct_calls
 from membank.client.transport.data_port import DataPort
-from membank.client.transport.direct_fetches import DirectFetches
+from membank.client.transport.direct_calls import DirectCalls
 from membank.client.transport.landing import Landing
 from membank.wire.alternative import ALTERNATIVE_KEY, Alternative
 from membank.wire.buffers import BufferPool
@@ -174,10 +174,10 @@ def port_of(server: Server) -> int:
 
 
 @asynccontextmanager
-async def fetches_told_of(bank: FakeBank, port: int) -> AsyncIterator[DirectFetches]:
+async def fetches_told_of(bank: FakeBank, port: int) -> AsyncIterator[DirectCalls]:
     """Yield fetches from a server that has told of another port."""
     server = Server(telling(bank, port))
-    fetches = DirectFetches(server.endpoint, ClientConfig(), Grpcio())
+    fetches = DirectCalls(server.endpoint, ClientConfig(), Grpcio(), DataPort())
     try:
         await fetched(fetches)
         assert fetches.stats.num_fetches == 1
@@ -187,7 +187,7 @@ async def fetches_told_of(bank: FakeBank, port: int) -> AsyncIterator[DirectFetc
         server.close()
 
 
-async def fetched(fetches: DirectFetches) -> object:
+async def fetched(fetches: DirectCalls) -> object:
     landing = Landing(BufferPool(0))
     return await fetches.fetch(request_of(REFS), REFS, landing, timeout_s=TIMEOUT_S)
 
@@ -196,7 +196,7 @@ async def fetched(fetches: DirectFetches) -> object:
 async def test_whoever_does_not_greet_there_costs_no_call(
     bank: FakeBank, said: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(direct_fetches, "CONNECT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(direct_calls, "CONNECT_TIMEOUT_S", 0.1)
     with ExitStack() as stack:
         there = Server(said)
         stack.callback(there.close)

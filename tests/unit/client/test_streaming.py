@@ -83,7 +83,7 @@ def script(bank: FakeBank, service: FakeService) -> FaultScript:
 
 @pytest.fixture(params=["past grpcio", "over grpcio"])
 def config(request: pytest.FixtureRequest) -> ClientConfig:
-    return CONFIG if request.param == "past grpcio" else replace(CONFIG, max_fetch_connections=0)
+    return CONFIG if request.param == "past grpcio" else replace(CONFIG, max_data_connections=0)
 
 
 @pytest.fixture

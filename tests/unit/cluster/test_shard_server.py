@@ -15,7 +15,7 @@ from membank.bank_service.rpc.server import ServerConfig
 from membank.bank_service.shard import ShardConfig
 from membank.bank_service.store import Bank
 from membank.client import ClientConfig, GrpcTransport, TlsConfig
-from membank.client.transport.direct_fetches import DirectStats
+from membank.client.transport.direct_calls import DirectStats
 from membank.wire.errors import FailedPreconditionError, Reason, UnauthenticatedError
 from membank.wire.spec import BlockRef
 from shard_rig import RIG_SPEC

@@ -1,4 +1,4 @@
-"""Errors of calls over gRPC, whoever speaks it: grpcio, or the fetches that pass it by."""
+"""Errors of calls over gRPC, whoever speaks it: grpcio, or the calls that pass it by."""
 
 from __future__ import annotations
 

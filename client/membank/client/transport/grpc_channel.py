@@ -59,6 +59,8 @@ class GrpcChannel:
         keep_freed_memory()
         host = host_of(endpoint)
         self.endpoint = endpoint
+        self.is_secured = config.tls is not None
+        """Whether it speaks TLS."""
         token = config.read_token()
         if token is not None and config.tls is None and not is_loopback(host):
             raise FailedPreconditionError(

@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from membank.client.config import ClientConfig
-from membank.client.inline import require_loop
 from membank.client.transport.contract import (
     Connector,
     FetchAnswer,
@@ -16,18 +15,19 @@ from membank.client.transport.contract import (
     SameHostDoor,
     WatchAnswer,
 )
-from membank.client.transport.direct_fetches import DirectFetches, DirectStats
-from membank.client.transport.fetches import ChannelFetches, Fetches
+from membank.client.transport.data_calls import ChannelCalls, DataCalls
+from membank.client.transport.data_port import DataPort
+from membank.client.transport.direct_calls import DirectCalls, DirectStats
 from membank.client.transport.grpc_admin import GrpcAdminTransport
 from membank.client.transport.grpc_channel import GrpcChannel
 from membank.client.transport.landing import Landing
 from membank.client.transport.layered_landing import LayeredLanding
-from membank.client.transport.payloads import PUSH_DATA, push_requests, read_document
+from membank.client.transport.payloads import read_document
 from membank.client.transport.requests import fetch_request
 from membank.v1 import block_service_pb2 as block_pb
 from membank.v1.block_service_pb2_grpc import BlockServiceStub
 from membank.wire.buffers import BufferPool
-from membank.wire.convert import event_from_pb, info_from_pb, ref_to_pb, result_from_pb
+from membank.wire.convert import event_from_pb, info_from_pb, ref_to_pb
 from membank.wire.framing import WATCH_ON_KEY
 from membank.wire.records import BankInfo, Update
 from membank.wire.spec import Array, BlockRef
@@ -35,8 +35,6 @@ from membank.wire.spec import Array, BlockRef
 if TYPE_CHECKING:
     # The stubs alone know it.
     from membank.v1.block_service_pb2_grpc import BlockServiceAsyncStub
-
-_SERVICE = "/membank.v1.BlockService"
 
 
 class GrpcTransport(GrpcAdminTransport):
@@ -66,27 +64,24 @@ class GrpcTransport(GrpcAdminTransport):
         super().__init__(channel, config)
         self._blocks: BlockServiceAsyncStub = BlockServiceStub(channel.channel)
         self._pool = pool or BufferPool(config.pooled_bytes)
-        self._fetches: Fetches = ChannelFetches(channel, max_answer_bytes=config.max_answer_bytes)
-        self._direct: DirectFetches | None = None
-        if config.max_fetch_connections:
-            self._fetches = self._direct = DirectFetches(endpoint, config, self._fetches)
-        # Its data pass the generated code by.
-        self._push_updates = channel.channel.stream_unary(
-            f"{_SERVICE}/PushUpdates",
-            request_serializer=PUSH_DATA.serialize,
-            response_deserializer=block_pb.PushUpdatesResponse.FromString,
+        data_port = DataPort()
+        self._calls: DataCalls = ChannelCalls(
+            channel, max_answer_bytes=config.max_answer_bytes, data_port=data_port
         )
+        self._direct: DirectCalls | None = None
+        if config.max_data_connections:
+            self._calls = self._direct = DirectCalls(endpoint, config, self._calls, data_port)
 
     @property
     def direct_stats(self) -> DirectStats:
-        """How many fetches passed grpcio by, and why others did not."""
+        """How many calls passed grpcio by, and why others did not."""
         if self._direct is None:
             return DirectStats()
         return self._direct.stats
 
     async def close(self, *, grace_s: float = 0.0) -> None:
         """Close all connections; calls that still run have `grace_s` seconds to end."""
-        await asyncio.gather(self._fetches.close(grace_s=grace_s), super().close(grace_s=grace_s))
+        await asyncio.gather(self._calls.close(grace_s=grace_s), super().close(grace_s=grace_s))
 
     async def get_bank(self, *, timeout_s: float) -> BankInfo:
         """Return spec, revision and placement."""
@@ -145,7 +140,7 @@ class GrpcTransport(GrpcAdminTransport):
             snapshot=snapshot,
         )
         landing = Landing(self._pool, into)
-        return await self._fetches.fetch(request, refs, landing, timeout_s=timeout_s)
+        return await self._calls.fetch(request, refs, landing, timeout_s=timeout_s)
 
     async def fetch_layers(
         self,
@@ -176,20 +171,11 @@ class GrpcTransport(GrpcAdminTransport):
             max_bytes=self._max_answer_bytes,
             where=self._channel.endpoint,
         )
-        await self._fetches.fetch(request, refs, landing, timeout_s=timeout_s)
+        await self._calls.fetch(request, refs, landing, timeout_s=timeout_s)
 
     async def push(self, update: Update, *, timeout_s: float) -> PushAnswer:
         """Apply gradients."""
-        require_loop()
-        call = self._push_updates(
-            push_requests(update, bank=self._bank),
-            timeout=timeout_s,
-            metadata=self._channel.metadata,
-        )
-        answer = await self._channel.upload("PushUpdates", call)
-        return PushAnswer(
-            results=tuple(map(result_from_pb, answer.results)), duplicate=answer.duplicate
-        )
+        return await self._calls.push(update, bank=self._bank, timeout_s=timeout_s)
 
     async def watch(
         self, refs: Sequence[BlockRef], *, admin_only: bool

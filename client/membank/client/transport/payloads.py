@@ -23,6 +23,8 @@ from membank.wire.crc import crc32c
 from membank.wire.data_messages import DataCodec, data_of
 from membank.wire.errors import CorruptionError, InvalidArgumentError, Reason
 from membank.wire.framing import CHUNK_BYTES, Payload, PayloadAssembler, iter_chunks, iter_parts
+from membank.wire.http2.messages import framed
+from membank.wire.http2.pieces import Piece
 from membank.wire.records import BlockHeader, Update
 from membank.wire.spec import DTYPES, Array, BlockRef, BlockState
 
@@ -40,6 +42,16 @@ def push_requests(update: Update, *, bank: str) -> Iterator[block_pb.PushUpdates
     arrays = [np.ascontiguousarray(gradient.values) for gradient in update.gradients]
     head = push_head(update, list(map(crc32c, arrays)), bank=bank)
     return chain([head], map(PUSH_DATA.encode, iter_parts(arrays)))
+
+
+def push_pieces(update: Update, *, bank: str) -> list[Piece]:
+    """Return the messages of a push as gRPC frames them, in pieces; gradients where they lie."""
+    arrays = [np.ascontiguousarray(gradient.values) for gradient in update.gradients]
+    head = push_head(update, list(map(crc32c, arrays)), bank=bank)
+    pieces = framed([head.SerializeToString()])
+    for parts in iter_parts(arrays):
+        pieces += framed(PUSH_DATA.pieces(parts))
+    return pieces
 
 
 def swap_requests(

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from membank.client.transport.contract import PushAnswer
 from membank.v1 import block_service_pb2 as block_pb
 from membank.wire.codec import Encoded, push_codec
-from membank.wire.convert import dtype_to_pb, ref_to_pb
+from membank.wire.convert import dtype_to_pb, ref_to_pb, result_from_pb
 from membank.wire.errors import InvalidArgumentError, Reason
 from membank.wire.records import Gradient, Update
 from membank.wire.spec import DTYPES, Array, BlockRef
@@ -69,6 +70,13 @@ def push_head(update: Update, crcs: Sequence[int], *, bank: str) -> block_pb.Pus
         learning_rate_scale=update.learning_rate_scale,
         mode=block_pb.UPDATE_MODE_ASYNC,
         headers=headers,
+    )
+
+
+def push_answer(response: block_pb.PushUpdatesResponse) -> PushAnswer:
+    """Return what a shard answers to a push."""
+    return PushAnswer(
+        results=tuple(map(result_from_pb, response.results)), duplicate=response.duplicate
     )
 
 

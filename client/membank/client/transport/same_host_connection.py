@@ -17,11 +17,11 @@ from google.rpc import status_pb2
 from membank.client.transport.contract import FetchAnswer, PushAnswer, SameHostDoor
 from membank.client.transport.landing import Landing
 from membank.client.transport.payloads import check_header
-from membank.client.transport.requests import push_head
+from membank.client.transport.requests import push_answer, push_head
 from membank.v1 import block_service_pb2 as block_pb
 from membank.v1 import same_host_pb2 as host_pb
 from membank.wire.codec import fetch_codec
-from membank.wire.convert import header_from_pb, result_from_pb
+from membank.wire.convert import header_from_pb
 from membank.wire.copying import copy_checked
 from membank.wire.crc import as_uint8, crc32c
 from membank.wire.errors import MembankError, from_status_proto
@@ -172,9 +172,7 @@ class SameHostConnection:
         request = host_pb.SameHostRequest(segments=[place.segment], push=push)
         with self._use():
             pushed = self._ask(request, ends - time.monotonic(), [place.descriptor]).pushed
-        return PushAnswer(
-            results=tuple(map(result_from_pb, pushed.results)), duplicate=pushed.duplicate
-        )
+        return push_answer(pushed)
 
     def is_usable(self) -> bool:
         """Say whether another call may be made."""

@@ -1,7 +1,8 @@
-"""A connection over which blocks are fetched straight into the memory that they are for. Blocking.
+"""A connection over which payloads go straight from and into the memory that they are for. Blocking.
 
-It speaks gRPC, to the server that all other calls go to, without grpcio: that would hand each
-message through three buffers, which takes twice the time that the bytes need to travel.
+It speaks gRPC, to a shard's port for data or to the server that all other calls go to, without
+grpcio: that would hand each message through three buffers, which takes twice the time that the
+bytes need to travel.
 """
 
 from __future__ import annotations
@@ -11,19 +12,21 @@ import binascii
 import math
 import socket
 import ssl
-import struct
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NoReturn, Self
+from typing import Self
 from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from membank.client.transport.call_errors import call_error
+from membank.client.transport.contract import PushAnswer
 from membank.client.transport.http2 import Http2Connection
-from membank.client.transport.payloads import FETCH_DATA, FetchedPayloads
+from membank.client.transport.payloads import FETCH_DATA, FetchedPayloads, push_pieces
+from membank.client.transport.requests import push_answer
 from membank.v1 import block_service_pb2 as block_pb
 from membank.wire.alternative import ALTERNATIVE_KEY, MISDIRECTED, SERVER_KEY, Alternative
 from membank.wire.errors import MembankError, Reason, UnavailableError
@@ -31,10 +34,19 @@ from membank.wire.framing import MAX_MESSAGE_BYTES
 from membank.wire.http2.buffered_socket import BufferedSocket
 from membank.wire.http2.frames import PROBE, ErrorCode, ProtocolError, StreamResetError
 from membank.wire.http2.headers import encode_headers
+from membank.wire.http2.messages import (
+    CutShortError,
+    framed,
+    next_message,
+    read_whole,
+    receive,
+)
+from membank.wire.http2.pieces import Piece
+from membank.wire.records import Update
 
-_METHOD = "FetchBlocks"
-_PATH = f"/membank.v1.BlockService/{_METHOD}"
-_MESSAGE_HEAD = struct.Struct(">BI")
+_SERVICE = "/membank.v1.BlockService"
+_FETCH = "FetchBlocks"
+_PUSH = "PushUpdates"
 _MAX_TIMEOUT_DIGITS = 8
 _REFRESH_S = 0.05
 _HTTP_OK = "200"
@@ -88,7 +100,7 @@ class MisdirectedError(Exception):
     """The port for data is another server's by now; nothing was done."""
 
 
-class FetchConnection:
+class DataConnection:
     """A connection to a shard; one call at a time, from any thread.
 
     Parameters
@@ -114,7 +126,9 @@ class FetchConnection:
         self.has_broken = False
         """Whether it ended in the midst of a call."""
         self._is_retired = False
-        self._head = encode_headers(_request_headers(address))
+        self._heads = {
+            method: encode_headers(_request_headers(address, method)) for method in (_FETCH, _PUSH)
+        }
         self._is_abandoned = False
 
     @classmethod
@@ -175,33 +189,44 @@ class FetchConnection:
         ProtocolError
             If the other end says what cannot be understood.
         """
-        self._end.end_at(ends)
-        try:
-            self._request(request, ends)
-            self._read(payloads)
-            self._learn()
-            self._check_status()
-        except TimeoutError as err:
-            if isinstance(err, MembankError):
-                raise
-            raise self._error(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded") from err
-        except OSError as err:
-            if self._is_abandoned:
-                raise UnavailableError(
-                    f"{self._endpoint} {_METHOD}: the connection was closed during the call",
-                    reason=Reason.CANCELLED,
-                ) from err
-            self.has_broken = True
-            raise self._error(grpc.StatusCode.UNAVAILABLE, str(err)) from err
-        except StreamResetError as err:
-            code = _CODE_OF_RESET.get(err.code, grpc.StatusCode.INTERNAL)
-            raise self._error(code, str(err)) from err
-        finally:
-            if not self._http2.is_usable:
-                # So that the server stops, although the connection is closed soon: it may be one
-                # of a proxy.
-                with suppress(OSError):
-                    self._http2.cancel()
+
+        def read() -> None:
+            while (length := self._next_length(_FETCH)) is not None:
+                receive(self._http2, length, FETCH_DATA, payloads)
+
+        self._call(_FETCH, framed([request.SerializeToString()]), read, ends)
+
+    def push(self, update: Update, *, bank: str, ends: float) -> PushAnswer:
+        """Apply gradients, which are sent from where they lie.
+
+        Parameters
+        ----------
+        update
+            The push; not changed before this returns.
+        bank
+            Name of the bank; "" = the one that is served.
+        ends
+            Point in time of `time.monotonic` up to which it may take.
+
+        Raises
+        ------
+        MembankError, MisdirectedError, ProtocolError
+            As `fetch` does.
+        """
+        answers: list[block_pb.PushUpdatesResponse] = []
+
+        def read() -> None:
+            while (length := self._next_length(_PUSH)) is not None:
+                try:
+                    message = read_whole(self._http2, length)
+                    answers.append(block_pb.PushUpdatesResponse.FromString(message))
+                except DecodeError as err:
+                    raise ProtocolError(f"a message that cannot be read: {err}") from err
+
+        self._call(_PUSH, push_pieces(update, bank=bank), read, ends)
+        if len(answers) != 1:
+            raise ProtocolError(f"{len(answers)} answers to a push")
+        return push_answer(answers[0])
 
     def is_usable(self) -> bool:
         """Say, without waiting for anything to come, whether another call may be made."""
@@ -229,48 +254,62 @@ class FetchConnection:
         """End the connection; nobody may be using it."""
         self._end.close()
 
-    def _request(self, request: block_pb.FetchBlocksRequest, ends: float) -> None:
-        message = request.SerializeToString()
-        block = self._head + encode_headers([("grpc-timeout", _timeout(_left_s(ends)))])
-        self._http2.request(block, [_MESSAGE_HEAD.pack(0, len(message)) + message])
+    def _call(
+        self, method: str, body: Sequence[Piece], read: Callable[[], None], ends: float
+    ) -> None:
+        self._end.end_at(ends)
+        try:
+            timeout = encode_headers([("grpc-timeout", _timeout(_left_s(ends)))])
+            self._http2.request(self._heads[method] + timeout, body)
+            try:
+                read()
+            except CutShortError:
+                # Why it ended says more.
+                self._check_status(method)
+                raise
+            self._learn()
+            self._check_status(method)
+        except TimeoutError as err:
+            if isinstance(err, MembankError):
+                raise
+            code = grpc.StatusCode.DEADLINE_EXCEEDED
+            raise self._error(method, code, "Deadline Exceeded") from err
+        except OSError as err:
+            if self._is_abandoned:
+                raise UnavailableError(
+                    f"{self._endpoint} {method}: the connection was closed during the call",
+                    reason=Reason.CANCELLED,
+                ) from err
+            self.has_broken = True
+            raise self._error(method, grpc.StatusCode.UNAVAILABLE, str(err)) from err
+        except StreamResetError as err:
+            code = _CODE_OF_RESET.get(err.code, grpc.StatusCode.INTERNAL)
+            raise self._error(method, code, str(err)) from err
+        finally:
+            if not self._http2.is_usable:
+                # So that the server stops, although the connection is closed soon: it may be one
+                # of a proxy.
+                with suppress(OSError):
+                    self._http2.cancel()
 
-    def _read(self, payloads: FetchedPayloads) -> None:
-        http2 = self._http2
-        while http2.available():
-            if not _is_grpc(http2.headers or {}):
-                return  # a page about an error, such as a proxy makes
-            compressed, length = _MESSAGE_HEAD.unpack(self._whole(_MESSAGE_HEAD.size))
-            if compressed:
-                raise ProtocolError("a compressed message, which nobody asked for")
-            if length > MAX_MESSAGE_BYTES:
-                raise self._error(
-                    grpc.StatusCode.RESOURCE_EXHAUSTED,
-                    f"a message of {length} bytes; accepted: {MAX_MESSAGE_BYTES}",
-                )
-            # No byte of the data: those few would cost as much as all the others of the message.
-            head = self._whole(FETCH_DATA.head_bytes(length))
-            start = FETCH_DATA.data_start(head, length)
-            if start is None:
-                payloads.take(_parsed(head + self._whole(length - len(head))))
-                continue
-            if start < len(head):
-                payloads.take(memoryview(head)[start:])
-            self._land(payloads, length - len(head))
-
-    def _land(self, payloads: FetchedPayloads, num_bytes: int) -> None:
-        while num_bytes:
-            available = self._http2.available()
-            if not available:
-                self._broken_off()
-            count = self._http2.read_into(payloads.room(min(num_bytes, available)))
-            payloads.landed(count)
-            num_bytes -= count
-
-    def _whole(self, num_bytes: int) -> bytes:
-        data = self._http2.read(num_bytes)
-        if len(data) < num_bytes:
-            self._broken_off()
-        return data
+    def _next_length(self, method: str) -> int | None:
+        """Wait for the next message of an answer and return its size; None = there is none."""
+        # Of a page about an error, such as a proxy makes, the status is all that counts.
+        if not self._http2.available() or not _is_grpc(self._http2.headers or {}):
+            return None
+        head = next_message(self._http2)
+        if head is None:
+            return None
+        is_compressed, length = head
+        if is_compressed:
+            raise ProtocolError("a compressed message, which nobody asked for")
+        if length > MAX_MESSAGE_BYTES:
+            raise self._error(
+                method,
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"a message of {length} bytes; accepted: {MAX_MESSAGE_BYTES}",
+            )
+        return length
 
     def _learn(self) -> None:
         """Note where the endpoint says that its port for data is."""
@@ -279,12 +318,7 @@ class FetchConnection:
             self._told_by = value
             self.told = Alternative.of_header(value, is_secured=self._is_secured)
 
-    def _broken_off(self) -> NoReturn:
-        """Raise why the answer ended within a message."""
-        self._check_status()
-        raise ProtocolError("the answer ends within a message")
-
-    def _check_status(self) -> None:
+    def _check_status(self, method: str) -> None:
         """Raise unless the call ended well."""
         headers, trailers = self._http2.headers or {}, self._http2.trailers or {}
         status = trailers.get("grpc-status", "")
@@ -293,17 +327,18 @@ class FetchConnection:
         if status.isdecimal():
             code = _CODES.get(int(status), grpc.StatusCode.UNKNOWN)
             details = _binary(trailers.get("grpc-status-details-bin"))
-            raise self._error(code, unquote(trailers.get("grpc-message", "")), details)
+            raise self._error(method, code, unquote(trailers.get("grpc-message", "")), details)
         http = headers.get(":status", "")
         if http == MISDIRECTED and self.to is not None:
             raise MisdirectedError
         code = _CODE_OF_HTTP.get(http, grpc.StatusCode.UNKNOWN)
-        raise self._error(code, f"an answer without a status of gRPC; that of HTTP is {http}")
+        problem = f"an answer without a status of gRPC; that of HTTP is {http}"
+        raise self._error(method, code, problem)
 
     def _error(
-        self, code: grpc.StatusCode, message: str, details: bytes | None = None
+        self, method: str, code: grpc.StatusCode, message: str, details: bytes | None = None
     ) -> MembankError:
-        return call_error(code, message, details, endpoint=self._endpoint, method=_METHOD)
+        return call_error(code, message, details, endpoint=self._endpoint, method=method)
 
 
 def _secured(plain: socket.socket, tls: ssl.SSLContext, address: Address) -> ssl.SSLSocket:
@@ -314,11 +349,11 @@ def _secured(plain: socket.socket, tls: ssl.SSLContext, address: Address) -> ssl
     return secured
 
 
-def _request_headers(address: Address) -> list[tuple[str, str]]:
+def _request_headers(address: Address, method: str) -> list[tuple[str, str]]:
     headers = [
         (":method", "POST"),
         (":scheme", "http" if address.tls is None else "https"),
-        (":path", _PATH),
+        (":path", f"{_SERVICE}/{method}"),
         (":authority", address.server_name or address.endpoint),
         ("te", "trailers"),
         ("content-type", "application/grpc"),
@@ -334,13 +369,6 @@ def _request_headers(address: Address) -> list[tuple[str, str]]:
 def _is_grpc(headers: dict[str, str]) -> bool:
     is_well = headers.get(":status") == _HTTP_OK
     return is_well and headers.get("content-type", "").startswith("application/grpc")
-
-
-def _parsed(message: bytes) -> block_pb.FetchBlocksResponse | memoryview:
-    try:
-        return FETCH_DATA.deserialize(message)
-    except DecodeError as err:
-        raise ProtocolError(f"a message that cannot be read: {err}") from err
 
 
 def _binary(value: str | None) -> bytes | None:

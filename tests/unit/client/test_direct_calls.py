@@ -1,4 +1,4 @@
-"""Fetches pass grpcio by where they can, leave the others to it, and say so."""
+"""Calls of the data path pass grpcio by where they can, leave the others to it, and say so."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from faults import Fault
 from http2_scripts import REFS, SETTINGS, head, request_of, whole_answer
 from membank.client import ClientConfig, GrpcTransport, TlsConfig
 from membank.client.transport.contract import FetchAnswer
-from membank.client.transport.direct_fetches import DirectFetches
+from membank.client.transport.data_port import DataPort
+from membank.client.transport.direct_calls import DirectCalls
 from membank.client.transport.landing import Landing
 from membank.wire.buffers import BufferPool
 from membank.wire.errors import DeadlineError, Reason, UnavailableError
@@ -62,8 +63,8 @@ async def fetched(transport: GrpcTransport, timeout_s: float = TIMEOUT_S) -> byt
 @asynccontextmanager
 async def fetches_from(
     server: Server, config: ClientConfig | None = None
-) -> AsyncIterator[DirectFetches]:
-    fetches = DirectFetches(server.endpoint, config or ClientConfig(), Grpcio())
+) -> AsyncIterator[DirectCalls]:
+    fetches = DirectCalls(server.endpoint, config or ClientConfig(), Grpcio(), DataPort())
     try:
         yield fetches
     finally:
@@ -71,7 +72,7 @@ async def fetches_from(
         server.close()
 
 
-async def fetch(fetches: DirectFetches, timeout_s: float = TIMEOUT_S) -> FetchAnswer:
+async def fetch(fetches: DirectCalls, timeout_s: float = TIMEOUT_S) -> FetchAnswer:
     landing = Landing(BufferPool(0))
     return await fetches.fetch(request_of(REFS), REFS, landing, timeout_s=timeout_s)
 
@@ -121,7 +122,7 @@ async def test_an_endpoint_that_speaks_otherwise_is_not_tried_again() -> None:
 async def test_an_endpoint_where_nobody_is() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    fetches = DirectFetches(f"127.0.0.1:{port}", ClientConfig(), Grpcio())
+    fetches = DirectCalls(f"127.0.0.1:{port}", ClientConfig(), Grpcio(), DataPort())
     for _ in range(2):
         assert await fetch(fetches) is Grpcio.answer
     assert fetches.stats.fallbacks == {"not connected": 2}
@@ -175,7 +176,7 @@ async def test_closing_ends_calls_that_run() -> None:
 
 
 async def test_calls_wait_for_their_turn(bank: FakeBank, service: FakeService) -> None:
-    config = ClientConfig(max_fetch_connections=1)
+    config = ClientConfig(max_data_connections=1)
     async with a_transport(bank, config) as transport:
         contents = await asyncio.gather(*(fetched(transport) for _ in range(5)))
         assert set(contents) == {bank.held(TOPIC).weight.tobytes()}
@@ -183,7 +184,7 @@ async def test_calls_wait_for_their_turn(bank: FakeBank, service: FakeService) -
 
 
 async def test_a_turn_that_does_not_come(bank: FakeBank, service: FakeService) -> None:
-    config = ClientConfig(max_fetch_connections=1)
+    config = ClientConfig(max_data_connections=1)
     script = service.scripts[bank.shard_of(TOPIC).shard_id]
     script.plan("FetchBlocks", Fault.SLOW)
     async with a_transport(bank, config) as transport:

@@ -1,4 +1,4 @@
-"""Fetches that pass grpcio by, against servers whose every byte is written down here."""
+"""Fetches over a connection of their own, against servers whose every byte is written down here."""
 
 from __future__ import annotations
 
