@@ -61,8 +61,8 @@ def _sync_here(
         if not self._is_here():
             return self._run(method(self._core, *args, **kwargs))
         # Whatever the first attempt would use up, or make anew, is the same in both.
-        again = [list(arg) if isinstance(arg, Iterator) else arg for arg in args]
-        options: dict[str, Any] = dict(kwargs)
+        again = [_reusable(arg) for arg in args]
+        options: dict[str, Any] = {name: _reusable(arg) for name, arg in kwargs.items()}
         if has_request_id:
             options["request_id"] = options.get("request_id") or new_request_id()
         began = time.monotonic()
@@ -73,6 +73,11 @@ def _sync_here(
         return self._run(begin(self._core, *again, **options))
 
     return call
+
+
+def _reusable(arg: object) -> object:
+    """Return an argument that may be read twice."""
+    return list(arg) if isinstance(arg, Iterator) else arg
 
 
 class BankClient:

@@ -89,6 +89,7 @@ def test_what_must_wait_is_made_anew_on_the_loop(client: BankClient, shard: Witn
 def test_and_reads_its_arguments_once(client: BankClient, shard: Witness) -> None:
     shard.before = _needs_loop
     assert list(client.fetch_blocks(iter(PATH))) == list(PATH)
+    assert list(client.fetch_blocks(refs=iter(PATH))) == list(PATH)
 
 
 def test_and_shares_the_deadline(client: BankClient, shard: Witness) -> None:
