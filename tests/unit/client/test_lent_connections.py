@@ -163,6 +163,45 @@ async def test_close_ends_as_soon_as_the_last_thread_is_done() -> None:
     assert await holder
 
 
+async def test_close_finds_calls_that_connect_or_wait() -> None:
+    lent: LentConnections[Connection] = LentConnections(1, thread_name="test")
+    may_connect = asyncio.Event()
+
+    async def connected_later() -> Connection:
+        await may_connect.wait()
+        return await lent.open(Connection)
+
+    connecting, waiting = (
+        asyncio.create_task(lent.call(Connection.is_usable, connected_later, ends=soon()))
+        for _ in range(2)
+    )
+    await asyncio.sleep(0)
+    await lent.close()
+    may_connect.set()
+    # As of calls that were under way: their connections are of no use.
+    assert [await connecting, await waiting] == [False, False]
+    with pytest.raises(ConnectionAbortedError):
+        await lent.call(Connection.work, connected_later, ends=soon())
+
+
+async def test_close_gives_calls_that_connect_the_time_that_is_theirs() -> None:
+    lent: LentConnections[Connection] = LentConnections(1, thread_name="test")
+    may_connect = asyncio.Event()
+
+    async def connected_later() -> Connection:
+        await may_connect.wait()
+        return await lent.open(Connection)
+
+    connecting = asyncio.create_task(lent.call(Connection.is_usable, connected_later, ends=soon()))
+    await asyncio.sleep(0)
+    closing = asyncio.create_task(lent.close(grace_s=30))
+    await asyncio.sleep(0)
+    may_connect.set()
+    assert await connecting
+    async with asyncio.timeout(10):
+        await closing
+
+
 async def test_threads_and_calls_never_share_a_connection() -> None:
     lent: LentConnections[Connection] = LentConnections(3, thread_name="test")
     loop = asyncio.get_running_loop()

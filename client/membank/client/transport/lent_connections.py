@@ -45,18 +45,21 @@ class LentConnections(Generic[C]):
         Prefix of the names of their threads.
     """
 
-    # `_lock` guards `_num_free`, `_waiting`, `_idle`, `_lent` and `_is_closed`.
+    # `_lock` guards `_num_free`, `_waiting`, `_idle`, `_lent` and what the end is known by.
 
     def __init__(self, max_connections: int, *, thread_name: str) -> None:
         self._loop = asyncio.get_running_loop()
         self._threads = ThreadPoolExecutor(max_connections, thread_name_prefix=thread_name)
         self._lock = threading.Lock()
+        self._max_connections = max_connections
         self._num_free = max_connections
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._idle: list[C] = []
         self._lent: set[C] = set()
-        self._none_lent = asyncio.Event()
         self._is_closed = False
+        self._is_over = False  # calls under way have had the time that was theirs
+        self._is_ended = False  # and none is left; there are no threads any more
+        self._has_ended = asyncio.Event()
 
     async def call(
         self, work: Callable[[C], T], connect: Callable[[], Awaitable[C]], *, ends: float
@@ -100,7 +103,15 @@ class LentConnections(Generic[C]):
             self._end_turn()
 
     async def open(self, connect: Callable[[], C]) -> C:
-        """Connect in a thread; a connection that nobody waits for any more is closed."""
+        """Connect in a thread; a connection that nobody waits for any more is closed.
+
+        Raises
+        ------
+        ConnectionAbortedError
+            If this was closed.
+        """
+        if self._is_ended:
+            raise ConnectionAbortedError("the connections were closed")
         opening = asyncio.get_running_loop().run_in_executor(self._threads, connect)
         try:
             return await asyncio.shield(opening)
@@ -113,18 +124,17 @@ class LentConnections(Generic[C]):
         with self._lock:
             self._is_closed = True
             idle, self._idle = self._idle, []
-            if not self._lent:
-                self._none_lent.set()
         for connection in idle:
             connection.close()
+        self._end_after_last()
         with suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
-                await self._none_lent.wait()
+                await self._has_ended.wait()
         with self._lock:
+            self._is_over = True
             lent = list(self._lent)
         for connection in lent:
             connection.abandon()
-        self._threads.shutdown(wait=False)
 
     async def in_thread(self, call: Callable[[], T], *, on_cancel: Callable[[], None]) -> T:
         """Run a blocking call in a thread; a cancellation waits for its end, which `on_cancel` hastens.
@@ -187,12 +197,23 @@ class LentConnections(Generic[C]):
 
     def _end_turn(self) -> None:
         with self._lock:
-            if not self._waiting:
-                self._num_free += 1
+            turn = self._waiting.popleft() if self._waiting else None
+            self._num_free += turn is None
+        if turn is not None:
+            with suppress(RuntimeError):  # the loop has ended, and with it who waited
+                self._loop.call_soon_threadsafe(_come, turn)
+        elif self._is_closed:
+            self._end_after_last()
+
+    def _end_after_last(self) -> None:
+        """Give the threads up, once nobody has a turn: who connects or waits still needs them."""
+        with self._lock:
+            if self._is_ended or self._num_free < self._max_connections:
                 return
-            turn = self._waiting.popleft()
-        with suppress(RuntimeError):  # the loop has ended, and with it who waited
-            self._loop.call_soon_threadsafe(_come, turn)
+            self._is_ended = True
+        self._threads.shutdown(wait=False)
+        with suppress(RuntimeError):  # nobody waits any more: the loop has ended
+            self._loop.call_soon_threadsafe(self._has_ended.set)
 
     def _take(self) -> C | None:
         while True:
@@ -211,6 +232,9 @@ class LentConnections(Generic[C]):
         connection = await connect()
         with self._lock:
             self._lent.add(connection)
+            is_over = self._is_over
+        if is_over:
+            connection.abandon()
         return connection
 
     def _give_back(self, connection: C) -> None:
@@ -220,12 +244,8 @@ class LentConnections(Generic[C]):
             is_kept = is_usable and not self._is_closed
             if is_kept:
                 self._idle.append(connection)
-            is_last = self._is_closed and not self._lent
         if not is_kept:
             connection.close()
-        if is_last:
-            with suppress(RuntimeError):  # nobody waits any more: the loop has ended
-                self._loop.call_soon_threadsafe(self._none_lent.set)
 
 
 def _come(turn: asyncio.Future[None]) -> None:
