@@ -6,6 +6,7 @@ import asyncio
 import mmap
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
@@ -14,6 +15,7 @@ import pytest
 
 from fake_bank import FakeBank
 from fake_service import FakeService
+from membank.bank_service.rpc.same_host import SameHostDoor as HostDoor
 from membank.client import AsyncBankClient, BankClient, ClientConfig, SameHostConfig
 from membank.client.transport.contract import SameHostDoor
 from membank.client.transport.same_host import SameHostCounters, SameHostTransport
@@ -260,6 +262,19 @@ async def test_blocks_of_several_shards_are_borrowed_together(
         assert client.same_host_stats.num_borrows == 2
 
 
+async def test_what_was_borrowed_goes_back_after_an_error_too(
+    bank: FakeBank, service: FakeService
+) -> None:
+    door = service.doors[bank.shard_of(TOPIC).shard_id]
+    async with await AsyncBankClient.connect(service.endpoint) as client:
+        with pytest.raises(KeyError):
+            async with client.borrow([TOPIC]) as blocks:
+                raise KeyError(blocks[TOPIC].version)
+        # Long before the lease ends, and although the connection is kept.
+        await asyncio.to_thread(_wait_until_returned, door)
+        assert door.num_connections == 1
+
+
 async def test_what_cannot_be_borrowed_is_fetched(bank: FakeBank) -> None:
     service = FakeService(bank)
     async with await AsyncBankClient.connect(service.endpoint) as client:
@@ -294,6 +309,13 @@ def test_a_sync_client_borrows_too(bank: FakeBank, service: FakeService) -> None
         assert weight is not None
         assert weight.tobytes() == content(bank)
         assert client.same_host_stats.num_borrows == 1
+
+
+def _wait_until_returned(door: HostDoor) -> None:
+    ends = time.monotonic() + TIMEOUT_S
+    while door._calls._budget.used_bytes:
+        assert time.monotonic() < ends, "what was borrowed is still lent"
+        threading.Event().wait(0.01)
 
 
 def _memory_under(array: Array) -> object:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -243,7 +243,13 @@ class SameHostTransport(GrpcTransport):
                     on_cancel=connection.abandon,
                 )
             self._counters.count("borrow")
-            yield answer
+            try:
+                yield answer
+            except BaseException:
+                # The connection is kept, and with it would be what was lent.
+                with suppress(OSError):
+                    connection.let_go()
+                raise
             try:
                 connection.let_go()
             except OSError as err:
