@@ -333,7 +333,9 @@ class BankClient:
         try:
             yield blocks
         finally:
-            run(lease.__aexit__(None, None, None))
+            # In a process that was forked off meanwhile they are its parent's, which still reads them.
+            if self._pid == os.getpid():
+                run(lease.__aexit__(None, None, None))
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:

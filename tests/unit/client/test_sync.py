@@ -202,6 +202,50 @@ def test_after_a_fork(service: FakeService, state: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
+FORKED_WHILE_BORROWING = """
+import os, sys
+from membank.client import BankClient
+from membank.wire.same_host import MessageSocket
+from membank.wire.spec import BlockRef
+
+send = MessageSocket.send
+num_returned = 0
+
+def noted(socket, message, *descriptors):
+    global num_returned
+    num_returned += message.HasField("release")
+    send(socket, message, *descriptors)
+
+MessageSocket.send = noted
+with BankClient.connect(sys.argv[1]) as client:
+    client.fetch_blocks([BlockRef(1, 0)])
+    num_returned = 0
+    for _ in range(2):  # the first one connects, on the loop
+        with client.borrow([BlockRef(1, 0)]):
+            pid = os.fork()
+        if pid == 0:
+            os._exit(num_returned)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert (code, num_returned) == (0, 1), (code, num_returned)
+        num_returned = 0
+"""
+
+
+@pytest.mark.slow
+def test_a_fork_does_not_return_what_its_parent_borrowed() -> None:
+    service = FakeService(FakeBank(), same_host=True)
+    result = subprocess.run(
+        [sys.executable, "-c", FORKED_WHILE_BORROWING, service.endpoint],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        env={**os.environ, "GRPC_VERBOSITY": "NONE"},
+    )
+    service.close()
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.slow
 def test_a_process_ends_with_a_client_that_was_never_closed(service: FakeService) -> None:
     program = (

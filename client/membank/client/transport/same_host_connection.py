@@ -53,6 +53,7 @@ class SameHostConnection:
         self._where = where
         self._segments = MappedSegments()
         self._is_usable = True
+        self._pid = os.getpid()
 
     @classmethod
     def open(cls, door: SameHostDoor, where: str, *, timeout_s: float) -> Self:
@@ -127,6 +128,8 @@ class SameHostConnection:
         OSError
             If the shard had ended it before: what was read since then may have been anything.
         """
+        if self._pid != os.getpid():
+            return  # a view of this process's parent, which may still read
         with self._use():
             self._messages.require_open()
             self._messages.send(host_pb.SameHostRequest(release=host_pb.SameHostRelease()))
