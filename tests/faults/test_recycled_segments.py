@@ -255,6 +255,28 @@ def test_a_full_disk_takes_the_spares_back(tmp_path: Path) -> None:
     again.close()
 
 
+def test_a_segment_that_is_cut_while_it_becomes_a_spare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "journal"
+    journal, cut = _recycled(folder, KEPT)
+    rename = Path.rename
+
+    def rename_late(self: Path, target: Path) -> Path:
+        if self == cut:
+            journal.erase()  # as another thread does to make room, at the last moment
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename_late)
+    journal.trim(journal.last_lsn)  # to become a spare, and it is followed by an empty one
+    append(journal, b"bridge")
+    journal.trim(journal.last_lsn)  # the next one is written over it
+    append(journal, b"new")
+    (path,) = folder.glob("*.log")
+    assert scan(str(path), path.read_bytes()).num_stale > 0
+    assert payloads_of(_reopened(path)) == [b"new"]
+
+
 def test_fsck_knows_spares_and_what_is_left_behind_frames(tmp_path: Path) -> None:
     bank = create_bank(tmp_path, tiny_spec(num_partitions=1))
     shard = Shard.open(bank, config=CONFIG)

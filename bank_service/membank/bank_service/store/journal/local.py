@@ -438,7 +438,8 @@ class LocalJournal:
         if segment.life is None or segment.is_cut:
             return
         if segment is not self._segments[-1] or self._file is None:
-            os.truncate(segment.path, segment.num_bytes + segment.note_bytes)
+            with suppress(FileNotFoundError):  # it is becoming a spare
+                os.truncate(segment.path, segment.num_bytes + segment.note_bytes)
         elif self._failure is None:
             self._file.truncate(segment.num_bytes)
         segment.is_cut = True

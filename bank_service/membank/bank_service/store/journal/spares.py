@@ -70,15 +70,16 @@ class Spares:
 
         One thread at a time may do that; it needs no lock.
         """
-        num_bytes = path.stat().st_size
-        if self.num_bytes + num_bytes > self._max_bytes:
+        if self.num_bytes + path.stat().st_size > self._max_bytes:
             self._remove(path)
             return None
-        spare = Spare(self._folder / f"{next(self._numbers):010d}{SPARE_SUFFIX}", num_bytes)
-        path.rename(spare.path)
+        place = self._folder / f"{next(self._numbers):010d}{SPARE_SUFFIX}"
+        path.rename(place)
         if self._sync:
             sync_folder(self._folder)
-        return spare
+        # Not before: until then the journal may cut what is behind the frames. Where a file is
+        # shorter than its head says, what is left in it of an earlier segment looks like damage.
+        return Spare(place, place.stat().st_size)
 
     def add(self, spare: Spare) -> None:
         """Offer a spare to the next segment."""
