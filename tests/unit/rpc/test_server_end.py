@@ -120,6 +120,11 @@ class TestReading:
         )
         check(rig, caller)
 
+    def test_headers_that_fill_a_large_frame(self, rig: ListenerRig, caller: RawCaller) -> None:
+        # As large as the server says that frames and headers may be.
+        caller.say(request(1, noted="x" * 50_000))
+        check(rig, caller)
+
     def test_trailers_of_a_request_say_nothing(self, rig: ListenerRig, caller: RawCaller) -> None:
         caller.say(head(), frame(Frame.DATA, 0, 1, message()))
         caller.say(head(flags=Flag.END_HEADERS | Flag.END_STREAM))
@@ -155,6 +160,7 @@ class TestReading:
             frame(Frame.HEADERS, 0, 1, b"") + frame(Frame.CONTINUATION, 0, 1, b""),
             frame(Frame.HEADERS, Flag.PADDED | Flag.END_HEADERS, 1, b"\xff"),
             frame(Frame.HEADERS, 0, 1, b"") + frame(Frame.CONTINUATION, 0, 1, bytes(16_000)) * 5,
+            frame(Frame.HEADERS, Flag.END_HEADERS, 1, bytes(70_000)),
             frame(Frame.CONTINUATION, Flag.END_HEADERS, 1, b""),
             frame(Frame.PUSH_PROMISE, Flag.END_HEADERS, 1, b"\0\0\0\2"),
             frame(Frame.PING, 0, 0, b"short"),

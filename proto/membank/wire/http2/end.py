@@ -317,15 +317,13 @@ class Http2End(ABC):
             length, kind, flags, continued = self._frame_head()
             if kind != Frame.CONTINUATION or continued != stream:
                 raise ProtocolError("headers are interrupted")
-            if len(block) + length > MAX_HEADER_BYTES:
-                raise ProtocolError("the headers are too large")
             if not length and not flags & Flag.END_HEADERS:
                 raise ProtocolError("headers go on with nothing")  # for ever, it might
-            block += self._whole(length)
+            block += self._header_bytes(length, MAX_HEADER_BYTES - len(block))
         return block
 
     def _header_part(self, length: int, flags: int) -> bytes:
-        part = self._whole(length)
+        part = self._header_bytes(length, MAX_HEADER_BYTES)
         begin, end = 0, len(part)
         if flags & Flag.PADDED:
             begin, end = 1, end - (part[0] if part else 0)
@@ -334,6 +332,16 @@ class Http2End(ABC):
         if begin > end:
             raise ProtocolError("a frame of headers is too short")
         return part[begin:end]
+
+    def _header_bytes(self, length: int, max_bytes: int) -> bytes:
+        """Read a whole frame of headers, which may be larger than those of control."""
+        if length > max_bytes:
+            raise ProtocolError("the headers are too large")
+        parts = []
+        while length:
+            parts.append(bytes(self._end.take(min(length, MAX_CONTROL_BYTES))))
+            length -= len(parts[-1])
+        return b"".join(parts)
 
     def _control(self, length: int, kind: int, flags: int, stream: int) -> None:
         """Read a frame that holds no part of a call."""

@@ -18,7 +18,7 @@ MAX_FRAME_BYTES = (1 << 24) - 1
 MAX_WINDOW = (1 << 31) - 1
 MAX_STREAM = (1 << 31) - 1
 MAX_CONTROL_BYTES = 16_384
-"""Largest frame that is kept as a whole; only those of payload are larger."""
+"""Largest frame that is kept as a whole; only those of headers and payload are larger."""
 
 
 class Frame(IntEnum):
