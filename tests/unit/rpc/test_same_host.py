@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -316,6 +317,21 @@ def test_a_full_house_sends_callers_away(open_rig: Callable[..., Rig]) -> None:
 
 
 # ---- what is left behind
+
+
+def test_a_lack_of_threads_passes(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "membank-same-host":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as scarce:
+        scarce.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(OSError, match=r"closed|reset|Broken"):
+            rig.connect()
+    rig.connect().close()
 
 
 def test_what_was_fetched_is_reserved_until_it_is_released(rig: Rig) -> None:

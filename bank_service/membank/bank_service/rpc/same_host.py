@@ -144,7 +144,12 @@ class SameHostDoor:
             if self._is_closed or len(self._connections) >= self._max_connections:
                 return False
             # Before anybody can see it: a thread that was not started cannot be waited for.
-            connection.start()
+            try:
+                connection.start()
+            except RuntimeError as err:
+                # A lack of threads passes; without this one nobody would be let in any more.
+                _LOG.warning("a caller on this machine could not be let in: %s", err)
+                return False
             self._connections.add(connection)
             return True
 
