@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from membank.wire.errors import DeadlineError, InvalidArgumentError, Reason
 
+_LONGEST_S = 1e8
+"""Some three years: more than any call takes, and less than a clock of the system can count."""
+
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
@@ -23,7 +26,7 @@ class Deadline:
 
     @classmethod
     def after(cls, timeout_s: float, *, clock: Callable[[], float] = time.monotonic) -> Deadline:
-        """Return the deadline `timeout_s` seconds from now.
+        """Return the deadline `timeout_s` seconds from now, or 1e8 if that is more.
 
         Raises
         ------
@@ -34,7 +37,7 @@ class Deadline:
             raise InvalidArgumentError(
                 f"timeout_s is {timeout_s!r}; accepted: finite, > 0", reason=Reason.BAD_CONFIG
             )
-        return cls(timeout_s, clock() + timeout_s, clock)
+        return cls(timeout_s, clock() + min(timeout_s, _LONGEST_S), clock)
 
     def left_s(self) -> float:
         """Return the seconds that are left, <= 0 where it has passed."""

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import pickle
+import socket
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,11 @@ def test_secrets_compare_and_copy() -> None:
     assert secret != Secret("other")
     assert secret != TOKEN
     assert copy.deepcopy(secret) is copy.copy(secret) is secret
+
+
+def test_a_deadline_is_one_that_clocks_can_count() -> None:
+    with socket.socket() as end:
+        end.settimeout(Deadline.after(1e300).remaining_s("call"))
 
 
 def test_deadline_runs_down_and_ends() -> None:

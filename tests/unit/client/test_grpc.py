@@ -13,6 +13,7 @@ import grpc
 import numpy as np
 import pytest
 
+from core_rig import ones
 from fake_bank import SPEC, FakeBank
 from fake_service import FakeService
 from faults import Fault
@@ -30,6 +31,7 @@ from membank.wire.errors import (
     UnavailableError,
 )
 from membank.wire.format import TreeDocument
+from membank.wire.records import Gradient, Update
 from membank.wire.spec import BlockRef
 
 PATH = (BlockRef(1, 0), BlockRef(2, 1))
@@ -406,3 +408,27 @@ class TestRestarts:
 
 def _ones(ref: BlockRef) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     return np.ones(SPEC.block_shape(ref.level), np.float32)
+
+
+class TestClosed:
+    """A call may be on its way to a shard that has moved, whose connections are closed by then."""
+
+    @pytest.mark.parametrize("max_data_connections", [0, 2])
+    async def test_a_call_after_the_end_found_nobody(
+        self, service: FakeService, max_data_connections: int
+    ) -> None:
+        config = ClientConfig(max_data_connections=max_data_connections)
+        transport = GrpcTransport(service.endpoint, config)
+        await transport.close()
+        update = Update(
+            request_id="one",
+            step=0,
+            gradients=(Gradient(ref=PATH[0], base_version=0, values=ones(PATH[0])),),
+        )
+        for call in (
+            transport.get_bank(timeout_s=5),
+            transport.fetch(PATH, timeout_s=5),
+            transport.push(update, timeout_s=5),
+        ):
+            with pytest.raises(UnavailableError, match="closed"):
+                await call

@@ -7,10 +7,11 @@ import shutil
 import socket
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import grpc
@@ -26,7 +27,7 @@ from http2_callers import (
     message,
     request,
 )
-from membank.bank_service.rpc.direct import DataListener
+from membank.bank_service.rpc.direct import DataListener, listener
 from membank.bank_service.rpc.server import ServerConfig
 from membank.v1 import block_service_pb2 as block_pb
 from membank.v1.block_service_pb2_grpc import BlockServiceStub
@@ -197,6 +198,44 @@ class TestConnections:
             with RawCaller(rig.port) as caller:
                 caller.say(request())
                 check(rig, caller)
+
+    def test_a_lack_of_threads_passes(
+        self, rig: ListenerRig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        start = threading.Thread.start
+
+        def refuse(thread: threading.Thread) -> None:
+            if thread.name == "membank-data-call":
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        with monkeypatch.context() as scarce:
+            scarce.setattr(threading.Thread, "start", refuse)
+            with RawCaller(rig.port, greeting=b"") as caller:
+                assert caller.is_hung_up_on()
+        with RawCaller(rig.port) as caller:
+            caller.say(request())
+            check(rig, caller)
+
+    @pytest.mark.parametrize("idle", [UNKNOWN_FRAME, frame(Frame.PING, Flag.ACK, 0, bytes(8))])
+    def test_who_says_much_and_asks_nothing_is_sent_away(
+        self, rig: ListenerRig, caller: RawCaller, idle: bytes
+    ) -> None:
+        caller.say(request())
+        check(rig, caller)
+        with suppress(OSError):  # the service may have hung up by then
+            caller.say(idle * 2_000)
+        assert caller.is_hung_up_on()
+
+    def test_who_is_refused_all_does_not_stay(
+        self, rig: ListenerRig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(listener, "_GREETING_S", 0.2)
+        with RawCaller(rig.port) as caller:
+            caller.say(request(1, message(), path="/elsewhere"))
+            assert caller.answer()[2]["grpc-status"] == "12"
+            caller.next_of(Frame.GOAWAY)
+            assert caller.is_hung_up_on()
 
     def test_an_idle_one_is_ended(self) -> None:
         with ListenerRig(idle_s=0.1) as rig, RawCaller(rig.port) as caller:

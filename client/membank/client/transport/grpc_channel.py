@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import ssl
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -73,9 +73,12 @@ class GrpcChannel:
             self.metadata.add(_AUTHORIZATION, f"Bearer {token.reveal()}")
         options = _options(config)
         if config.tls is None:
-            self.channel = grpc.aio.insecure_channel(endpoint, options)
+            self._channel = grpc.aio.insecure_channel(endpoint, options)
         else:
-            self.channel = grpc.aio.secure_channel(endpoint, _credentials(config.tls), options)
+            self._channel = grpc.aio.secure_channel(endpoint, _credentials(config.tls), options)
+        self.channel = cast("grpc.aio.Channel", _Methods(self._channel, endpoint))
+        """Makes methods, by generated code or by hand; a call of one that comes after `close`
+        raises `UnavailableError`."""
 
     async def unary(self, method: str, call: Awaitable[T]) -> T:
         """Await a call that has one answer.
@@ -117,17 +120,14 @@ class GrpcChannel:
 
     async def close(self, *, grace_s: float = 0.0) -> None:
         """Close the channel; calls that still run have `grace_s` seconds to end."""
-        await self.channel.close(grace_s or None)
+        await self._channel.close(grace_s or None)
 
     def _raise_if_closed(self, method: str) -> None:
         # Closing a channel cancels its calls; to their callers, who were not cancelled themselves,
         # that is a service that went away.
         task = asyncio.current_task()
         if task is not None and not task.cancelling():
-            raise UnavailableError(
-                f"{self.endpoint} {method}: the connection was closed during the call",
-                reason=Reason.CANCELLED,
-            ) from None
+            raise _closed(self.endpoint, method) from None
 
     def _decoded(self, err: grpc.aio.AioRpcError, method: str) -> MembankError:
         # Not of the mapping itself: before grpcio 1.80 its keys were its items.
@@ -139,6 +139,36 @@ class GrpcChannel:
             endpoint=self.endpoint,
             method=method,
         )
+
+
+class _Methods:
+    """The methods of a channel. A shard that has moved may be called when its channel is closed."""
+
+    def __init__(self, channel: grpc.aio.Channel, endpoint: str) -> None:
+        self._channel = channel
+        self._endpoint = endpoint
+
+    def __getattr__(self, kind: str) -> Callable[..., Callable[..., Any]]:
+        make = getattr(self._channel, kind)
+
+        def named(path: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:  # noqa: ANN401
+            method = make(path, *args, **kwargs)
+
+            def call(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+                try:
+                    return method(*args, **kwargs)
+                except grpc.aio.UsageError as err:
+                    raise _closed(self._endpoint, path.rpartition("/")[2]) from err
+
+            return call
+
+        return named
+
+
+def _closed(endpoint: str, method: str) -> UnavailableError:
+    return UnavailableError(
+        f"{endpoint} {method}: the connection was closed during the call", reason=Reason.CANCELLED
+    )
 
 
 def host_of(endpoint: str) -> str:

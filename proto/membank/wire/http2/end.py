@@ -39,6 +39,8 @@ WINDOW = 32 << 20
 _SENT_FRAME_BYTES = 4 << 20
 """Most data of a frame that is sent: a call that its caller gave up is noticed between two."""
 _MAX_REPLY_BYTES = 64 << 10
+_MAX_IDLE_FRAMES = 1_000
+"""Most frames in a row with which nothing gets on: to read them costs more than to make them."""
 
 
 class Http2End(ABC):
@@ -80,6 +82,7 @@ class Http2End(ABC):
         self._is_sending = False
         self._replies = bytearray()
         self._reset: int | None = None
+        self._num_idle_frames = 0
 
     def refresh(self) -> None:
         """Take what came meanwhile, such as a probe or the end of the connection; wait for nothing."""
@@ -215,6 +218,7 @@ class Http2End(ABC):
         self._is_sending = True
         self._end.send_pieces(pieces, self._take_input)
         self._is_sending = False
+        self._num_idle_frames = 0
         if self._replies:
             replies, self._replies = bytes(self._replies), bytearray()
             self._end.send(replies)
@@ -265,6 +269,9 @@ class Http2End(ABC):
         """Read the next frame; of one with data, what precedes them."""
         self._end.check_time()
         length, kind, flags, stream = self._frame_head()
+        self._num_idle_frames += 1
+        if self._num_idle_frames > _MAX_IDLE_FRAMES:
+            raise ProtocolError(f"{_MAX_IDLE_FRAMES} frames with which nothing gets on")
         if kind == Frame.DATA:
             self._begin_data(length, flags, stream)
         elif kind == Frame.HEADERS:
@@ -286,6 +293,8 @@ class Http2End(ABC):
             self._consume(length, is_stray=True)
             return
         self._left = length
+        if length:
+            self._num_idle_frames = 0
         self._is_ended = bool(flags & Flag.END_STREAM)
         if flags & Flag.PADDED:
             self._padding = self._pad_length(length)

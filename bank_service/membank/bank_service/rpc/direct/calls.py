@@ -98,7 +98,7 @@ class DataCalls:
         self._server_id = server_id
         self._methods: dict[str, _Method] = {_FETCH: self._fetch, _PUSH: self._push}
 
-    def serve(self, http2: ServerEnd, headers: dict[str, str]) -> None:
+    def serve(self, http2: ServerEnd, headers: dict[str, str]) -> bool:
         """Answer one call.
 
         Parameters
@@ -107,6 +107,12 @@ class DataCalls:
             Where it came, and is answered.
         headers
             Its headers.
+
+        Returns
+        -------
+        bool
+            Whether it was done; False = refused. Those who are refused all they ask for are not to
+            keep others out.
 
         Raises
         ------
@@ -117,18 +123,19 @@ class DataCalls:
         http2.end_at(ends)
         if (misfit := self._misfit(headers)) is not None:
             http2.answer(encode_headers([(":status", misfit)]))
-            return
+            return False
         with ExitStack() as held:
             try:
                 body, num_bytes = self._answer(http2, headers, ends, held)
             except (MembankError, _RefusedError) as err:
                 # Told although the caller may not have said all.
                 _refuse(http2, err)
-                return
+                return False
             if num_bytes > _LARGE_BYTES:
                 # Notices that the caller has given up, before all that is sent.
                 http2.refresh()
             http2.answer(_HEAD, body, _WELL)
+        return True
 
     def _answer(
         self, http2: ServerEnd, headers: dict[str, str], ends: float, held: ExitStack

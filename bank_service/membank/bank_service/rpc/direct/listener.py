@@ -180,8 +180,13 @@ class DataListener:
         with self._lock:
             if self._is_draining or len(self._connections) >= self._max_connections:
                 return False
-            # Before anybody can see it: a thread that was not started cannot be waited for.
-            connection.start()
+            try:
+                # Before anybody can see it: a thread that was not started cannot be waited for.
+                connection.start()
+            except RuntimeError as err:
+                # Too many threads on this machine now; not so for ever.
+                _LOG.warning("a caller of the data port could not be served: %s", err)
+                return False
             self._connections.add(connection)
             return True
 
@@ -247,10 +252,10 @@ class _Connection(threading.Thread):
             if headers is None:
                 continue
             try:
-                listener._calls.serve(http2, headers)
+                if listener._calls.serve(http2, headers):
+                    idle_ends = time.monotonic() + listener._idle_s
             except StreamResetError:
                 http2.give_up()
-            idle_ends = time.monotonic() + listener._idle_s
 
 
 def _bound(host: str, port: int, backlog: int) -> socket.socket:
