@@ -506,7 +506,18 @@ class TestSilence:
             client.fetch(timeout_s=0.05)
         assert sent_by(client)[-1][0] == Frame.RST_STREAM
 
-    def test_a_stream_that_never_pauses_ends_with_the_deadline(self, client: Client) -> None:
+    @pytest.mark.parametrize(
+        ("most", "expected"), [(1 << 60, DeadlineError), (1_000, ProtocolError)]
+    )
+    def test_a_stream_that_never_pauses_ends(
+        self,
+        client: Client,
+        monkeypatch: pytest.MonkeyPatch,
+        most: int,
+        expected: type[Exception],
+    ) -> None:
+        # By the deadline, if it were not for the bound on frames that say nothing.
+        monkeypatch.setattr(http2_end, "_MAX_IDLE_FRAMES", most)
         client.server.sendall(SETTINGS + head())
         stop = threading.Event()
 
@@ -517,8 +528,8 @@ class TestSilence:
 
         thread = threading.Thread(target=babble)
         thread.start()
-        with pytest.raises(DeadlineError):
-            client.fetch(timeout_s=0.05)
+        with pytest.raises(expected):
+            client.fetch(timeout_s=0.05 if expected is DeadlineError else 10.0)
         stop.set()
         client.end.shut_down()
         thread.join()
