@@ -23,7 +23,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
 ]
 NUM_WORKERS = 2
-CONFIG = MemoryStageConfig(num_tokens=600 * 6 * 12, batch_size=6, run_length=2)
+# Long enough to be killed in the midst: 600 steps may be over before it is known which process to kill.
+CONFIG = MemoryStageConfig(num_tokens=2_400 * 6 * 12, batch_size=6, run_length=2)
 
 
 def test_training_goes_on_and_every_update_is_applied_once(tmp_path: Path) -> None:
