@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import ssl
-import threading
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -14,6 +12,7 @@ from typing import TypeVar
 from membank.client.config import ClientConfig, TlsConfig
 from membank.client.inline import require_loop
 from membank.client.transport.contract import FetchAnswer, PushAnswer
+from membank.client.transport.counting import CallCounter
 from membank.client.transport.data_calls import DataCalls
 from membank.client.transport.data_connection import Address, DataConnection, MisdirectedError
 from membank.client.transport.data_port import CONNECT_TIMEOUT_S, DataPort
@@ -83,8 +82,6 @@ class DirectCalls:
         What is known of the endpoint's port for data.
     """
 
-    # `_lock` guards `_counts`.
-
     def __init__(
         self, endpoint: str, config: ClientConfig, otherwise: DataCalls, data_port: DataPort
     ) -> None:
@@ -97,14 +94,12 @@ class DirectCalls:
         self._data_port = data_port
         self._paused_until = 0.0
         self._is_not_understood = False
-        self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()
+        self._counter = CallCounter()
 
     @property
     def stats(self) -> DirectStats:
         """What was counted."""
-        with self._lock:
-            counts = dict(self._counts)
+        counts = self._counter.counts()
         return DirectStats(
             num_fetches=counts.pop(_FETCH, 0),
             num_pushes=counts.pop(_PUSH, 0),
@@ -169,14 +164,10 @@ class DirectCalls:
         except _NoWayError as err:
             # Before it is counted: on the loop it is made, and counted, once more.
             require_loop()
-            self._count(str(err))
+            self._counter.count(str(err))
             return await otherwise(max(0.0, ends - time.monotonic()))
-        self._count(what)
+        self._counter.count(what)
         return answer
-
-    def _count(self, what: str) -> None:
-        with self._lock:
-            self._counts[what] += 1
 
     async def _pushed(self, work: Callable[[DataConnection], T], ends: float) -> T:
         while True:

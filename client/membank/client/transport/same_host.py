@@ -7,7 +7,6 @@ this process the gradients lie. Whatever keeps that from working is answered by 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from membank.client.transport.contract import (
     PushAnswer,
     SameHostDoor,
 )
+from membank.client.transport.counting import CallCounter
 from membank.client.transport.grpc_transport import GrpcTransport, grpc_connector
 from membank.client.transport.landing import Landing
 from membank.client.transport.layered_landing import tell_whole
@@ -57,20 +57,13 @@ class SameHostStats:
     ``other host``, ``not let in``, ``broken``."""
 
 
-class SameHostCounters:
+class SameHostCounters(CallCounter):
     """Counts for `SameHostStats`; for one client, whose transports share it."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-
-    def count(self, what: str) -> None:
-        """Count one call."""
-        self._counts[what] += 1
 
     @property
     def stats(self) -> SameHostStats:
         """The counts."""
-        counts = dict(self._counts)
+        counts = self.counts()
         return SameHostStats(
             num_fetches=counts.pop("fetch", 0),
             num_pushes=counts.pop("push", 0),
@@ -150,23 +143,13 @@ class SameHostTransport(GrpcTransport):
             min_revision=min_revision,
             snapshot=snapshot,
         )
-
         landing = Landing(self._pool, into)
 
         def through(connection: SameHostConnection, left_s: float) -> FetchAnswer:
             return connection.fetch(request, refs, landing, timeout_s=left_s)
 
         def over(left_s: float) -> Awaitable[FetchAnswer]:
-            return GrpcTransport.fetch(
-                self,
-                refs,
-                held_versions=held_versions,
-                dtype=dtype,
-                min_revision=min_revision,
-                snapshot=snapshot,
-                into=into,
-                timeout_s=left_s,
-            )
+            return self._calls.fetch(request, refs, landing, timeout_s=left_s)
 
         return await self._call("fetch", through, over, timeout_s)
 
