@@ -467,6 +467,299 @@ class SwapBlocksResponse(google.protobuf.message.Message):
 Global___SwapBlocksResponse: typing_extensions.TypeAlias = SwapBlocksResponse
 
 @typing.final
+class SwapStep(google.protobuf.message.Message):
+    """Replaces the content of one block; its optimizer state starts afresh. A deleted block is created
+    anew.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REF_FIELD_NUMBER: builtins.int
+    EXPECTED_VERSION_PLUS_ONE_FIELD_NUMBER: builtins.int
+    DTYPE_FIELD_NUMBER: builtins.int
+    NUM_BYTES_FIELD_NUMBER: builtins.int
+    CRC32C_FIELD_NUMBER: builtins.int
+    expected_version_plus_one: builtins.int
+    """Version the caller expects plus 1; 0 = any."""
+    dtype: membank.v1.types_pb2.DataType.ValueType
+    """Element type of the payload."""
+    num_bytes: builtins.int
+    """Payload size in bytes."""
+    crc32c: builtins.int
+    """CRC-32C of the payload."""
+    @property
+    def ref(self) -> membank.v1.types_pb2.BlockRef:
+        """The block."""
+
+    def __init__(
+        self,
+        *,
+        ref: membank.v1.types_pb2.BlockRef | None = ...,
+        expected_version_plus_one: builtins.int = ...,
+        dtype: membank.v1.types_pb2.DataType.ValueType = ...,
+        num_bytes: builtins.int = ...,
+        crc32c: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["ref", b"ref"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["crc32c", b"crc32c", "dtype", b"dtype", "expected_version_plus_one", b"expected_version_plus_one", "num_bytes", b"num_bytes", "ref", b"ref"]) -> None: ...
+
+Global___SwapStep: typing_extensions.TypeAlias = SwapStep
+
+@typing.final
+class CombineStep(google.protobuf.message.Message):
+    """Computes new content of one block from what it holds and from another block: keep * own + add *
+    other, in float32, rounded once to the bank's element type. (0, 1) copies, (1 - a, a) blends, (s, 0)
+    scales, (0, 0) zeroes. Optimizer states start afresh.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REF_FIELD_NUMBER: builtins.int
+    EXPECTED_VERSION_PLUS_ONE_FIELD_NUMBER: builtins.int
+    KEEP_FIELD_NUMBER: builtins.int
+    OTHER_FIELD_NUMBER: builtins.int
+    ADD_FIELD_NUMBER: builtins.int
+    EXPECTED_OTHER_VERSION_PLUS_ONE_FIELD_NUMBER: builtins.int
+    expected_version_plus_one: builtins.int
+    """Version the caller expects plus 1; 0 = any."""
+    keep: builtins.float
+    """Factor of the block's own content."""
+    add: builtins.float
+    """Factor of the other block's content."""
+    expected_other_version_plus_one: builtins.int
+    """Version of the other block that the caller expects plus 1; 0 = any."""
+    @property
+    def ref(self) -> membank.v1.types_pb2.BlockRef:
+        """The block."""
+
+    @property
+    def other(self) -> membank.v1.types_pb2.BlockRef:
+        """The other block, of the same shape; unset = none."""
+
+    def __init__(
+        self,
+        *,
+        ref: membank.v1.types_pb2.BlockRef | None = ...,
+        expected_version_plus_one: builtins.int = ...,
+        keep: builtins.float = ...,
+        other: membank.v1.types_pb2.BlockRef | None = ...,
+        add: builtins.float = ...,
+        expected_other_version_plus_one: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["other", b"other", "ref", b"ref"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["add", b"add", "expected_other_version_plus_one", b"expected_other_version_plus_one", "expected_version_plus_one", b"expected_version_plus_one", "keep", b"keep", "other", b"other", "ref", b"ref"]) -> None: ...
+
+Global___CombineStep: typing_extensions.TypeAlias = CombineStep
+
+@typing.final
+class TopicStep(google.protobuf.message.Message):
+    """Applies to a topic and everything under it, or to its own block alone."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOPIC_FIELD_NUMBER: builtins.int
+    ONLY_BLOCK_FIELD_NUMBER: builtins.int
+    only_block: builtins.bool
+    """True leaves what lies under it as it is."""
+    @property
+    def topic(self) -> membank.v1.types_pb2.BlockRef:
+        """The topic."""
+
+    def __init__(
+        self,
+        *,
+        topic: membank.v1.types_pb2.BlockRef | None = ...,
+        only_block: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["topic", b"topic"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["only_block", b"only_block", "topic", b"topic"]) -> None: ...
+
+Global___TopicStep: typing_extensions.TypeAlias = TopicStep
+
+@typing.final
+class PlaceStep(google.protobuf.message.Message):
+    """Changes what the tree says of one topic, so that texts find it, or do not. Its block must not be
+    deleted once all steps are applied, unless the centroid is removed.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    class _CentroidChange:
+        ValueType = typing.NewType("ValueType", builtins.int)
+        V: typing_extensions.TypeAlias = ValueType
+
+    class _CentroidChangeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[PlaceStep._CentroidChange.ValueType], builtins.type):
+        DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+        CENTROID_CHANGE_UNSPECIFIED: PlaceStep._CentroidChange.ValueType  # 0
+        """Left as it is."""
+        CENTROID_CHANGE_SET: PlaceStep._CentroidChange.ValueType  # 1
+        """Replaced by `centroid`."""
+        CENTROID_CHANGE_REMOVE: PlaceStep._CentroidChange.ValueType  # 2
+        """Removed: texts of the topic go to its neighbours from then on."""
+
+    class CentroidChange(_CentroidChange, metaclass=_CentroidChangeEnumTypeWrapper):
+        """What is to become of the centroid."""
+
+    CENTROID_CHANGE_UNSPECIFIED: PlaceStep.CentroidChange.ValueType  # 0
+    """Left as it is."""
+    CENTROID_CHANGE_SET: PlaceStep.CentroidChange.ValueType  # 1
+    """Replaced by `centroid`."""
+    CENTROID_CHANGE_REMOVE: PlaceStep.CentroidChange.ValueType  # 2
+    """Removed: texts of the topic go to its neighbours from then on."""
+
+    TOPIC_FIELD_NUMBER: builtins.int
+    LABEL_FIELD_NUMBER: builtins.int
+    NUM_DOCUMENTS_FIELD_NUMBER: builtins.int
+    CENTROID_CHANGE_FIELD_NUMBER: builtins.int
+    CENTROID_FIELD_NUMBER: builtins.int
+    label: builtins.str
+    """Its label; unset = left as it is, "" = none."""
+    num_documents: builtins.int
+    """Documents of the training corpus in it; unset = left as it is."""
+    centroid_change: Global___PlaceStep.CentroidChange.ValueType
+    """What becomes of the centroid."""
+    @property
+    def topic(self) -> membank.v1.types_pb2.BlockRef:
+        """The topic."""
+
+    @property
+    def centroid(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Its centroid, as many numbers as the level's others have."""
+
+    def __init__(
+        self,
+        *,
+        topic: membank.v1.types_pb2.BlockRef | None = ...,
+        label: builtins.str | None = ...,
+        num_documents: builtins.int | None = ...,
+        centroid_change: Global___PlaceStep.CentroidChange.ValueType = ...,
+        centroid: collections.abc.Iterable[builtins.float] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_label", b"_label", "_num_documents", b"_num_documents", "label", b"label", "num_documents", b"num_documents", "topic", b"topic"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_label", b"_label", "_num_documents", b"_num_documents", "centroid", b"centroid", "centroid_change", b"centroid_change", "label", b"label", "num_documents", b"num_documents", "topic", b"topic"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_label", b"_label"]) -> typing.Literal["label"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_num_documents", b"_num_documents"]) -> typing.Literal["num_documents"] | None: ...
+
+Global___PlaceStep: typing_extensions.TypeAlias = PlaceStep
+
+@typing.final
+class TransactionStep(google.protobuf.message.Message):
+    """One step of a transaction."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SWAP_FIELD_NUMBER: builtins.int
+    COMBINE_FIELD_NUMBER: builtins.int
+    WITHHOLD_FIELD_NUMBER: builtins.int
+    RESTORE_FIELD_NUMBER: builtins.int
+    DELETE_FIELD_NUMBER: builtins.int
+    PLACE_FIELD_NUMBER: builtins.int
+    @property
+    def swap(self) -> Global___SwapStep:
+        """Replaces content."""
+
+    @property
+    def combine(self) -> Global___CombineStep:
+        """Computes content."""
+
+    @property
+    def withhold(self) -> Global___TopicStep:
+        """Hides from fetches and updates."""
+
+    @property
+    def restore(self) -> Global___TopicStep:
+        """Ends the withholding."""
+
+    @property
+    def delete(self) -> Global___TopicStep:
+        """Destroys."""
+
+    @property
+    def place(self) -> Global___PlaceStep:
+        """Changes the tree."""
+
+    def __init__(
+        self,
+        *,
+        swap: Global___SwapStep | None = ...,
+        combine: Global___CombineStep | None = ...,
+        withhold: Global___TopicStep | None = ...,
+        restore: Global___TopicStep | None = ...,
+        delete: Global___TopicStep | None = ...,
+        place: Global___PlaceStep | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["combine", b"combine", "delete", b"delete", "place", b"place", "restore", b"restore", "step", b"step", "swap", b"swap", "withhold", b"withhold"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["combine", b"combine", "delete", b"delete", "place", b"place", "restore", b"restore", "step", b"step", "swap", b"swap", "withhold", b"withhold"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["step", b"step"]) -> typing.Literal["swap", "combine", "withhold", "restore", "delete", "place"] | None: ...
+
+Global___TransactionStep: typing_extensions.TypeAlias = TransactionStep
+
+@typing.final
+class ApplyTransactionRequest(google.protobuf.message.Message):
+    """First message: everything but data. Following messages: data only."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BANK_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    STEPS_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
+    DATA_FIELD_NUMBER: builtins.int
+    bank: builtins.str
+    """Name of the bank; empty = the one that is served."""
+    request_id: builtins.str
+    """Unique id of the request."""
+    dry_run: builtins.bool
+    """True only reports what would change."""
+    data: builtins.bytes
+    """The next payload bytes, at most 1 MiB."""
+    @property
+    def steps(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TransactionStep]:
+        """The steps; no block is named by two of them, `place` aside. Payloads of the swaps follow in the
+        same order.
+        """
+
+    def __init__(
+        self,
+        *,
+        bank: builtins.str = ...,
+        request_id: builtins.str = ...,
+        steps: collections.abc.Iterable[Global___TransactionStep] | None = ...,
+        dry_run: builtins.bool = ...,
+        data: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bank", b"bank", "data", b"data", "dry_run", b"dry_run", "request_id", b"request_id", "steps", b"steps"]) -> None: ...
+
+Global___ApplyTransactionRequest: typing_extensions.TypeAlias = ApplyTransactionRequest
+
+@typing.final
+class ApplyTransactionResponse(google.protobuf.message.Message):
+    """The answer to a transaction."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REPORT_FIELD_NUMBER: builtins.int
+    RECEIPT_FIELD_NUMBER: builtins.int
+    receipt: builtins.bytes
+    """Signed receipt of what it deleted (JSON; docs/format.md); empty where it deleted nothing."""
+    @property
+    def report(self) -> Global___TransactionReport:
+        """What was done."""
+
+    def __init__(
+        self,
+        *,
+        report: Global___TransactionReport | None = ...,
+        receipt: builtins.bytes = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["report", b"report"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["receipt", b"receipt", "report", b"report"]) -> None: ...
+
+Global___ApplyTransactionResponse: typing_extensions.TypeAlias = ApplyTransactionResponse
+
+@typing.final
 class WithholdTopicRequest(google.protobuf.message.Message):
     """Withholds a topic."""
 
@@ -614,6 +907,9 @@ class DeleteTopicResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     REPORT_FIELD_NUMBER: builtins.int
+    RECEIPT_FIELD_NUMBER: builtins.int
+    receipt: builtins.bytes
+    """Signed receipt (JSON; docs/format.md); empty for a dry run."""
     @property
     def report(self) -> Global___TransactionReport:
         """What was done."""
@@ -622,9 +918,10 @@ class DeleteTopicResponse(google.protobuf.message.Message):
         self,
         *,
         report: Global___TransactionReport | None = ...,
+        receipt: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["report", b"report"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["report", b"report"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["receipt", b"receipt", "report", b"report"]) -> None: ...
 
 Global___DeleteTopicResponse: typing_extensions.TypeAlias = DeleteTopicResponse
 
@@ -637,10 +934,19 @@ class ExportTopicRequest(google.protobuf.message.Message):
     BANK_FIELD_NUMBER: builtins.int
     TOPIC_FIELD_NUMBER: builtins.int
     WEIGHTS_ONLY_FIELD_NUMBER: builtins.int
+    SINCE_REVISION_PLUS_ONE_FIELD_NUMBER: builtins.int
+    SINCE_SNAPSHOT_FIELD_NUMBER: builtins.int
+    STORE_AS_FIELD_NUMBER: builtins.int
     bank: builtins.str
     """Name of the bank; empty = the one that is served."""
     weights_only: builtins.bool
     """True leaves the optimizer state out."""
+    since_revision_plus_one: builtins.int
+    """Only blocks that differ from the end of this revision, plus 1; 0 = all."""
+    since_snapshot: builtins.str
+    """Only blocks that differ from this snapshot; empty = all."""
+    store_as: builtins.str
+    """Keep the pack under this name in the bank's own store, instead of sending it."""
     @property
     def topic(self) -> membank.v1.types_pb2.BlockRef:
         """The topic."""
@@ -651,9 +957,12 @@ class ExportTopicRequest(google.protobuf.message.Message):
         bank: builtins.str = ...,
         topic: membank.v1.types_pb2.BlockRef | None = ...,
         weights_only: builtins.bool = ...,
+        since_revision_plus_one: builtins.int = ...,
+        since_snapshot: builtins.str = ...,
+        store_as: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["topic", b"topic"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bank", b"bank", "topic", b"topic", "weights_only", b"weights_only"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bank", b"bank", "since_revision_plus_one", b"since_revision_plus_one", "since_snapshot", b"since_snapshot", "store_as", b"store_as", "topic", b"topic", "weights_only", b"weights_only"]) -> None: ...
 
 Global___ExportTopicRequest: typing_extensions.TypeAlias = ExportTopicRequest
 
@@ -674,7 +983,7 @@ class ExportTopicResponse(google.protobuf.message.Message):
     revision: builtins.int
     """Revision the pack was read at; set in the first message only."""
     data: builtins.bytes
-    """The next bytes, at most 1 MiB."""
+    """The next bytes, at most 1 MiB; none where the pack stays in the bank's own store."""
     def __init__(
         self,
         *,
@@ -699,6 +1008,8 @@ class ImportTopicRequest(google.protobuf.message.Message):
     CRC32C_FIELD_NUMBER: builtins.int
     DRY_RUN_FIELD_NUMBER: builtins.int
     DATA_FIELD_NUMBER: builtins.int
+    TOPIC_FIELD_NUMBER: builtins.int
+    STORED_FIELD_NUMBER: builtins.int
     bank: builtins.str
     """Name of the bank; empty = the one that is served."""
     request_id: builtins.str
@@ -711,6 +1022,12 @@ class ImportTopicRequest(google.protobuf.message.Message):
     """True only reports what would change."""
     data: builtins.bytes
     """The next bytes, at most 1 MiB."""
+    stored: builtins.str
+    """Take the pack of this name from the bank's own store; no data follows then."""
+    @property
+    def topic(self) -> membank.v1.types_pb2.BlockRef:
+        """Topic to install it under, of the same level and shape; unset = the one it was exported from."""
+
     def __init__(
         self,
         *,
@@ -720,8 +1037,11 @@ class ImportTopicRequest(google.protobuf.message.Message):
         crc32c: builtins.int = ...,
         dry_run: builtins.bool = ...,
         data: builtins.bytes = ...,
+        topic: membank.v1.types_pb2.BlockRef | None = ...,
+        stored: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bank", b"bank", "crc32c", b"crc32c", "data", b"data", "dry_run", b"dry_run", "num_bytes", b"num_bytes", "request_id", b"request_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["topic", b"topic"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["bank", b"bank", "crc32c", b"crc32c", "data", b"data", "dry_run", b"dry_run", "num_bytes", b"num_bytes", "request_id", b"request_id", "stored", b"stored", "topic", b"topic"]) -> None: ...
 
 Global___ImportTopicRequest: typing_extensions.TypeAlias = ImportTopicRequest
 
@@ -751,6 +1071,124 @@ class ImportTopicResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["report", b"report", "topic", b"topic"]) -> None: ...
 
 Global___ImportTopicResponse: typing_extensions.TypeAlias = ImportTopicResponse
+
+@typing.final
+class ListPacksRequest(google.protobuf.message.Message):
+    """Asks for the packs in the bank's own store."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BANK_FIELD_NUMBER: builtins.int
+    bank: builtins.str
+    """Name of the bank; empty = the one that is served."""
+    def __init__(
+        self,
+        *,
+        bank: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bank", b"bank"]) -> None: ...
+
+Global___ListPacksRequest: typing_extensions.TypeAlias = ListPacksRequest
+
+@typing.final
+class StoredPack(google.protobuf.message.Message):
+    """A pack in the bank's own store."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    TOPIC_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
+    NUM_BYTES_FIELD_NUMBER: builtins.int
+    CREATE_TIME_S_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Its name."""
+    revision: builtins.int
+    """Revision it was read at."""
+    num_bytes: builtins.int
+    """Size in bytes."""
+    create_time_s: builtins.float
+    """Seconds since 1970-01-01 UTC."""
+    @property
+    def topic(self) -> membank.v1.types_pb2.BlockRef:
+        """The topic."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        topic: membank.v1.types_pb2.BlockRef | None = ...,
+        revision: builtins.int = ...,
+        num_bytes: builtins.int = ...,
+        create_time_s: builtins.float = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["topic", b"topic"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["create_time_s", b"create_time_s", "name", b"name", "num_bytes", b"num_bytes", "revision", b"revision", "topic", b"topic"]) -> None: ...
+
+Global___StoredPack: typing_extensions.TypeAlias = StoredPack
+
+@typing.final
+class ListPacksResponse(google.protobuf.message.Message):
+    """The packs, by name."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PACKS_FIELD_NUMBER: builtins.int
+    @property
+    def packs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___StoredPack]:
+        """The packs."""
+
+    def __init__(
+        self,
+        *,
+        packs: collections.abc.Iterable[Global___StoredPack] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["packs", b"packs"]) -> None: ...
+
+Global___ListPacksResponse: typing_extensions.TypeAlias = ListPacksResponse
+
+@typing.final
+class DeletePackRequest(google.protobuf.message.Message):
+    """Destroys a pack in the bank's own store."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BANK_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    bank: builtins.str
+    """Name of the bank; empty = the one that is served."""
+    name: builtins.str
+    """Its name."""
+    def __init__(
+        self,
+        *,
+        bank: builtins.str = ...,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bank", b"bank", "name", b"name"]) -> None: ...
+
+Global___DeletePackRequest: typing_extensions.TypeAlias = DeletePackRequest
+
+@typing.final
+class DeletePackResponse(google.protobuf.message.Message):
+    """The pack that was destroyed."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PACK_FIELD_NUMBER: builtins.int
+    @property
+    def pack(self) -> Global___StoredPack:
+        """The pack."""
+
+    def __init__(
+        self,
+        *,
+        pack: Global___StoredPack | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["pack", b"pack"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["pack", b"pack"]) -> None: ...
+
+Global___DeletePackResponse: typing_extensions.TypeAlias = DeletePackResponse
 
 @typing.final
 class CreateSnapshotRequest(google.protobuf.message.Message):
@@ -1275,3 +1713,43 @@ class ListAuditRecordsResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["records", b"records"]) -> None: ...
 
 Global___ListAuditRecordsResponse: typing_extensions.TypeAlias = ListAuditRecordsResponse
+
+@typing.final
+class GetReceiptRequest(google.protobuf.message.Message):
+    """Asks for the receipt of a deletion."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BANK_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
+    bank: builtins.str
+    """Name of the bank; empty = the one that is served."""
+    revision: builtins.int
+    """Revision of the deletion."""
+    def __init__(
+        self,
+        *,
+        bank: builtins.str = ...,
+        revision: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bank", b"bank", "revision", b"revision"]) -> None: ...
+
+Global___GetReceiptRequest: typing_extensions.TypeAlias = GetReceiptRequest
+
+@typing.final
+class GetReceiptResponse(google.protobuf.message.Message):
+    """The receipt."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RECEIPT_FIELD_NUMBER: builtins.int
+    receipt: builtins.bytes
+    """Signed receipt (JSON; docs/format.md)."""
+    def __init__(
+        self,
+        *,
+        receipt: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["receipt", b"receipt"]) -> None: ...
+
+Global___GetReceiptResponse: typing_extensions.TypeAlias = GetReceiptResponse

@@ -57,6 +57,11 @@ class AdminServiceStub(object):
                 request_serializer=membank_dot_v1_dot_admin__service__pb2.SwapBlocksRequest.SerializeToString,
                 response_deserializer=membank_dot_v1_dot_admin__service__pb2.SwapBlocksResponse.FromString,
                 _registered_method=True)
+        self.ApplyTransaction = channel.stream_unary(
+                '/membank.v1.AdminService/ApplyTransaction',
+                request_serializer=membank_dot_v1_dot_admin__service__pb2.ApplyTransactionRequest.SerializeToString,
+                response_deserializer=membank_dot_v1_dot_admin__service__pb2.ApplyTransactionResponse.FromString,
+                _registered_method=True)
         self.WithholdTopic = channel.unary_unary(
                 '/membank.v1.AdminService/WithholdTopic',
                 request_serializer=membank_dot_v1_dot_admin__service__pb2.WithholdTopicRequest.SerializeToString,
@@ -81,6 +86,16 @@ class AdminServiceStub(object):
                 '/membank.v1.AdminService/ImportTopic',
                 request_serializer=membank_dot_v1_dot_admin__service__pb2.ImportTopicRequest.SerializeToString,
                 response_deserializer=membank_dot_v1_dot_admin__service__pb2.ImportTopicResponse.FromString,
+                _registered_method=True)
+        self.ListPacks = channel.unary_unary(
+                '/membank.v1.AdminService/ListPacks',
+                request_serializer=membank_dot_v1_dot_admin__service__pb2.ListPacksRequest.SerializeToString,
+                response_deserializer=membank_dot_v1_dot_admin__service__pb2.ListPacksResponse.FromString,
+                _registered_method=True)
+        self.DeletePack = channel.unary_unary(
+                '/membank.v1.AdminService/DeletePack',
+                request_serializer=membank_dot_v1_dot_admin__service__pb2.DeletePackRequest.SerializeToString,
+                response_deserializer=membank_dot_v1_dot_admin__service__pb2.DeletePackResponse.FromString,
                 _registered_method=True)
         self.CreateSnapshot = channel.unary_unary(
                 '/membank.v1.AdminService/CreateSnapshot',
@@ -116,6 +131,11 @@ class AdminServiceStub(object):
                 '/membank.v1.AdminService/ListAuditRecords',
                 request_serializer=membank_dot_v1_dot_admin__service__pb2.ListAuditRecordsRequest.SerializeToString,
                 response_deserializer=membank_dot_v1_dot_admin__service__pb2.ListAuditRecordsResponse.FromString,
+                _registered_method=True)
+        self.GetReceipt = channel.unary_unary(
+                '/membank.v1.AdminService/GetReceipt',
+                request_serializer=membank_dot_v1_dot_admin__service__pb2.GetReceiptRequest.SerializeToString,
+                response_deserializer=membank_dot_v1_dot_admin__service__pb2.GetReceiptResponse.FromString,
                 _registered_method=True)
 
 
@@ -153,6 +173,13 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ApplyTransaction(self, request_iterator, context):
+        """Applies any number of steps (swap, combine, withhold, restore, delete, place) as one transaction.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WithholdTopic(self, request, context):
         """Hides a topic from fetches and updates, reversibly.
         """
@@ -183,6 +210,20 @@ class AdminServiceServicer(object):
 
     def ImportTopic(self, request_iterator, context):
         """Installs a pack.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPacks(self, request, context):
+        """Lists the packs in the bank's own store.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeletePack(self, request, context):
+        """Destroys a pack in the bank's own store.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -240,6 +281,13 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetReceipt(self, request, context):
+        """Returns the signed receipt of a deletion.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -262,6 +310,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.SwapBlocks,
                     request_deserializer=membank_dot_v1_dot_admin__service__pb2.SwapBlocksRequest.FromString,
                     response_serializer=membank_dot_v1_dot_admin__service__pb2.SwapBlocksResponse.SerializeToString,
+            ),
+            'ApplyTransaction': grpc.stream_unary_rpc_method_handler(
+                    servicer.ApplyTransaction,
+                    request_deserializer=membank_dot_v1_dot_admin__service__pb2.ApplyTransactionRequest.FromString,
+                    response_serializer=membank_dot_v1_dot_admin__service__pb2.ApplyTransactionResponse.SerializeToString,
             ),
             'WithholdTopic': grpc.unary_unary_rpc_method_handler(
                     servicer.WithholdTopic,
@@ -287,6 +340,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ImportTopic,
                     request_deserializer=membank_dot_v1_dot_admin__service__pb2.ImportTopicRequest.FromString,
                     response_serializer=membank_dot_v1_dot_admin__service__pb2.ImportTopicResponse.SerializeToString,
+            ),
+            'ListPacks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPacks,
+                    request_deserializer=membank_dot_v1_dot_admin__service__pb2.ListPacksRequest.FromString,
+                    response_serializer=membank_dot_v1_dot_admin__service__pb2.ListPacksResponse.SerializeToString,
+            ),
+            'DeletePack': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeletePack,
+                    request_deserializer=membank_dot_v1_dot_admin__service__pb2.DeletePackRequest.FromString,
+                    response_serializer=membank_dot_v1_dot_admin__service__pb2.DeletePackResponse.SerializeToString,
             ),
             'CreateSnapshot': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateSnapshot,
@@ -322,6 +385,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ListAuditRecords,
                     request_deserializer=membank_dot_v1_dot_admin__service__pb2.ListAuditRecordsRequest.FromString,
                     response_serializer=membank_dot_v1_dot_admin__service__pb2.ListAuditRecordsResponse.SerializeToString,
+            ),
+            'GetReceipt': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetReceipt,
+                    request_deserializer=membank_dot_v1_dot_admin__service__pb2.GetReceiptRequest.FromString,
+                    response_serializer=membank_dot_v1_dot_admin__service__pb2.GetReceiptResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -435,6 +503,33 @@ class AdminService(object):
             '/membank.v1.AdminService/SwapBlocks',
             membank_dot_v1_dot_admin__service__pb2.SwapBlocksRequest.SerializeToString,
             membank_dot_v1_dot_admin__service__pb2.SwapBlocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ApplyTransaction(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/membank.v1.AdminService/ApplyTransaction',
+            membank_dot_v1_dot_admin__service__pb2.ApplyTransactionRequest.SerializeToString,
+            membank_dot_v1_dot_admin__service__pb2.ApplyTransactionResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -570,6 +665,60 @@ class AdminService(object):
             '/membank.v1.AdminService/ImportTopic',
             membank_dot_v1_dot_admin__service__pb2.ImportTopicRequest.SerializeToString,
             membank_dot_v1_dot_admin__service__pb2.ImportTopicResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPacks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/membank.v1.AdminService/ListPacks',
+            membank_dot_v1_dot_admin__service__pb2.ListPacksRequest.SerializeToString,
+            membank_dot_v1_dot_admin__service__pb2.ListPacksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeletePack(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/membank.v1.AdminService/DeletePack',
+            membank_dot_v1_dot_admin__service__pb2.DeletePackRequest.SerializeToString,
+            membank_dot_v1_dot_admin__service__pb2.DeletePackResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -759,6 +908,33 @@ class AdminService(object):
             '/membank.v1.AdminService/ListAuditRecords',
             membank_dot_v1_dot_admin__service__pb2.ListAuditRecordsRequest.SerializeToString,
             membank_dot_v1_dot_admin__service__pb2.ListAuditRecordsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetReceipt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/membank.v1.AdminService/GetReceipt',
+            membank_dot_v1_dot_admin__service__pb2.GetReceiptRequest.SerializeToString,
+            membank_dot_v1_dot_admin__service__pb2.GetReceiptResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -89,6 +89,22 @@ _AdminServiceSwapBlocksType = typing_extensions.TypeVar(
     ],
 )
 
+_AdminServiceApplyTransactionType = typing_extensions.TypeVar(
+    '_AdminServiceApplyTransactionType',
+    grpc.StreamUnaryMultiCallable[
+        membank.v1.admin_service_pb2.ApplyTransactionRequest,
+        membank.v1.admin_service_pb2.ApplyTransactionResponse,
+    ],
+    grpc.aio.StreamUnaryMultiCallable[
+        membank.v1.admin_service_pb2.ApplyTransactionRequest,
+        membank.v1.admin_service_pb2.ApplyTransactionResponse,
+    ],
+    default=grpc.StreamUnaryMultiCallable[
+        membank.v1.admin_service_pb2.ApplyTransactionRequest,
+        membank.v1.admin_service_pb2.ApplyTransactionResponse,
+    ],
+)
+
 _AdminServiceWithholdTopicType = typing_extensions.TypeVar(
     '_AdminServiceWithholdTopicType',
     grpc.UnaryUnaryMultiCallable[
@@ -166,6 +182,38 @@ _AdminServiceImportTopicType = typing_extensions.TypeVar(
     default=grpc.StreamUnaryMultiCallable[
         membank.v1.admin_service_pb2.ImportTopicRequest,
         membank.v1.admin_service_pb2.ImportTopicResponse,
+    ],
+)
+
+_AdminServiceListPacksType = typing_extensions.TypeVar(
+    '_AdminServiceListPacksType',
+    grpc.UnaryUnaryMultiCallable[
+        membank.v1.admin_service_pb2.ListPacksRequest,
+        membank.v1.admin_service_pb2.ListPacksResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        membank.v1.admin_service_pb2.ListPacksRequest,
+        membank.v1.admin_service_pb2.ListPacksResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        membank.v1.admin_service_pb2.ListPacksRequest,
+        membank.v1.admin_service_pb2.ListPacksResponse,
+    ],
+)
+
+_AdminServiceDeletePackType = typing_extensions.TypeVar(
+    '_AdminServiceDeletePackType',
+    grpc.UnaryUnaryMultiCallable[
+        membank.v1.admin_service_pb2.DeletePackRequest,
+        membank.v1.admin_service_pb2.DeletePackResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        membank.v1.admin_service_pb2.DeletePackRequest,
+        membank.v1.admin_service_pb2.DeletePackResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        membank.v1.admin_service_pb2.DeletePackRequest,
+        membank.v1.admin_service_pb2.DeletePackResponse,
     ],
 )
 
@@ -281,7 +329,23 @@ _AdminServiceListAuditRecordsType = typing_extensions.TypeVar(
     ],
 )
 
-class AdminServiceStub(typing.Generic[_AdminServiceCreateBankType, _AdminServiceListTopicsType, _AdminServiceDescribeBlocksType, _AdminServiceSwapBlocksType, _AdminServiceWithholdTopicType, _AdminServiceRestoreTopicType, _AdminServiceDeleteTopicType, _AdminServiceExportTopicType, _AdminServiceImportTopicType, _AdminServiceCreateSnapshotType, _AdminServiceListSnapshotsType, _AdminServiceDeleteSnapshotType, _AdminServiceRollbackType, _AdminServiceCollectGarbageType, _AdminServiceGetStatsType, _AdminServiceListAuditRecordsType]):
+_AdminServiceGetReceiptType = typing_extensions.TypeVar(
+    '_AdminServiceGetReceiptType',
+    grpc.UnaryUnaryMultiCallable[
+        membank.v1.admin_service_pb2.GetReceiptRequest,
+        membank.v1.admin_service_pb2.GetReceiptResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        membank.v1.admin_service_pb2.GetReceiptRequest,
+        membank.v1.admin_service_pb2.GetReceiptResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        membank.v1.admin_service_pb2.GetReceiptRequest,
+        membank.v1.admin_service_pb2.GetReceiptResponse,
+    ],
+)
+
+class AdminServiceStub(typing.Generic[_AdminServiceCreateBankType, _AdminServiceListTopicsType, _AdminServiceDescribeBlocksType, _AdminServiceSwapBlocksType, _AdminServiceApplyTransactionType, _AdminServiceWithholdTopicType, _AdminServiceRestoreTopicType, _AdminServiceDeleteTopicType, _AdminServiceExportTopicType, _AdminServiceImportTopicType, _AdminServiceListPacksType, _AdminServiceDeletePackType, _AdminServiceCreateSnapshotType, _AdminServiceListSnapshotsType, _AdminServiceDeleteSnapshotType, _AdminServiceRollbackType, _AdminServiceCollectGarbageType, _AdminServiceGetStatsType, _AdminServiceListAuditRecordsType, _AdminServiceGetReceiptType]):
     """Changes and describes a bank. Every change is one transaction: it takes effect on all shards at
     one revision or not at all, carries a request id (a retry returns the first answer) and is
     written to the audit log with the name of the caller.
@@ -305,6 +369,10 @@ class AdminServiceStub(typing.Generic[_AdminServiceCreateBankType, _AdminService
             membank.v1.admin_service_pb2.SwapBlocksRequest,
             membank.v1.admin_service_pb2.SwapBlocksResponse,
         ],
+        grpc.StreamUnaryMultiCallable[
+            membank.v1.admin_service_pb2.ApplyTransactionRequest,
+            membank.v1.admin_service_pb2.ApplyTransactionResponse,
+        ],
         grpc.UnaryUnaryMultiCallable[
             membank.v1.admin_service_pb2.WithholdTopicRequest,
             membank.v1.admin_service_pb2.WithholdTopicResponse,
@@ -324,6 +392,14 @@ class AdminServiceStub(typing.Generic[_AdminServiceCreateBankType, _AdminService
         grpc.StreamUnaryMultiCallable[
             membank.v1.admin_service_pb2.ImportTopicRequest,
             membank.v1.admin_service_pb2.ImportTopicResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            membank.v1.admin_service_pb2.ListPacksRequest,
+            membank.v1.admin_service_pb2.ListPacksResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            membank.v1.admin_service_pb2.DeletePackRequest,
+            membank.v1.admin_service_pb2.DeletePackResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             membank.v1.admin_service_pb2.CreateSnapshotRequest,
@@ -353,6 +429,10 @@ class AdminServiceStub(typing.Generic[_AdminServiceCreateBankType, _AdminService
             membank.v1.admin_service_pb2.ListAuditRecordsRequest,
             membank.v1.admin_service_pb2.ListAuditRecordsResponse,
         ],
+        grpc.UnaryUnaryMultiCallable[
+            membank.v1.admin_service_pb2.GetReceiptRequest,
+            membank.v1.admin_service_pb2.GetReceiptResponse,
+        ],
     ], channel: grpc.Channel) -> None: ...
 
     @typing.overload
@@ -372,6 +452,10 @@ class AdminServiceStub(typing.Generic[_AdminServiceCreateBankType, _AdminService
         grpc.aio.StreamUnaryMultiCallable[
             membank.v1.admin_service_pb2.SwapBlocksRequest,
             membank.v1.admin_service_pb2.SwapBlocksResponse,
+        ],
+        grpc.aio.StreamUnaryMultiCallable[
+            membank.v1.admin_service_pb2.ApplyTransactionRequest,
+            membank.v1.admin_service_pb2.ApplyTransactionResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
             membank.v1.admin_service_pb2.WithholdTopicRequest,
@@ -394,6 +478,14 @@ class AdminServiceStub(typing.Generic[_AdminServiceCreateBankType, _AdminService
             membank.v1.admin_service_pb2.ImportTopicResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            membank.v1.admin_service_pb2.ListPacksRequest,
+            membank.v1.admin_service_pb2.ListPacksResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            membank.v1.admin_service_pb2.DeletePackRequest,
+            membank.v1.admin_service_pb2.DeletePackResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             membank.v1.admin_service_pb2.CreateSnapshotRequest,
             membank.v1.admin_service_pb2.CreateSnapshotResponse,
         ],
@@ -421,6 +513,10 @@ class AdminServiceStub(typing.Generic[_AdminServiceCreateBankType, _AdminService
             membank.v1.admin_service_pb2.ListAuditRecordsRequest,
             membank.v1.admin_service_pb2.ListAuditRecordsResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            membank.v1.admin_service_pb2.GetReceiptRequest,
+            membank.v1.admin_service_pb2.GetReceiptResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     CreateBank: _AdminServiceCreateBankType
@@ -434,6 +530,9 @@ class AdminServiceStub(typing.Generic[_AdminServiceCreateBankType, _AdminService
 
     SwapBlocks: _AdminServiceSwapBlocksType
     """Replaces the content of blocks."""
+
+    ApplyTransaction: _AdminServiceApplyTransactionType
+    """Applies any number of steps (swap, combine, withhold, restore, delete, place) as one transaction."""
 
     WithholdTopic: _AdminServiceWithholdTopicType
     """Hides a topic from fetches and updates, reversibly."""
@@ -449,6 +548,12 @@ class AdminServiceStub(typing.Generic[_AdminServiceCreateBankType, _AdminService
 
     ImportTopic: _AdminServiceImportTopicType
     """Installs a pack."""
+
+    ListPacks: _AdminServiceListPacksType
+    """Lists the packs in the bank's own store."""
+
+    DeletePack: _AdminServiceDeletePackType
+    """Destroys a pack in the bank's own store."""
 
     CreateSnapshot: _AdminServiceCreateSnapshotType
     """Pins the present state of the bank under a name."""
@@ -476,6 +581,9 @@ class AdminServiceStub(typing.Generic[_AdminServiceCreateBankType, _AdminService
     ListAuditRecords: _AdminServiceListAuditRecordsType
     """Returns the audit log."""
 
+    GetReceipt: _AdminServiceGetReceiptType
+    """Returns the signed receipt of a deletion."""
+
 AdminServiceAsyncStub: typing_extensions.TypeAlias = AdminServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         membank.v1.admin_service_pb2.CreateBankRequest,
@@ -492,6 +600,10 @@ AdminServiceAsyncStub: typing_extensions.TypeAlias = AdminServiceStub[
     grpc.aio.StreamUnaryMultiCallable[
         membank.v1.admin_service_pb2.SwapBlocksRequest,
         membank.v1.admin_service_pb2.SwapBlocksResponse,
+    ],
+    grpc.aio.StreamUnaryMultiCallable[
+        membank.v1.admin_service_pb2.ApplyTransactionRequest,
+        membank.v1.admin_service_pb2.ApplyTransactionResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         membank.v1.admin_service_pb2.WithholdTopicRequest,
@@ -512,6 +624,14 @@ AdminServiceAsyncStub: typing_extensions.TypeAlias = AdminServiceStub[
     grpc.aio.StreamUnaryMultiCallable[
         membank.v1.admin_service_pb2.ImportTopicRequest,
         membank.v1.admin_service_pb2.ImportTopicResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        membank.v1.admin_service_pb2.ListPacksRequest,
+        membank.v1.admin_service_pb2.ListPacksResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        membank.v1.admin_service_pb2.DeletePackRequest,
+        membank.v1.admin_service_pb2.DeletePackResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         membank.v1.admin_service_pb2.CreateSnapshotRequest,
@@ -540,6 +660,10 @@ AdminServiceAsyncStub: typing_extensions.TypeAlias = AdminServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         membank.v1.admin_service_pb2.ListAuditRecordsRequest,
         membank.v1.admin_service_pb2.ListAuditRecordsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        membank.v1.admin_service_pb2.GetReceiptRequest,
+        membank.v1.admin_service_pb2.GetReceiptResponse,
     ],
 ]
 
@@ -582,6 +706,14 @@ class AdminServiceServicer(metaclass=abc.ABCMeta):
         """Replaces the content of blocks."""
 
     @abc.abstractmethod
+    def ApplyTransaction(
+        self,
+        request_iterator: _MaybeAsyncIterator[membank.v1.admin_service_pb2.ApplyTransactionRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[membank.v1.admin_service_pb2.ApplyTransactionResponse, collections.abc.Awaitable[membank.v1.admin_service_pb2.ApplyTransactionResponse]]:
+        """Applies any number of steps (swap, combine, withhold, restore, delete, place) as one transaction."""
+
+    @abc.abstractmethod
     def WithholdTopic(
         self,
         request: membank.v1.admin_service_pb2.WithholdTopicRequest,
@@ -620,6 +752,22 @@ class AdminServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[membank.v1.admin_service_pb2.ImportTopicResponse, collections.abc.Awaitable[membank.v1.admin_service_pb2.ImportTopicResponse]]:
         """Installs a pack."""
+
+    @abc.abstractmethod
+    def ListPacks(
+        self,
+        request: membank.v1.admin_service_pb2.ListPacksRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[membank.v1.admin_service_pb2.ListPacksResponse, collections.abc.Awaitable[membank.v1.admin_service_pb2.ListPacksResponse]]:
+        """Lists the packs in the bank's own store."""
+
+    @abc.abstractmethod
+    def DeletePack(
+        self,
+        request: membank.v1.admin_service_pb2.DeletePackRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[membank.v1.admin_service_pb2.DeletePackResponse, collections.abc.Awaitable[membank.v1.admin_service_pb2.DeletePackResponse]]:
+        """Destroys a pack in the bank's own store."""
 
     @abc.abstractmethod
     def CreateSnapshot(
@@ -681,5 +829,13 @@ class AdminServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[membank.v1.admin_service_pb2.ListAuditRecordsResponse, collections.abc.Awaitable[membank.v1.admin_service_pb2.ListAuditRecordsResponse]]:
         """Returns the audit log."""
+
+    @abc.abstractmethod
+    def GetReceipt(
+        self,
+        request: membank.v1.admin_service_pb2.GetReceiptRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[membank.v1.admin_service_pb2.GetReceiptResponse, collections.abc.Awaitable[membank.v1.admin_service_pb2.GetReceiptResponse]]:
+        """Returns the signed receipt of a deletion."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
