@@ -44,7 +44,6 @@ from membank.bank_service.knowledge import (
     TreeStore,
 )
 from membank.bank_service.shard import Durability, Shard, ShardConfig
-from membank.bank_service.shard.contract import SetContent
 from membank.bank_service.store import Bank
 from membank.wire.format import FORMAT_VERSION, TreeDocument
 from membank.wire.format.layout import tree_key
@@ -58,6 +57,7 @@ from membank.wire.spec import (
     OptimizerKind,
     OptimizerSpec,
 )
+from membank.wire.steps import Delete, Swap, Withhold
 
 T = TypeVar("T")
 
@@ -143,10 +143,10 @@ def make_bank(fixture: Fixture, root: Path) -> dict[str, object]:
     operations.create_snapshot(_asked("snapshot"), SNAPSHOT)
     pinned = _blocks(shard)
     weight = _numbers(bank.spec, SWAPPED, "swap").astype(bank.spec.numpy_dtype)
-    operations.swap_blocks(_asked("swap"), [SetContent(ref=SWAPPED, weight=weight)])
+    operations.apply(_asked("swap"), [Swap(ref=SWAPPED, weight=weight)])
     _push(shard, [*TRAINED, HIDDEN], "second")
-    operations.withhold_topic(_asked("withhold"), HIDDEN)
-    operations.delete_topic(_asked("delete"), DELETED)
+    operations.apply(_asked("withhold"), [Withhold(topic=HIDDEN)])
+    operations.apply(_asked("delete"), [Delete(topic=DELETED)])
     _push(shard, TRAINED, "third")
     group.close()
     shard.close()

@@ -1,6 +1,7 @@
 """What every transport does, checked against the bank behind its back."""
 
 import io
+import json
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
@@ -27,14 +28,18 @@ from membank.wire.errors import (
     UnavailableError,
 )
 from membank.wire.records import (
+    Applied,
     Block,
+    CentroidChange,
     Garbage,
     GarbageKind,
     Gradient,
     TransactionReport,
+    TreeChange,
     Update,
 )
 from membank.wire.spec import Array, BlockRef, BlockState, dtype_of
+from membank.wire.steps import Combine, Delete, Place, Restore, Swap, Withhold
 
 TIMEOUT_S = 10.0
 TOPIC = BlockRef(1, 0)
@@ -298,7 +303,7 @@ class TransportSuite:
         async with aclosing(transport.watch([TOPIC], admin_only=True)) as answers:
             assert (await anext(answers)).events == ()
             shard.push(_update(Gradient(ref=TOPIC, base_version=0, values=_ones(TOPIC))))
-            bank.set_state("withhold", TOPIC, BlockState.WITHHELD, request_id="", dry_run=False)
+            bank.apply([Withhold(topic=TOPIC)], request_id="", dry_run=False)
             (event,) = (await anext(answers)).events
         assert (event.ref, event.version, event.state) == (TOPIC, 2, BlockState.WITHHELD)
 
@@ -323,9 +328,59 @@ class TransportSuite:
             await _swap(gateway, {TOPIC: _ones(TOPIC)}, {TOPIC: 1})
         assert bank.revision == 0
 
+    async def test_steps_of_all_kinds_are_one_transaction(
+        self, bank: FakeBank, gateway: Transport
+    ) -> None:
+        before = {ref: bank.held(ref).weight.copy() for ref in (LEAF, OTHER)}
+        steps = (
+            Swap(ref=BlockRef(1, 2), weight=5 * _ones(TOPIC)),
+            Combine(ref=BlockRef(1, 3), keep=0.0, other=OTHER, add=0.5, expected_other_version=0),
+            Withhold(topic=OTHER, only_block=True),
+            Delete(topic=LEAF),
+            Place(topic=TOPIC, label="", num_documents=0, centroid=np.array([0.5, 2.0])),
+            Place(topic=OTHER, remove_centroid=True),
+        )
+        dry = await gateway.apply(steps, request_id="t", dry_run=True, timeout_s=TIMEOUT_S)
+        assert (bank.revision, dry.report.dry_run, dry.receipt) == (0, True, b"")
+        done = await gateway.apply(steps, request_id="t", dry_run=False, timeout_s=TIMEOUT_S)
+        again = await gateway.apply(steps, request_id="t", dry_run=False, timeout_s=TIMEOUT_S)
+        assert again == done
+        assert (done.report.revision, bank.revision) == (1, 1)
+        assert replace(done.report, revision=0, dry_run=True) == dry.report
+        assert json.loads(done.receipt) == {"deleted": [str(LEAF)]}
+        assert done.report.tree_changes == (
+            TreeChange(
+                topic=TOPIC,
+                changes_label=True,
+                changes_num_documents=True,
+                centroid_change=CentroidChange.SET,
+            ),
+            TreeChange(topic=OTHER, centroid_change=CentroidChange.REMOVED),
+        )
+        np.testing.assert_array_equal(bank.held(BlockRef(1, 2)).weight, 5 * _ones(TOPIC))
+        np.testing.assert_array_equal(
+            bank.held(BlockRef(1, 3)).weight, 0.5 * before[OTHER].astype(np.float32)
+        )
+        states = [bank.held(ref).state for ref in (OTHER, BlockRef(2, 2), LEAF)]
+        assert states == [BlockState.WITHHELD, BlockState.ACTIVE, BlockState.DELETED]
+
+    @pytest.mark.parametrize(
+        "step",
+        [
+            Combine(ref=TOPIC, keep=0.3, expected_version=4),
+            Combine(ref=TOPIC, keep=0.3, other=OTHER, add=0.7, expected_other_version=4),
+        ],
+    )
+    async def test_combining_compares_versions(
+        self, bank: FakeBank, gateway: Transport, step: Combine
+    ) -> None:
+        with pytest.raises(ConflictError):
+            await gateway.apply([step], request_id="c", dry_run=False, timeout_s=TIMEOUT_S)
+        assert bank.revision == 0
+
     async def test_dry_runs_change_nothing(self, bank: FakeBank, gateway: Transport) -> None:
         for call in _state_changes(gateway, dry_run=True):
-            report = await call
+            report = (await call).report
             assert (report.dry_run, report.revision) == (True, 0)
             assert [change.ref for change in report.changes] == list(SPEC.subtree(TOPIC))
         assert bank.revision == 0
@@ -561,9 +616,12 @@ async def _swap(
     expected: Mapping[BlockRef, int],
     request_id: str = "swap-1",
 ) -> TransactionReport:
-    return await gateway.swap(
-        weights, expected=expected, request_id=request_id, dry_run=False, timeout_s=TIMEOUT_S
-    )
+    steps = [
+        Swap(ref=ref, weight=weight, expected_version=expected.get(ref))
+        for ref, weight in weights.items()
+    ]
+    applied = await gateway.apply(steps, request_id=request_id, dry_run=False, timeout_s=TIMEOUT_S)
+    return applied.report
 
 
 async def _rollback(
@@ -584,6 +642,6 @@ async def _rollback(
     )
 
 
-def _state_changes(gateway: Transport, *, dry_run: bool) -> Iterator[Awaitable[TransactionReport]]:
-    for change in (gateway.withhold, gateway.restore, gateway.delete):
-        yield change(TOPIC, request_id=str(change), dry_run=dry_run, timeout_s=TIMEOUT_S)
+def _state_changes(gateway: Transport, *, dry_run: bool) -> Iterator[Awaitable[Applied]]:
+    for step in (Withhold(topic=TOPIC), Restore(topic=TOPIC), Delete(topic=TOPIC)):
+        yield gateway.apply([step], request_id=step.kind, dry_run=dry_run, timeout_s=TIMEOUT_S)

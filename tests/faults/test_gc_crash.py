@@ -27,7 +27,6 @@ from membank.bank_service.knowledge import (
 )
 from membank.bank_service.shard import Shard, ShardConfig
 from membank.bank_service.shard.content import BlockRecord
-from membank.bank_service.shard.contract import SetContent
 from membank.bank_service.shard.partition_store import PartitionStore
 from membank.bank_service.store import Bank
 from membank.bank_service.store.arrays import SlotArrays
@@ -36,6 +35,7 @@ from membank.wire.errors import MembankError
 from membank.wire.format.layout import slot_key
 from membank.wire.records import GarbageKind, Snapshot
 from membank.wire.spec import BlockRef, Role
+from membank.wire.steps import Swap
 from storage_faults import Crash, FaultPlan, FaultyObjects, StorageFault
 from tiny_bank import State, UnsyncedObjects, create_bank, full_state, make_update, tiny_spec
 
@@ -122,7 +122,7 @@ def change(it: Opened, number: int) -> None:
     assert all(result.accepted for result in it.shard.push(update).results)
     it.shard.consolidate()
     weight = np.full(SPEC.block_shape(1), float(number), np.float32)
-    it.operations.swap_blocks(asked(f"s{number}"), [SetContent(ref=A, weight=weight)])
+    it.operations.apply(asked(f"s{number}"), [Swap(ref=A, weight=weight)])
 
 
 Ends = Mapping[int, Mapping[BlockRef, tuple[int, int, tuple[int, ...]]]]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
 from bank_machine_core import REFS, REMEMBERED, BankMachineCore, Doubt, Failure, request
 from bank_model import BankModel
+from bank_model_steps import applied
 from bank_rig import PROCESSES, Disturbance
 from membank.bank_service.knowledge import AdminRequest
-from membank.bank_service.shard.contract import SetContent
 from membank.wire.errors import MembankError, Reason
 from membank.wire.records import TransactionReport
-from membank.wire.spec import BlockRef, BlockState, Role
+from membank.wire.spec import BlockRef
+from membank.wire.steps import Combine, Delete, Place, Restore, Step, Swap, Withhold
 from storage_faults import StorageFault
 
 NAMES = ("red", "green", "blue")
@@ -34,73 +37,135 @@ sure_and_up = precondition(lambda self: self.doubt is None and not self.rig.down
 sure_and_pinned = precondition(lambda self: self.doubt is None and self.model.snapshots)
 
 
+expectations = st.sampled_from(["any", "any", "right", "right", "wrong"])
+factors = st.sampled_from([0.0, 0.0, 1.0, 0.5, -1.0, 2.0])
+DrawnStep = tuple[str, BlockRef, BlockRef, float, float, bool]
+some_step = st.tuples(
+    st.sampled_from(["swap", "combine", "combine", "withhold", "restore", "delete", "place"]),
+    topics,
+    topics,
+    factors,
+    factors,
+    st.booleans(),
+)
+
+
 class AdminRules(BankMachineCore):
     """A bank whose operator does whatever comes to mind."""
 
     @sure
-    @rule(refs=some_refs, expect=st.sampled_from(["any", "right", "right", "wrong"]),
-          with_state=st.booleans(), dry_run=st.booleans(), disturbance=maybe)  # fmt: skip
+    @rule(refs=some_refs, expect=expectations, dry_run=st.booleans(), disturbance=maybe)
     def swap(
-        self,
-        refs: list[BlockRef],
-        expect: str,
-        with_state: bool,
-        dry_run: bool,
-        disturbance: Disturbance | None,
+        self, refs: list[BlockRef], expect: str, dry_run: bool, disturbance: Disturbance | None
     ) -> None:
         """Replace blocks, if they have the expected version."""
-        versions = {ref: self.model.blocks[ref].version for ref in refs}
-        contents = [
-            SetContent(
+        steps = [
+            Swap(
                 ref=ref,
                 weight=self.array(ref, self.spec.numpy_dtype),
-                optimizer_state={Role.MOMENTUM: self.array(ref)} if with_state else {},
-                step=5 if with_state else 0,
-                expected_version=None if expect == "any" else versions[ref] + (expect == "wrong"),
+                expected_version=self.expected(ref, expect),
             )
             for ref in refs
         ]
-        self.transact(
-            "swap",
-            lambda asked: self.rig.operations.swap_blocks(asked, contents),
-            lambda model: model.swap(contents),
-            disturbance,
-            dry_run=dry_run,
-        )
+        self.apply("swap", steps, disturbance, dry_run=dry_run)
 
     @sure
-    @rule(topic=topics, withhold=st.booleans(), dry_run=st.booleans(), disturbance=maybe)
-    def set_state(
-        self, topic: BlockRef, withhold: bool, dry_run: bool, disturbance: Disturbance | None
+    @rule(ref=topics, other=st.none() | topics, keep=factors, add=factors, expect=expectations,
+          expect_other=expectations, dry_run=st.booleans(), disturbance=maybe)  # fmt: skip
+    def combine(
+        self,
+        ref: BlockRef,
+        other: BlockRef | None,
+        keep: float,
+        add: float,
+        expect: str,
+        expect_other: str,
+        dry_run: bool,
+        disturbance: Disturbance | None,
     ) -> None:
-        """Hide a topic, or show it again."""
-
-        def call(asked: AdminRequest) -> TransactionReport:
-            operations = self.rig.operations
-            change = operations.withhold_topic if withhold else operations.restore_topic
-            return change(asked, topic)
-
-        self.transact(
-            "withhold" if withhold else "restore",
-            call,
-            lambda model: model.set_state(
-                topic, BlockState.WITHHELD if withhold else BlockState.ACTIVE
-            ),
-            disturbance,
-            dry_run=dry_run,
+        """Compute a block from itself and another, wherever that lies."""
+        step = Combine(
+            ref=ref,
+            keep=keep,
+            other=other,
+            add=0.0 if other is None else add,
+            expected_version=self.expected(ref, expect),
+            expected_other_version=None if other is None else self.expected(other, expect_other),
         )
+        self.apply("combine", [step], disturbance, dry_run=dry_run)
 
     @sure
-    @rule(topic=topics, dry_run=st.booleans(), disturbance=maybe)
-    def delete(self, topic: BlockRef, dry_run: bool, disturbance: Disturbance | None) -> None:
-        """Destroy a topic."""
+    @rule(topic=topics, change=st.sampled_from([Withhold, Restore, Delete]),
+          only_block=st.booleans(), dry_run=st.booleans(), disturbance=maybe)  # fmt: skip
+    def change_topic(
+        self,
+        topic: BlockRef,
+        change: type[Withhold | Restore | Delete],
+        only_block: bool,
+        dry_run: bool,
+        disturbance: Disturbance | None,
+    ) -> None:
+        """Hide a topic or its block, show it again, or destroy it."""
+        step = change(topic=topic, only_block=only_block)
+        self.apply(change.kind, [step], disturbance, dry_run=dry_run)
+
+    @sure
+    @rule(drawn=st.lists(some_step, min_size=2, max_size=4), dry_run=st.booleans(),
+          disturbance=maybe)  # fmt: skip
+    def apply_steps(
+        self, drawn: list[DrawnStep], dry_run: bool, disturbance: Disturbance | None
+    ) -> None:
+        """Do several things at once."""
+        steps = [self.step(*one) for one in drawn]
+        self.apply("steps", steps, disturbance, dry_run=dry_run)
+
+    def step(
+        self,
+        kind: str,
+        ref: BlockRef,
+        other: BlockRef,
+        keep: float,
+        add: float,
+        flag: bool,
+    ) -> Step:
+        match kind:
+            case "swap":
+                return Swap(ref=ref, weight=self.array(ref, self.spec.numpy_dtype))
+            case "combine":
+                return Combine(ref=ref, keep=keep, other=other, add=add)
+            case "withhold":
+                return Withhold(topic=ref, only_block=flag)
+            case "restore":
+                return Restore(topic=ref, only_block=flag)
+            case "delete":
+                return Delete(topic=ref, only_block=flag)
+            case _:
+                if flag:
+                    return Place(topic=ref, remove_centroid=True)
+                return Place(topic=ref, label=f"placed as {self.next_number():06}")
+
+    def apply(
+        self,
+        what: str,
+        steps: Sequence[Step],
+        disturbance: Disturbance | None,
+        *,
+        dry_run: bool,
+    ) -> None:
+        """Run a transaction of steps."""
         self.transact(
-            "delete",
-            lambda asked: self.rig.operations.delete_topic(asked, topic),
-            lambda model: model.delete(topic),
+            what,
+            lambda asked: self.rig.operations.apply(asked, steps).report,
+            lambda model: applied(model, steps),
             disturbance,
             dry_run=dry_run,
         )
+
+    def expected(self, ref: BlockRef, expect: str) -> int | None:
+        """Return a version to expect of a block."""
+        if expect == "any":
+            return None
+        return self.model.blocks[ref].version + (expect == "wrong")
 
     @sure_and_up
     @rule(topic=topics, weights_only=st.booleans())

@@ -12,11 +12,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from membank.bank_service.shard.contract import SetContent
 from membank.wire.errors import Reason
 from membank.wire.format import initial_weight
 from membank.wire.records import Gradient, Update, UpdateResult
-from membank.wire.spec import Array, BankSpec, BlockRef, BlockState, Role
+from membank.wire.spec import Array, BankSpec, BlockRef, BlockState
 
 ACTIVE, WITHHELD, DELETED = BlockState.ACTIVE, BlockState.WITHHELD, BlockState.DELETED
 
@@ -198,38 +197,30 @@ class BankModel:
 
     # ---- transactions
 
-    def swap(self, contents: Sequence[SetContent]) -> BankModel:
-        """Replace blocks, those that are withheld or deleted too."""
-        for new in contents:
-            if new.expected_version not in {None, self.blocks[new.ref].version}:
-                raise Refused(Reason.VERSION_MISMATCH)
-        return self._with(
-            {
-                new.ref: self.blocks[new.ref].changed(
-                    state=ACTIVE,
-                    step=new.step,
-                    content=Content(
-                        new.weight,
-                        new.optimizer_state.get(Role.MOMENTUM, _zeros(self.spec, new.ref)),
-                    ),
-                )
-                for new in contents
-            }
-        )
+    def with_content(self, ref: BlockRef, weight: Array, state: BlockState) -> BankModel:
+        """Give a block content, with which its optimizer starts afresh."""
+        content = Content(weight, _zeros(self.spec, ref))
+        return self._with({ref: self.blocks[ref].changed(state=state, step=0, content=content)})
 
-    def set_state(self, topic: BlockRef, state: BlockState) -> BankModel:
+    def labelled(self, topic: BlockRef, label: str) -> BankModel:
+        """Give a topic another label; the one before is nowhere from then on."""
+        before = {self.labels[topic].encode()} if topic in self.labels else set()
+        gone = (self.gone | before) - {label.encode()}
+        return replace(self, labels={**self.labels, topic: label}, gone=gone)
+
+    def set_state(self, topic: BlockRef, state: BlockState, only_block: bool = False) -> BankModel:
         """Withhold or restore what is left of a topic."""
         return self._with(
             {
                 ref: self.blocks[ref].changed(state=state)
-                for ref in self.present(topic)
+                for ref in self.present(topic, only_block)
                 if self.blocks[ref].state is not state
             }
         )
 
-    def delete(self, topic: BlockRef) -> BankModel:
+    def delete(self, topic: BlockRef, only_block: bool = False) -> BankModel:
         """Delete a topic: now, and from everything that could be returned to."""
-        erased = set(self.present(topic))
+        erased = set(self.present(topic, only_block))
         model = self._with(
             {ref: self.blocks[ref].changed(state=DELETED, step=0, content=None) for ref in erased}
         )
@@ -237,7 +228,8 @@ class BankModel:
         def without(state: State) -> State:
             return {r: block.erased() if r in erased else block for r, block in state.items()}
 
-        topic_refs = set(self.spec.subtree(topic))
+        left = {ref: marks for ref, marks in self.marks.items() if ref not in erased}
+        topic_refs = {topic} if only_block else set(self.spec.subtree(topic))
         told = {label.encode() for ref, label in self.labels.items() if ref in topic_refs}
         return replace(
             model,
@@ -248,8 +240,11 @@ class BankModel:
                 revision: {p: [without(s) for s in found] for p, found in parts.items()}
                 for revision, parts in self.ends.items()
             },
-            marks={ref: marks for ref, marks in self.marks.items() if ref not in erased},
-            gone=self.gone.union(told, *(self.marks.get(ref, ()) for ref in erased)),
+            marks=left,
+            # What was copied is still told by the copy.
+            gone=self.gone.union(told, *(self.marks.get(ref, ()) for ref in erased)).difference(
+                *left.values()
+            ),
         )
 
     def install(self, pack: Pack) -> BankModel:
@@ -339,11 +334,13 @@ class BankModel:
 
     # ---- what is asked of it
 
-    def present(self, topic: BlockRef) -> list[BlockRef]:
+    def present(self, topic: BlockRef, only_block: bool = False) -> list[BlockRef]:
         """Return the blocks of a topic that are not deleted; there must be one."""
-        if not self.is_present(topic):
+        refs = [topic] if only_block else list(self.spec.subtree(topic))
+        left = [ref for ref in refs if self.blocks[ref].state is not DELETED]
+        if not left:
             raise Refused(Reason.BLOCK_DELETED)
-        return [ref for ref in self.spec.subtree(topic) if self.blocks[ref].state is not DELETED]
+        return left
 
     def is_present(self, topic: BlockRef) -> bool:
         """Say whether anything is left of a topic."""

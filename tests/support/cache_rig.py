@@ -25,8 +25,15 @@ from membank.client.deadline import Deadline
 from membank.client.shards import ShardMap
 from membank.wire.records import Block, BlockEvent, Gradient, Update
 from membank.wire.spec import BlockRef, BlockState
+from membank.wire.steps import Delete, Restore, Withhold
 
 RETRY = RetryConfig(max_attempts=3, initial_backoff_s=0.001, max_backoff_s=0.002)
+
+_STEPS: dict[BlockState, type[Restore | Withhold | Delete]] = {
+    BlockState.ACTIVE: Restore,
+    BlockState.WITHHELD: Withhold,
+    BlockState.DELETED: Delete,
+}
 
 
 class FakeEar:
@@ -129,7 +136,7 @@ class CacheRig:
         self.bank.swap(weights, {}, request_id="", dry_run=False)
 
     def set_state(self, ref: BlockRef, state: BlockState) -> None:
-        self.bank.set_state("change", ref, state, request_id="", dry_run=False)
+        self.bank.apply([_STEPS[state](topic=ref)], request_id="", dry_run=False)
 
     def tell(self, *refs: BlockRef) -> None:
         """Let the cache hear how blocks are by now."""

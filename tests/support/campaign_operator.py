@@ -20,10 +20,10 @@ from membank.bank_service.knowledge import (
     ShardMember,
     TreeStore,
 )
-from membank.bank_service.shard.contract import SetContent
 from membank.bank_service.store import Bank
 from membank.wire.records import GarbageReport, TransactionReport
 from membank.wire.spec import BlockRef
+from membank.wire.steps import Delete, Restore, Swap, Withhold
 from storage_faults import FaultyObjects
 
 PRINCIPAL = "operator"
@@ -84,15 +84,15 @@ class OperatorDesk:
         match operation:
             case asked.Swap(value=value):
                 contents = [
-                    SetContent(ref=ref, weight=asked.marked_content(ref, value)) for ref in MARKED
+                    Swap(ref=ref, weight=asked.marked_content(ref, value)) for ref in MARKED
                 ]
-                return operations.swap_blocks(request, contents)
+                return operations.apply(request, contents).report
             case asked.Replace(refs=refs, number=number):
-                return operations.swap_blocks(request, _numbered(refs, number))
+                return operations.apply(request, _numbered(refs, number)).report
             case asked.Withhold():
-                return operations.withhold_topic(request, asked.HIDDEN_TOPIC)
+                return operations.apply(request, [Withhold(topic=asked.HIDDEN_TOPIC)]).report
             case asked.Restore():
-                return operations.restore_topic(request, asked.HIDDEN_TOPIC)
+                return operations.apply(request, [Restore(topic=asked.HIDDEN_TOPIC)]).report
             case asked.TakeSnapshot(name=name):
                 revision = operations.create_snapshot(request, name).revision
                 return TransactionReport(revision=revision, changes=())
@@ -102,14 +102,14 @@ class OperatorDesk:
             case asked.RollBack(target=target, topic=topic, only_block=only_block):
                 return operations.rollback(request, target, topic, only_block=only_block)
             case asked.Delete():
-                return operations.delete_topic(request, asked.DOOMED_TOPIC)
+                return operations.apply(request, [Delete(topic=asked.DOOMED_TOPIC)]).report
             case asked.Recreate(number=number, packed=True):
                 return operations.import_topic(request, asked.doomed_pack(number))[0]
             case asked.Recreate(number=number):
-                return operations.swap_blocks(request, _numbered(asked.DOOMED, number))
+                return operations.apply(request, _numbered(asked.DOOMED, number)).report
             case asked.Collect(keep_revisions=keep_revisions):
                 return operations.collect_garbage(request, keep_revisions=keep_revisions)
 
 
-def _numbered(refs: Sequence[BlockRef], number: int) -> list[SetContent]:
-    return [SetContent(ref=ref, weight=asked.numbered_content(ref, number)) for ref in refs]
+def _numbered(refs: Sequence[BlockRef], number: int) -> list[Swap]:
+    return [Swap(ref=ref, weight=asked.numbered_content(ref, number)) for ref in refs]

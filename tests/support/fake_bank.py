@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -22,11 +22,13 @@ from membank.wire.errors import (
     Reason,
 )
 from membank.wire.records import (
+    Applied,
     AuditRecord,
     BankInfo,
     BankStats,
     BlockChange,
     BlockDescription,
+    CentroidChange,
     Garbage,
     GarbageReport,
     PartitionOwner,
@@ -35,8 +37,10 @@ from membank.wire.records import (
     Snapshot,
     Topic,
     TransactionReport,
+    TreeChange,
 )
 from membank.wire.spec import Array, BankSpec, BlockRef, BlockState, LevelSpec
+from membank.wire.steps import Combine, Delete, Place, Step, Swap
 
 SPEC = BankSpec(
     name="fake",
@@ -50,6 +54,12 @@ SPEC = BankSpec(
     bank_id="fake-1",
 )
 """4 + 8 blocks in 4 partitions."""
+
+_STATES = {
+    "withhold": BlockState.WITHHELD,
+    "restore": BlockState.ACTIVE,
+    "delete": BlockState.DELETED,
+}
 
 
 class FakeBank:
@@ -75,6 +85,7 @@ class FakeBank:
         self.removal_revision = 0
         self.generation = 1
         self.endpoints: dict[str, str] = {}
+        self.labels: dict[BlockRef, str] = {}
         self.reports: dict[str, TransactionReport] = {}
         self.snapshots: dict[str, Pinned] = {}
         self.given_up: dict[str, tuple[Snapshot, int]] = {}
@@ -166,7 +177,7 @@ class FakeBank:
         kept = self.held(ref)
         return Topic(
             ref=ref,
-            label=f"topic {ref}",
+            label=self.labels.get(ref, f"topic {ref}"),
             state=kept.state,
             version=kept.version,
             step=kept.step,
@@ -174,6 +185,57 @@ class FakeBank:
             num_documents=0,
             partition=self.spec.partition_of(ref),
         )
+
+    def apply(self, steps: Sequence[Step], *, request_id: str, dry_run: bool) -> Applied:
+        if request_id in self.reports:
+            return Applied(report=self.reports[request_id], receipt=_receipt(steps))
+        new = {ref: kept for step in steps for ref, kept in self._after(step)}
+
+        def change(ref: BlockRef, kept: Held) -> None:
+            kept.weight, kept.state = new[ref].weight, new[ref].state
+
+        places = [step for step in steps if isinstance(step, Place)]
+        kinds = {step.kind for step in steps}
+        report = self.transact(
+            kinds.pop() if len(kinds) == 1 else "transaction",
+            list(new),
+            change,
+            request_id=request_id,
+            dry_run=dry_run,
+            tree_changes=tuple(map(_tree_change, places)),
+        )
+        if dry_run:
+            return Applied(report=report)
+        if any(kept.state is not BlockState.ACTIVE for kept in new.values()):
+            self.removal_revision = report.revision
+        self.labels |= {step.topic: step.label for step in places if step.label is not None}
+        return Applied(report=report, receipt=_receipt(steps))
+
+    def _after(self, step: Step) -> Iterator[tuple[BlockRef, Held]]:
+        match step:
+            case Swap(ref=ref, weight=weight):
+                self._expect(ref, step.expected_version)
+                yield ref, Held(weight.astype(self.spec.numpy_dtype))
+            case Combine(ref=ref, other=other):
+                self._expect(ref, step.expected_version)
+                kept = self.held(ref)
+                weight = step.keep * kept.weight.astype(np.float32)
+                if other is not None:
+                    self._expect(other, step.expected_other_version)
+                    weight = weight + step.add * self.held(other).weight.astype(np.float32)
+                yield ref, Held(weight.astype(self.spec.numpy_dtype), state=kept.state)
+            case Place(topic=topic):
+                self.spec.check_ref(topic)
+            case _:
+                self.spec.check_ref(step.topic)
+                refs = [step.topic] if step.only_block else self.spec.subtree(step.topic)
+                for ref in refs:
+                    yield ref, Held(self.held(ref).weight, state=_STATES[step.kind])
+
+    def _expect(self, ref: BlockRef, version: int | None) -> None:
+        self.spec.check_ref(ref)
+        if version is not None and self.held(ref).version != version:
+            raise ConflictError(f"{ref} is at {self.held(ref).version}")
 
     def swap(
         self,
@@ -183,28 +245,12 @@ class FakeBank:
         request_id: str,
         dry_run: bool,
     ) -> TransactionReport:
-        for ref, version in expected.items():
-            if self.held(ref).version != version and request_id not in self.reports:
-                raise ConflictError(f"{ref} is at {self.held(ref).version}")
-
-        def change(ref: BlockRef, kept: Held) -> None:
-            kept.weight, kept.state = weights[ref].astype(self.spec.numpy_dtype), BlockState.ACTIVE
-
-        return self.transact("swap", weights, change, request_id=request_id, dry_run=dry_run)
-
-    def set_state(
-        self, operation: str, topic: BlockRef, state: BlockState, *, request_id: str, dry_run: bool
-    ) -> TransactionReport:
-        self.spec.check_ref(topic)
-
-        def change(ref: BlockRef, kept: Held) -> None:
-            kept.state = state
-
-        refs = list(self.spec.subtree(topic))
-        report = self.transact(operation, refs, change, request_id=request_id, dry_run=dry_run)
-        if state is not BlockState.ACTIVE and not dry_run:
-            self.removal_revision = report.revision
-        return report
+        """Swap blocks behind everybody's back."""
+        steps = [
+            Swap(ref=ref, weight=weight, expected_version=expected.get(ref))
+            for ref, weight in weights.items()
+        ]
+        return self.apply(steps, request_id=request_id, dry_run=dry_run).report
 
     def export(self, topic: BlockRef) -> bytes:
         refs = [str(ref) for ref in self.spec.subtree(topic)]
@@ -313,6 +359,7 @@ class FakeBank:
         *,
         request_id: str = "",
         dry_run: bool = False,
+        tree_changes: tuple[TreeChange, ...] = (),
     ) -> TransactionReport:
         """Change blocks on all shards at one revision, once per request id."""
         if request_id in self.reports:
@@ -336,12 +383,19 @@ class FakeBank:
                 )
             )
         if dry_run:
-            return TransactionReport(revision=self.revision, changes=tuple(changes), dry_run=True)
+            return TransactionReport(
+                revision=self.revision,
+                changes=tuple(changes),
+                dry_run=True,
+                tree_changes=tree_changes,
+            )
         self.ends[self.revision] = self._copy()
         self.revision += 1
         for shard in self.shards:
             shard.install(self.revision, self._commit(shard, by_shard[shard.shard_id], change))
-        report = TransactionReport(revision=self.revision, changes=tuple(changes))
+        report = TransactionReport(
+            revision=self.revision, changes=tuple(changes), tree_changes=tree_changes
+        )
         self.reports[request_id or f"anonymous-{next(self._counter)}"] = report
         self.audit.insert(
             0,
@@ -368,3 +422,18 @@ class FakeBank:
                 shard.tell(ref, is_update=False)
 
         return commit
+
+
+def _receipt(steps: Sequence[Step]) -> bytes:
+    deleted = [str(step.topic) for step in steps if isinstance(step, Delete)]
+    return json.dumps({"deleted": deleted}).encode() if deleted else b""
+
+
+def _tree_change(step: Place) -> TreeChange:
+    change = CentroidChange.KEPT if step.centroid is None else CentroidChange.SET
+    return TreeChange(
+        topic=step.topic,
+        changes_label=step.label is not None,
+        changes_num_documents=step.num_documents is not None,
+        centroid_change=CentroidChange.REMOVED if step.remove_centroid else change,
+    )

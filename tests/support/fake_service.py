@@ -51,7 +51,7 @@ from membank.wire.framing import (
     iter_chunks,
 )
 from membank.wire.records import Block, Gradient, Update
-from membank.wire.spec import Array, BlockRef, BlockState
+from membank.wire.spec import Array, BlockRef
 
 REFUSALS: dict[Fault, Callable[[], MembankError]] = {
     Fault.UNAVAILABLE: lambda: UnavailableError("away"),
@@ -300,57 +300,21 @@ class FakeAdminServicer(_Servicer, AdminServiceServicer):
         return admin_pb.DescribeBlocksResponse(blocks=map(convert.description_to_pb, blocks))
 
     @_rpc
-    def SwapBlocks(
-        self, request: Iterator[admin_pb.SwapBlocksRequest], context: grpc.ServicerContext
-    ) -> admin_pb.SwapBlocksResponse:
+    def ApplyTransaction(
+        self, request: Iterator[admin_pb.ApplyTransactionRequest], context: grpc.ServicerContext
+    ) -> admin_pb.ApplyTransactionResponse:
         head = next(request)
         self._script.request_ids.append(head.request_id)
-        refs = [convert.ref_from_pb(header.ref) for header in head.headers]
-        arrays = _receive(self._bank, head.headers, (message.data for message in request))
-        expected = {
-            ref: header.expected_version_plus_one - 1
-            for ref, header in zip(refs, head.headers, strict=True)
-            if header.expected_version_plus_one
-        }
-        report = self._bank.swap(
-            dict(zip(refs, arrays, strict=True)),
-            expected,
-            request_id=head.request_id,
-            dry_run=head.dry_run,
+        swaps = [step.swap for step in head.steps if step.HasField("swap")]
+        arrays = iter(_receive(self._bank, swaps, (message.data for message in request)))
+        steps = [
+            convert.step_from_pb(step, next(arrays) if step.HasField("swap") else None)
+            for step in head.steps
+        ]
+        applied = self._bank.apply(steps, request_id=head.request_id, dry_run=head.dry_run)
+        return admin_pb.ApplyTransactionResponse(
+            report=convert.report_to_pb(applied.report), receipt=applied.receipt
         )
-        return admin_pb.SwapBlocksResponse(report=convert.report_to_pb(report))
-
-    def _set_state(self, request: Any, operation: str, state: BlockState) -> Any:
-        self._script.request_ids.append(request.request_id)
-        report = self._bank.set_state(
-            operation,
-            convert.ref_from_pb(request.topic),
-            state,
-            request_id=request.request_id,
-            dry_run=request.dry_run,
-        )
-        return convert.report_to_pb(report)
-
-    @_rpc
-    def WithholdTopic(
-        self, request: admin_pb.WithholdTopicRequest, context: grpc.ServicerContext
-    ) -> admin_pb.WithholdTopicResponse:
-        report = self._set_state(request, "withhold", BlockState.WITHHELD)
-        return admin_pb.WithholdTopicResponse(report=report)
-
-    @_rpc
-    def RestoreTopic(
-        self, request: admin_pb.RestoreTopicRequest, context: grpc.ServicerContext
-    ) -> admin_pb.RestoreTopicResponse:
-        report = self._set_state(request, "restore", BlockState.ACTIVE)
-        return admin_pb.RestoreTopicResponse(report=report)
-
-    @_rpc
-    def DeleteTopic(
-        self, request: admin_pb.DeleteTopicRequest, context: grpc.ServicerContext
-    ) -> admin_pb.DeleteTopicResponse:
-        report = self._set_state(request, "delete", BlockState.DELETED)
-        return admin_pb.DeleteTopicResponse(report=report)
 
     @_stream_rpc
     def ExportTopic(

@@ -25,6 +25,7 @@ from membank.wire.codec import fetch_codec, push_codec
 from membank.wire.crc import crc32c
 from membank.wire.errors import DeadlineError, Reason, UnavailableError
 from membank.wire.records import (
+    Applied,
     AuditRecord,
     BankInfo,
     BankStats,
@@ -39,7 +40,8 @@ from membank.wire.records import (
     Update,
     UpdateResult,
 )
-from membank.wire.spec import DTYPES, Array, BankSpec, BlockRef, BlockState
+from membank.wire.spec import DTYPES, Array, BankSpec, BlockRef
+from membank.wire.steps import Step
 
 
 class FetchedLike(Protocol):
@@ -212,39 +214,10 @@ class InProcessTransport:
     ) -> tuple[BlockDescription, ...]:
         return self._bank.describe(refs)
 
-    async def swap(
-        self,
-        weights: Mapping[BlockRef, Array],
-        *,
-        expected: Mapping[BlockRef, int],
-        request_id: str,
-        dry_run: bool,
-        timeout_s: float,
-    ) -> TransactionReport:
-        return self._bank.swap(
-            dict(weights), dict(expected), request_id=request_id, dry_run=dry_run
-        )
-
-    async def withhold(
-        self, topic: BlockRef, *, request_id: str, dry_run: bool, timeout_s: float
-    ) -> TransactionReport:
-        return self._bank.set_state(
-            "withhold", topic, BlockState.WITHHELD, request_id=request_id, dry_run=dry_run
-        )
-
-    async def restore(
-        self, topic: BlockRef, *, request_id: str, dry_run: bool, timeout_s: float
-    ) -> TransactionReport:
-        return self._bank.set_state(
-            "restore", topic, BlockState.ACTIVE, request_id=request_id, dry_run=dry_run
-        )
-
-    async def delete(
-        self, topic: BlockRef, *, request_id: str, dry_run: bool, timeout_s: float
-    ) -> TransactionReport:
-        return self._bank.set_state(
-            "delete", topic, BlockState.DELETED, request_id=request_id, dry_run=dry_run
-        )
+    async def apply(
+        self, steps: Sequence[Step], *, request_id: str, dry_run: bool, timeout_s: float
+    ) -> Applied:
+        return self._bank.apply(steps, request_id=request_id, dry_run=dry_run)
 
     async def export(
         self, topic: BlockRef, target: BinaryIO, *, weights_only: bool, timeout_s: float

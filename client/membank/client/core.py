@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -28,7 +27,6 @@ from membank.client.retriever import Embedder
 from membank.client.routing import RoutingCalls
 from membank.client.session import Session, new_request_id
 from membank.client.streaming.calls import StreamingCalls
-from membank.client.transaction import Transaction
 from membank.client.transport.contract import Connector, PushAnswer
 from membank.client.transport.landing import CallerBuffers
 from membank.client.transport.requests import encoded, gradient_to_send
@@ -432,25 +430,6 @@ class AsyncBankClient(RoutingCalls, StreamingCalls, BorrowCalls, AdminCalls):
                 yield change
         finally:
             await changes.aclose()
-
-    @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[Transaction]:
-        """Collect swaps and send them as one when the context ends without an error.
-
-        Yields
-        ------
-        Transaction
-            Takes the swaps; its `report` says afterwards what was done.
-
-        Raises
-        ------
-        ConflictError
-            At the end, if a block has another version than expected; nothing was changed then.
-        """
-        transaction = Transaction()
-        yield transaction
-        if transaction.weights:
-            transaction.report = await self.swap(transaction.weights, expected=transaction.expected)
 
     def _note_answer(self, snapshot: str, revision: int) -> None:
         if not snapshot:

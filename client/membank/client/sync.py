@@ -221,6 +221,7 @@ class BankClient:
     create_bank = _sync(AsyncBankClient.create_bank)
     topics = _sync(AsyncBankClient.topics)
     describe = _sync(AsyncBankClient.describe)
+    apply = _sync(AsyncBankClient.apply)
     swap = _sync(AsyncBankClient.swap)
     withhold = _sync(AsyncBankClient.withhold)
     restore = _sync(AsyncBankClient.restore)
@@ -338,12 +339,30 @@ class BankClient:
                 run(lease.__aexit__(None, None, None))
 
     @contextmanager
-    def transaction(self) -> Iterator[Transaction]:
-        """Collect swaps and send them as one; see `AsyncBankClient.transaction`."""
-        transaction = Transaction()
+    def transaction(
+        self,
+        *,
+        dry_run: bool = False,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Iterator[Transaction]:
+        """Collect steps and apply them as one; see `AsyncBankClient.transaction`.
+
+        Parameters
+        ----------
+        dry_run
+            True only finds out what would change.
+        request_id
+            Id of the request.
+        timeout_s
+            Deadline of applying them.
+        """
+        transaction = Transaction(dry_run=dry_run)
         yield transaction
-        if transaction.weights:
-            transaction.report = self.swap(transaction.weights, expected=transaction.expected)
+        if transaction.steps:
+            transaction.applied = self.apply(
+                transaction.steps, dry_run=dry_run, request_id=request_id, timeout_s=timeout_s
+            )
 
     def _is_here(self) -> bool:
         return self._runs_inline and may_block()

@@ -20,6 +20,30 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _CentroidChange:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _CentroidChangeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_CentroidChange.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    CENTROID_CHANGE_UNSPECIFIED: _CentroidChange.ValueType  # 0
+    """Left as it is."""
+    CENTROID_CHANGE_SET: _CentroidChange.ValueType  # 1
+    """Replaced by another one."""
+    CENTROID_CHANGE_REMOVE: _CentroidChange.ValueType  # 2
+    """Removed: texts of the topic go to its neighbours from then on."""
+
+class CentroidChange(_CentroidChange, metaclass=_CentroidChangeEnumTypeWrapper):
+    """What is to become of the centroid of a topic, or became of it."""
+
+CENTROID_CHANGE_UNSPECIFIED: CentroidChange.ValueType  # 0
+"""Left as it is."""
+CENTROID_CHANGE_SET: CentroidChange.ValueType  # 1
+"""Replaced by another one."""
+CENTROID_CHANGE_REMOVE: CentroidChange.ValueType  # 2
+"""Removed: texts of the topic go to its neighbours from then on."""
+Global___CentroidChange: typing_extensions.TypeAlias = CentroidChange
+
 class _GarbageKind:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -106,6 +130,41 @@ class BlockChange(google.protobuf.message.Message):
 Global___BlockChange: typing_extensions.TypeAlias = BlockChange
 
 @typing.final
+class TreeChange(google.protobuf.message.Message):
+    """What a transaction changed, or would change, in what the tree says of one topic. It holds neither
+    labels nor centroids, so that it may be kept for longer than they are.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOPIC_FIELD_NUMBER: builtins.int
+    CHANGES_LABEL_FIELD_NUMBER: builtins.int
+    CHANGES_NUM_DOCUMENTS_FIELD_NUMBER: builtins.int
+    CENTROID_CHANGE_FIELD_NUMBER: builtins.int
+    changes_label: builtins.bool
+    """True where its label changed."""
+    changes_num_documents: builtins.bool
+    """True where its number of documents changed."""
+    centroid_change: Global___CentroidChange.ValueType
+    """What became of its centroid."""
+    @property
+    def topic(self) -> membank.v1.types_pb2.BlockRef:
+        """The topic."""
+
+    def __init__(
+        self,
+        *,
+        topic: membank.v1.types_pb2.BlockRef | None = ...,
+        changes_label: builtins.bool = ...,
+        changes_num_documents: builtins.bool = ...,
+        centroid_change: Global___CentroidChange.ValueType = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["topic", b"topic"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["centroid_change", b"centroid_change", "changes_label", b"changes_label", "changes_num_documents", b"changes_num_documents", "topic", b"topic"]) -> None: ...
+
+Global___TreeChange: typing_extensions.TypeAlias = TreeChange
+
+@typing.final
 class TransactionReport(google.protobuf.message.Message):
     """What a transaction did, or would do."""
 
@@ -115,6 +174,7 @@ class TransactionReport(google.protobuf.message.Message):
     CHANGES_FIELD_NUMBER: builtins.int
     DRY_RUN_FIELD_NUMBER: builtins.int
     NUM_SLOTS_DESTROYED_FIELD_NUMBER: builtins.int
+    TREE_CHANGES_FIELD_NUMBER: builtins.int
     revision: builtins.int
     """Revision of the bank after it; the present one for a dry run."""
     dry_run: builtins.bool
@@ -125,6 +185,10 @@ class TransactionReport(google.protobuf.message.Message):
     def changes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___BlockChange]:
         """The blocks it changed."""
 
+    @property
+    def tree_changes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TreeChange]:
+        """What it changed in the tree, by topic."""
+
     def __init__(
         self,
         *,
@@ -132,8 +196,9 @@ class TransactionReport(google.protobuf.message.Message):
         changes: collections.abc.Iterable[Global___BlockChange] | None = ...,
         dry_run: builtins.bool = ...,
         num_slots_destroyed: builtins.int = ...,
+        tree_changes: collections.abc.Iterable[Global___TreeChange] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["changes", b"changes", "dry_run", b"dry_run", "num_slots_destroyed", b"num_slots_destroyed", "revision", b"revision"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["changes", b"changes", "dry_run", b"dry_run", "num_slots_destroyed", b"num_slots_destroyed", "revision", b"revision", "tree_changes", b"tree_changes"]) -> None: ...
 
 Global___TransactionReport: typing_extensions.TypeAlias = TransactionReport
 
@@ -373,103 +438,9 @@ class DescribeBlocksResponse(google.protobuf.message.Message):
 Global___DescribeBlocksResponse: typing_extensions.TypeAlias = DescribeBlocksResponse
 
 @typing.final
-class SwapHeader(google.protobuf.message.Message):
-    """Describes the new content of one block."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    REF_FIELD_NUMBER: builtins.int
-    EXPECTED_VERSION_PLUS_ONE_FIELD_NUMBER: builtins.int
-    DTYPE_FIELD_NUMBER: builtins.int
-    NUM_BYTES_FIELD_NUMBER: builtins.int
-    CRC32C_FIELD_NUMBER: builtins.int
-    expected_version_plus_one: builtins.int
-    """Version the caller expects plus 1; 0 = any."""
-    dtype: membank.v1.types_pb2.DataType.ValueType
-    """Element type of the payload."""
-    num_bytes: builtins.int
-    """Payload size in bytes."""
-    crc32c: builtins.int
-    """CRC-32C of the payload."""
-    @property
-    def ref(self) -> membank.v1.types_pb2.BlockRef:
-        """The block."""
-
-    def __init__(
-        self,
-        *,
-        ref: membank.v1.types_pb2.BlockRef | None = ...,
-        expected_version_plus_one: builtins.int = ...,
-        dtype: membank.v1.types_pb2.DataType.ValueType = ...,
-        num_bytes: builtins.int = ...,
-        crc32c: builtins.int = ...,
-    ) -> None: ...
-    def HasField(self, field_name: typing.Literal["ref", b"ref"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["crc32c", b"crc32c", "dtype", b"dtype", "expected_version_plus_one", b"expected_version_plus_one", "num_bytes", b"num_bytes", "ref", b"ref"]) -> None: ...
-
-Global___SwapHeader: typing_extensions.TypeAlias = SwapHeader
-
-@typing.final
-class SwapBlocksRequest(google.protobuf.message.Message):
-    """First message: everything but data. Following messages: data only."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    BANK_FIELD_NUMBER: builtins.int
-    REQUEST_ID_FIELD_NUMBER: builtins.int
-    HEADERS_FIELD_NUMBER: builtins.int
-    DRY_RUN_FIELD_NUMBER: builtins.int
-    DATA_FIELD_NUMBER: builtins.int
-    bank: builtins.str
-    """Name of the bank; empty = the one that is served."""
-    request_id: builtins.str
-    """Unique id of the request."""
-    dry_run: builtins.bool
-    """True only reports what would change."""
-    data: builtins.bytes
-    """The next payload bytes, at most 1 MiB."""
-    @property
-    def headers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SwapHeader]:
-        """The blocks, in the order of their payloads."""
-
-    def __init__(
-        self,
-        *,
-        bank: builtins.str = ...,
-        request_id: builtins.str = ...,
-        headers: collections.abc.Iterable[Global___SwapHeader] | None = ...,
-        dry_run: builtins.bool = ...,
-        data: builtins.bytes = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bank", b"bank", "data", b"data", "dry_run", b"dry_run", "headers", b"headers", "request_id", b"request_id"]) -> None: ...
-
-Global___SwapBlocksRequest: typing_extensions.TypeAlias = SwapBlocksRequest
-
-@typing.final
-class SwapBlocksResponse(google.protobuf.message.Message):
-    """The answer to a swap."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    REPORT_FIELD_NUMBER: builtins.int
-    @property
-    def report(self) -> Global___TransactionReport:
-        """What was done."""
-
-    def __init__(
-        self,
-        *,
-        report: Global___TransactionReport | None = ...,
-    ) -> None: ...
-    def HasField(self, field_name: typing.Literal["report", b"report"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["report", b"report"]) -> None: ...
-
-Global___SwapBlocksResponse: typing_extensions.TypeAlias = SwapBlocksResponse
-
-@typing.final
 class SwapStep(google.protobuf.message.Message):
-    """Replaces the content of one block; its optimizer state starts afresh. A deleted block is created
-    anew.
+    """Replaces the content of one block and makes it active; its optimizer state starts afresh. A deleted
+    block is created anew.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -509,7 +480,9 @@ Global___SwapStep: typing_extensions.TypeAlias = SwapStep
 class CombineStep(google.protobuf.message.Message):
     """Computes new content of one block from what it holds and from another block: keep * own + add *
     other, in float32, rounded once to the bank's element type. (0, 1) copies, (1 - a, a) blends, (s, 0)
-    scales, (0, 0) zeroes. Optimizer states start afresh.
+    scales, (0, 0) zeroes; a term whose factor is 0 is left out, so that a copy has the same bits. The
+    optimizer state starts afresh. A withheld block stays withheld; a deleted one is created anew where
+    keep is 0, and refused else. A result with a number that is not finite is refused.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -523,9 +496,9 @@ class CombineStep(google.protobuf.message.Message):
     expected_version_plus_one: builtins.int
     """Version the caller expects plus 1; 0 = any."""
     keep: builtins.float
-    """Factor of the block's own content."""
+    """Factor of the block's own content, as it is when the transaction takes effect."""
     add: builtins.float
-    """Factor of the other block's content."""
+    """Factor of the other block's content; 0 where there is none."""
     expected_other_version_plus_one: builtins.int
     """Version of the other block that the caller expects plus 1; 0 = any."""
     @property
@@ -534,7 +507,9 @@ class CombineStep(google.protobuf.message.Message):
 
     @property
     def other(self) -> membank.v1.types_pb2.BlockRef:
-        """The other block, of the same shape; unset = none."""
+        """The other block, of the same shape and active; unset = none. What is read is its newest version
+        when the transaction begins, whatever other steps make of it.
+        """
 
     def __init__(
         self,
@@ -578,34 +553,11 @@ Global___TopicStep: typing_extensions.TypeAlias = TopicStep
 
 @typing.final
 class PlaceStep(google.protobuf.message.Message):
-    """Changes what the tree says of one topic, so that texts find it, or do not. Its block must not be
-    deleted once all steps are applied, unless the centroid is removed.
+    """Changes what the tree says of one topic, so that texts find it, or do not. Of a topic whose block is
+    deleted once all steps are applied, the centroid may be removed and nothing else changed.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    class _CentroidChange:
-        ValueType = typing.NewType("ValueType", builtins.int)
-        V: typing_extensions.TypeAlias = ValueType
-
-    class _CentroidChangeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[PlaceStep._CentroidChange.ValueType], builtins.type):
-        DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
-        CENTROID_CHANGE_UNSPECIFIED: PlaceStep._CentroidChange.ValueType  # 0
-        """Left as it is."""
-        CENTROID_CHANGE_SET: PlaceStep._CentroidChange.ValueType  # 1
-        """Replaced by `centroid`."""
-        CENTROID_CHANGE_REMOVE: PlaceStep._CentroidChange.ValueType  # 2
-        """Removed: texts of the topic go to its neighbours from then on."""
-
-    class CentroidChange(_CentroidChange, metaclass=_CentroidChangeEnumTypeWrapper):
-        """What is to become of the centroid."""
-
-    CENTROID_CHANGE_UNSPECIFIED: PlaceStep.CentroidChange.ValueType  # 0
-    """Left as it is."""
-    CENTROID_CHANGE_SET: PlaceStep.CentroidChange.ValueType  # 1
-    """Replaced by `centroid`."""
-    CENTROID_CHANGE_REMOVE: PlaceStep.CentroidChange.ValueType  # 2
-    """Removed: texts of the topic go to its neighbours from then on."""
 
     TOPIC_FIELD_NUMBER: builtins.int
     LABEL_FIELD_NUMBER: builtins.int
@@ -616,7 +568,7 @@ class PlaceStep(google.protobuf.message.Message):
     """Its label; unset = left as it is, "" = none."""
     num_documents: builtins.int
     """Documents of the training corpus in it; unset = left as it is."""
-    centroid_change: Global___PlaceStep.CentroidChange.ValueType
+    centroid_change: Global___CentroidChange.ValueType
     """What becomes of the centroid."""
     @property
     def topic(self) -> membank.v1.types_pb2.BlockRef:
@@ -624,7 +576,7 @@ class PlaceStep(google.protobuf.message.Message):
 
     @property
     def centroid(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """Its centroid, as many numbers as the level's others have."""
+        """Its centroid, as many finite numbers as the level's others have."""
 
     def __init__(
         self,
@@ -632,7 +584,7 @@ class PlaceStep(google.protobuf.message.Message):
         topic: membank.v1.types_pb2.BlockRef | None = ...,
         label: builtins.str | None = ...,
         num_documents: builtins.int | None = ...,
-        centroid_change: Global___PlaceStep.CentroidChange.ValueType = ...,
+        centroid_change: Global___CentroidChange.ValueType = ...,
         centroid: collections.abc.Iterable[builtins.float] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_label", b"_label", "_num_documents", b"_num_documents", "label", b"label", "num_documents", b"num_documents", "topic", b"topic"]) -> builtins.bool: ...
@@ -666,7 +618,7 @@ class TransactionStep(google.protobuf.message.Message):
 
     @property
     def withhold(self) -> Global___TopicStep:
-        """Hides from fetches and updates."""
+        """Hides from fetches and updates, reversibly."""
 
     @property
     def restore(self) -> Global___TopicStep:
@@ -674,7 +626,7 @@ class TransactionStep(google.protobuf.message.Message):
 
     @property
     def delete(self) -> Global___TopicStep:
-        """Destroys."""
+        """Destroys, in every retained version."""
 
     @property
     def place(self) -> Global___PlaceStep:
@@ -717,8 +669,8 @@ class ApplyTransactionRequest(google.protobuf.message.Message):
     """The next payload bytes, at most 1 MiB."""
     @property
     def steps(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TransactionStep]:
-        """The steps; no block is named by two of them, `place` aside. Payloads of the swaps follow in the
-        same order.
+        """The steps, at least one. No block is changed by two of them, and no topic placed by two; their
+        order says nothing, but that payloads of the swaps follow in it.
         """
 
     def __init__(
@@ -758,172 +710,6 @@ class ApplyTransactionResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["receipt", b"receipt", "report", b"report"]) -> None: ...
 
 Global___ApplyTransactionResponse: typing_extensions.TypeAlias = ApplyTransactionResponse
-
-@typing.final
-class WithholdTopicRequest(google.protobuf.message.Message):
-    """Withholds a topic."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    BANK_FIELD_NUMBER: builtins.int
-    REQUEST_ID_FIELD_NUMBER: builtins.int
-    TOPIC_FIELD_NUMBER: builtins.int
-    DRY_RUN_FIELD_NUMBER: builtins.int
-    bank: builtins.str
-    """Name of the bank; empty = the one that is served."""
-    request_id: builtins.str
-    """Unique id of the request."""
-    dry_run: builtins.bool
-    """True only reports what would change."""
-    @property
-    def topic(self) -> membank.v1.types_pb2.BlockRef:
-        """The topic."""
-
-    def __init__(
-        self,
-        *,
-        bank: builtins.str = ...,
-        request_id: builtins.str = ...,
-        topic: membank.v1.types_pb2.BlockRef | None = ...,
-        dry_run: builtins.bool = ...,
-    ) -> None: ...
-    def HasField(self, field_name: typing.Literal["topic", b"topic"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bank", b"bank", "dry_run", b"dry_run", "request_id", b"request_id", "topic", b"topic"]) -> None: ...
-
-Global___WithholdTopicRequest: typing_extensions.TypeAlias = WithholdTopicRequest
-
-@typing.final
-class WithholdTopicResponse(google.protobuf.message.Message):
-    """The answer to a withholding."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    REPORT_FIELD_NUMBER: builtins.int
-    @property
-    def report(self) -> Global___TransactionReport:
-        """What was done."""
-
-    def __init__(
-        self,
-        *,
-        report: Global___TransactionReport | None = ...,
-    ) -> None: ...
-    def HasField(self, field_name: typing.Literal["report", b"report"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["report", b"report"]) -> None: ...
-
-Global___WithholdTopicResponse: typing_extensions.TypeAlias = WithholdTopicResponse
-
-@typing.final
-class RestoreTopicRequest(google.protobuf.message.Message):
-    """Restores a topic."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    BANK_FIELD_NUMBER: builtins.int
-    REQUEST_ID_FIELD_NUMBER: builtins.int
-    TOPIC_FIELD_NUMBER: builtins.int
-    DRY_RUN_FIELD_NUMBER: builtins.int
-    bank: builtins.str
-    """Name of the bank; empty = the one that is served."""
-    request_id: builtins.str
-    """Unique id of the request."""
-    dry_run: builtins.bool
-    """True only reports what would change."""
-    @property
-    def topic(self) -> membank.v1.types_pb2.BlockRef:
-        """The topic."""
-
-    def __init__(
-        self,
-        *,
-        bank: builtins.str = ...,
-        request_id: builtins.str = ...,
-        topic: membank.v1.types_pb2.BlockRef | None = ...,
-        dry_run: builtins.bool = ...,
-    ) -> None: ...
-    def HasField(self, field_name: typing.Literal["topic", b"topic"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bank", b"bank", "dry_run", b"dry_run", "request_id", b"request_id", "topic", b"topic"]) -> None: ...
-
-Global___RestoreTopicRequest: typing_extensions.TypeAlias = RestoreTopicRequest
-
-@typing.final
-class RestoreTopicResponse(google.protobuf.message.Message):
-    """The answer to a restoration."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    REPORT_FIELD_NUMBER: builtins.int
-    @property
-    def report(self) -> Global___TransactionReport:
-        """What was done."""
-
-    def __init__(
-        self,
-        *,
-        report: Global___TransactionReport | None = ...,
-    ) -> None: ...
-    def HasField(self, field_name: typing.Literal["report", b"report"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["report", b"report"]) -> None: ...
-
-Global___RestoreTopicResponse: typing_extensions.TypeAlias = RestoreTopicResponse
-
-@typing.final
-class DeleteTopicRequest(google.protobuf.message.Message):
-    """Deletes a topic."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    BANK_FIELD_NUMBER: builtins.int
-    REQUEST_ID_FIELD_NUMBER: builtins.int
-    TOPIC_FIELD_NUMBER: builtins.int
-    DRY_RUN_FIELD_NUMBER: builtins.int
-    bank: builtins.str
-    """Name of the bank; empty = the one that is served."""
-    request_id: builtins.str
-    """Unique id of the request."""
-    dry_run: builtins.bool
-    """True only reports what would be destroyed."""
-    @property
-    def topic(self) -> membank.v1.types_pb2.BlockRef:
-        """The topic."""
-
-    def __init__(
-        self,
-        *,
-        bank: builtins.str = ...,
-        request_id: builtins.str = ...,
-        topic: membank.v1.types_pb2.BlockRef | None = ...,
-        dry_run: builtins.bool = ...,
-    ) -> None: ...
-    def HasField(self, field_name: typing.Literal["topic", b"topic"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bank", b"bank", "dry_run", b"dry_run", "request_id", b"request_id", "topic", b"topic"]) -> None: ...
-
-Global___DeleteTopicRequest: typing_extensions.TypeAlias = DeleteTopicRequest
-
-@typing.final
-class DeleteTopicResponse(google.protobuf.message.Message):
-    """The answer to a deletion."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    REPORT_FIELD_NUMBER: builtins.int
-    RECEIPT_FIELD_NUMBER: builtins.int
-    receipt: builtins.bytes
-    """Signed receipt (JSON; docs/format.md); empty for a dry run."""
-    @property
-    def report(self) -> Global___TransactionReport:
-        """What was done."""
-
-    def __init__(
-        self,
-        *,
-        report: Global___TransactionReport | None = ...,
-        receipt: builtins.bytes = ...,
-    ) -> None: ...
-    def HasField(self, field_name: typing.Literal["report", b"report"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["receipt", b"receipt", "report", b"report"]) -> None: ...
-
-Global___DeleteTopicResponse: typing_extensions.TypeAlias = DeleteTopicResponse
 
 @typing.final
 class ExportTopicRequest(google.protobuf.message.Message):

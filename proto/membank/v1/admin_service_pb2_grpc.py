@@ -52,30 +52,10 @@ class AdminServiceStub(object):
                 request_serializer=membank_dot_v1_dot_admin__service__pb2.DescribeBlocksRequest.SerializeToString,
                 response_deserializer=membank_dot_v1_dot_admin__service__pb2.DescribeBlocksResponse.FromString,
                 _registered_method=True)
-        self.SwapBlocks = channel.stream_unary(
-                '/membank.v1.AdminService/SwapBlocks',
-                request_serializer=membank_dot_v1_dot_admin__service__pb2.SwapBlocksRequest.SerializeToString,
-                response_deserializer=membank_dot_v1_dot_admin__service__pb2.SwapBlocksResponse.FromString,
-                _registered_method=True)
         self.ApplyTransaction = channel.stream_unary(
                 '/membank.v1.AdminService/ApplyTransaction',
                 request_serializer=membank_dot_v1_dot_admin__service__pb2.ApplyTransactionRequest.SerializeToString,
                 response_deserializer=membank_dot_v1_dot_admin__service__pb2.ApplyTransactionResponse.FromString,
-                _registered_method=True)
-        self.WithholdTopic = channel.unary_unary(
-                '/membank.v1.AdminService/WithholdTopic',
-                request_serializer=membank_dot_v1_dot_admin__service__pb2.WithholdTopicRequest.SerializeToString,
-                response_deserializer=membank_dot_v1_dot_admin__service__pb2.WithholdTopicResponse.FromString,
-                _registered_method=True)
-        self.RestoreTopic = channel.unary_unary(
-                '/membank.v1.AdminService/RestoreTopic',
-                request_serializer=membank_dot_v1_dot_admin__service__pb2.RestoreTopicRequest.SerializeToString,
-                response_deserializer=membank_dot_v1_dot_admin__service__pb2.RestoreTopicResponse.FromString,
-                _registered_method=True)
-        self.DeleteTopic = channel.unary_unary(
-                '/membank.v1.AdminService/DeleteTopic',
-                request_serializer=membank_dot_v1_dot_admin__service__pb2.DeleteTopicRequest.SerializeToString,
-                response_deserializer=membank_dot_v1_dot_admin__service__pb2.DeleteTopicResponse.FromString,
                 _registered_method=True)
         self.ExportTopic = channel.unary_stream(
                 '/membank.v1.AdminService/ExportTopic',
@@ -166,36 +146,9 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def SwapBlocks(self, request_iterator, context):
-        """Replaces the content of blocks.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
     def ApplyTransaction(self, request_iterator, context):
-        """Applies any number of steps (swap, combine, withhold, restore, delete, place) as one transaction.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def WithholdTopic(self, request, context):
-        """Hides a topic from fetches and updates, reversibly.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def RestoreTopic(self, request, context):
-        """Ends the withholding of a topic.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def DeleteTopic(self, request, context):
-        """Deletes a topic and everything under it.
+        """Changes blocks and topics by any number of steps (swap, combine, withhold, restore, delete,
+        place), as one transaction.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -306,30 +259,10 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     request_deserializer=membank_dot_v1_dot_admin__service__pb2.DescribeBlocksRequest.FromString,
                     response_serializer=membank_dot_v1_dot_admin__service__pb2.DescribeBlocksResponse.SerializeToString,
             ),
-            'SwapBlocks': grpc.stream_unary_rpc_method_handler(
-                    servicer.SwapBlocks,
-                    request_deserializer=membank_dot_v1_dot_admin__service__pb2.SwapBlocksRequest.FromString,
-                    response_serializer=membank_dot_v1_dot_admin__service__pb2.SwapBlocksResponse.SerializeToString,
-            ),
             'ApplyTransaction': grpc.stream_unary_rpc_method_handler(
                     servicer.ApplyTransaction,
                     request_deserializer=membank_dot_v1_dot_admin__service__pb2.ApplyTransactionRequest.FromString,
                     response_serializer=membank_dot_v1_dot_admin__service__pb2.ApplyTransactionResponse.SerializeToString,
-            ),
-            'WithholdTopic': grpc.unary_unary_rpc_method_handler(
-                    servicer.WithholdTopic,
-                    request_deserializer=membank_dot_v1_dot_admin__service__pb2.WithholdTopicRequest.FromString,
-                    response_serializer=membank_dot_v1_dot_admin__service__pb2.WithholdTopicResponse.SerializeToString,
-            ),
-            'RestoreTopic': grpc.unary_unary_rpc_method_handler(
-                    servicer.RestoreTopic,
-                    request_deserializer=membank_dot_v1_dot_admin__service__pb2.RestoreTopicRequest.FromString,
-                    response_serializer=membank_dot_v1_dot_admin__service__pb2.RestoreTopicResponse.SerializeToString,
-            ),
-            'DeleteTopic': grpc.unary_unary_rpc_method_handler(
-                    servicer.DeleteTopic,
-                    request_deserializer=membank_dot_v1_dot_admin__service__pb2.DeleteTopicRequest.FromString,
-                    response_serializer=membank_dot_v1_dot_admin__service__pb2.DeleteTopicResponse.SerializeToString,
             ),
             'ExportTopic': grpc.unary_stream_rpc_method_handler(
                     servicer.ExportTopic,
@@ -487,33 +420,6 @@ class AdminService(object):
             _registered_method=True)
 
     @staticmethod
-    def SwapBlocks(request_iterator,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.stream_unary(
-            request_iterator,
-            target,
-            '/membank.v1.AdminService/SwapBlocks',
-            membank_dot_v1_dot_admin__service__pb2.SwapBlocksRequest.SerializeToString,
-            membank_dot_v1_dot_admin__service__pb2.SwapBlocksResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
     def ApplyTransaction(request_iterator,
             target,
             options=(),
@@ -530,87 +436,6 @@ class AdminService(object):
             '/membank.v1.AdminService/ApplyTransaction',
             membank_dot_v1_dot_admin__service__pb2.ApplyTransactionRequest.SerializeToString,
             membank_dot_v1_dot_admin__service__pb2.ApplyTransactionResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def WithholdTopic(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/membank.v1.AdminService/WithholdTopic',
-            membank_dot_v1_dot_admin__service__pb2.WithholdTopicRequest.SerializeToString,
-            membank_dot_v1_dot_admin__service__pb2.WithholdTopicResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def RestoreTopic(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/membank.v1.AdminService/RestoreTopic',
-            membank_dot_v1_dot_admin__service__pb2.RestoreTopicRequest.SerializeToString,
-            membank_dot_v1_dot_admin__service__pb2.RestoreTopicResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def DeleteTopic(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/membank.v1.AdminService/DeleteTopic',
-            membank_dot_v1_dot_admin__service__pb2.DeleteTopicRequest.SerializeToString,
-            membank_dot_v1_dot_admin__service__pb2.DeleteTopicResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -73,22 +73,6 @@ _AdminServiceDescribeBlocksType = typing_extensions.TypeVar(
     ],
 )
 
-_AdminServiceSwapBlocksType = typing_extensions.TypeVar(
-    '_AdminServiceSwapBlocksType',
-    grpc.StreamUnaryMultiCallable[
-        membank.v1.admin_service_pb2.SwapBlocksRequest,
-        membank.v1.admin_service_pb2.SwapBlocksResponse,
-    ],
-    grpc.aio.StreamUnaryMultiCallable[
-        membank.v1.admin_service_pb2.SwapBlocksRequest,
-        membank.v1.admin_service_pb2.SwapBlocksResponse,
-    ],
-    default=grpc.StreamUnaryMultiCallable[
-        membank.v1.admin_service_pb2.SwapBlocksRequest,
-        membank.v1.admin_service_pb2.SwapBlocksResponse,
-    ],
-)
-
 _AdminServiceApplyTransactionType = typing_extensions.TypeVar(
     '_AdminServiceApplyTransactionType',
     grpc.StreamUnaryMultiCallable[
@@ -102,54 +86,6 @@ _AdminServiceApplyTransactionType = typing_extensions.TypeVar(
     default=grpc.StreamUnaryMultiCallable[
         membank.v1.admin_service_pb2.ApplyTransactionRequest,
         membank.v1.admin_service_pb2.ApplyTransactionResponse,
-    ],
-)
-
-_AdminServiceWithholdTopicType = typing_extensions.TypeVar(
-    '_AdminServiceWithholdTopicType',
-    grpc.UnaryUnaryMultiCallable[
-        membank.v1.admin_service_pb2.WithholdTopicRequest,
-        membank.v1.admin_service_pb2.WithholdTopicResponse,
-    ],
-    grpc.aio.UnaryUnaryMultiCallable[
-        membank.v1.admin_service_pb2.WithholdTopicRequest,
-        membank.v1.admin_service_pb2.WithholdTopicResponse,
-    ],
-    default=grpc.UnaryUnaryMultiCallable[
-        membank.v1.admin_service_pb2.WithholdTopicRequest,
-        membank.v1.admin_service_pb2.WithholdTopicResponse,
-    ],
-)
-
-_AdminServiceRestoreTopicType = typing_extensions.TypeVar(
-    '_AdminServiceRestoreTopicType',
-    grpc.UnaryUnaryMultiCallable[
-        membank.v1.admin_service_pb2.RestoreTopicRequest,
-        membank.v1.admin_service_pb2.RestoreTopicResponse,
-    ],
-    grpc.aio.UnaryUnaryMultiCallable[
-        membank.v1.admin_service_pb2.RestoreTopicRequest,
-        membank.v1.admin_service_pb2.RestoreTopicResponse,
-    ],
-    default=grpc.UnaryUnaryMultiCallable[
-        membank.v1.admin_service_pb2.RestoreTopicRequest,
-        membank.v1.admin_service_pb2.RestoreTopicResponse,
-    ],
-)
-
-_AdminServiceDeleteTopicType = typing_extensions.TypeVar(
-    '_AdminServiceDeleteTopicType',
-    grpc.UnaryUnaryMultiCallable[
-        membank.v1.admin_service_pb2.DeleteTopicRequest,
-        membank.v1.admin_service_pb2.DeleteTopicResponse,
-    ],
-    grpc.aio.UnaryUnaryMultiCallable[
-        membank.v1.admin_service_pb2.DeleteTopicRequest,
-        membank.v1.admin_service_pb2.DeleteTopicResponse,
-    ],
-    default=grpc.UnaryUnaryMultiCallable[
-        membank.v1.admin_service_pb2.DeleteTopicRequest,
-        membank.v1.admin_service_pb2.DeleteTopicResponse,
     ],
 )
 
@@ -345,7 +281,7 @@ _AdminServiceGetReceiptType = typing_extensions.TypeVar(
     ],
 )
 
-class AdminServiceStub(typing.Generic[_AdminServiceCreateBankType, _AdminServiceListTopicsType, _AdminServiceDescribeBlocksType, _AdminServiceSwapBlocksType, _AdminServiceApplyTransactionType, _AdminServiceWithholdTopicType, _AdminServiceRestoreTopicType, _AdminServiceDeleteTopicType, _AdminServiceExportTopicType, _AdminServiceImportTopicType, _AdminServiceListPacksType, _AdminServiceDeletePackType, _AdminServiceCreateSnapshotType, _AdminServiceListSnapshotsType, _AdminServiceDeleteSnapshotType, _AdminServiceRollbackType, _AdminServiceCollectGarbageType, _AdminServiceGetStatsType, _AdminServiceListAuditRecordsType, _AdminServiceGetReceiptType]):
+class AdminServiceStub(typing.Generic[_AdminServiceCreateBankType, _AdminServiceListTopicsType, _AdminServiceDescribeBlocksType, _AdminServiceApplyTransactionType, _AdminServiceExportTopicType, _AdminServiceImportTopicType, _AdminServiceListPacksType, _AdminServiceDeletePackType, _AdminServiceCreateSnapshotType, _AdminServiceListSnapshotsType, _AdminServiceDeleteSnapshotType, _AdminServiceRollbackType, _AdminServiceCollectGarbageType, _AdminServiceGetStatsType, _AdminServiceListAuditRecordsType, _AdminServiceGetReceiptType]):
     """Changes and describes a bank. Every change is one transaction: it takes effect on all shards at
     one revision or not at all, carries a request id (a retry returns the first answer) and is
     written to the audit log with the name of the caller.
@@ -366,24 +302,8 @@ class AdminServiceStub(typing.Generic[_AdminServiceCreateBankType, _AdminService
             membank.v1.admin_service_pb2.DescribeBlocksResponse,
         ],
         grpc.StreamUnaryMultiCallable[
-            membank.v1.admin_service_pb2.SwapBlocksRequest,
-            membank.v1.admin_service_pb2.SwapBlocksResponse,
-        ],
-        grpc.StreamUnaryMultiCallable[
             membank.v1.admin_service_pb2.ApplyTransactionRequest,
             membank.v1.admin_service_pb2.ApplyTransactionResponse,
-        ],
-        grpc.UnaryUnaryMultiCallable[
-            membank.v1.admin_service_pb2.WithholdTopicRequest,
-            membank.v1.admin_service_pb2.WithholdTopicResponse,
-        ],
-        grpc.UnaryUnaryMultiCallable[
-            membank.v1.admin_service_pb2.RestoreTopicRequest,
-            membank.v1.admin_service_pb2.RestoreTopicResponse,
-        ],
-        grpc.UnaryUnaryMultiCallable[
-            membank.v1.admin_service_pb2.DeleteTopicRequest,
-            membank.v1.admin_service_pb2.DeleteTopicResponse,
         ],
         grpc.UnaryStreamMultiCallable[
             membank.v1.admin_service_pb2.ExportTopicRequest,
@@ -450,24 +370,8 @@ class AdminServiceStub(typing.Generic[_AdminServiceCreateBankType, _AdminService
             membank.v1.admin_service_pb2.DescribeBlocksResponse,
         ],
         grpc.aio.StreamUnaryMultiCallable[
-            membank.v1.admin_service_pb2.SwapBlocksRequest,
-            membank.v1.admin_service_pb2.SwapBlocksResponse,
-        ],
-        grpc.aio.StreamUnaryMultiCallable[
             membank.v1.admin_service_pb2.ApplyTransactionRequest,
             membank.v1.admin_service_pb2.ApplyTransactionResponse,
-        ],
-        grpc.aio.UnaryUnaryMultiCallable[
-            membank.v1.admin_service_pb2.WithholdTopicRequest,
-            membank.v1.admin_service_pb2.WithholdTopicResponse,
-        ],
-        grpc.aio.UnaryUnaryMultiCallable[
-            membank.v1.admin_service_pb2.RestoreTopicRequest,
-            membank.v1.admin_service_pb2.RestoreTopicResponse,
-        ],
-        grpc.aio.UnaryUnaryMultiCallable[
-            membank.v1.admin_service_pb2.DeleteTopicRequest,
-            membank.v1.admin_service_pb2.DeleteTopicResponse,
         ],
         grpc.aio.UnaryStreamMultiCallable[
             membank.v1.admin_service_pb2.ExportTopicRequest,
@@ -528,20 +432,10 @@ class AdminServiceStub(typing.Generic[_AdminServiceCreateBankType, _AdminService
     DescribeBlocks: _AdminServiceDescribeBlocksType
     """Describes single blocks."""
 
-    SwapBlocks: _AdminServiceSwapBlocksType
-    """Replaces the content of blocks."""
-
     ApplyTransaction: _AdminServiceApplyTransactionType
-    """Applies any number of steps (swap, combine, withhold, restore, delete, place) as one transaction."""
-
-    WithholdTopic: _AdminServiceWithholdTopicType
-    """Hides a topic from fetches and updates, reversibly."""
-
-    RestoreTopic: _AdminServiceRestoreTopicType
-    """Ends the withholding of a topic."""
-
-    DeleteTopic: _AdminServiceDeleteTopicType
-    """Deletes a topic and everything under it."""
+    """Changes blocks and topics by any number of steps (swap, combine, withhold, restore, delete,
+    place), as one transaction.
+    """
 
     ExportTopic: _AdminServiceExportTopicType
     """Streams a topic as a pack."""
@@ -598,24 +492,8 @@ AdminServiceAsyncStub: typing_extensions.TypeAlias = AdminServiceStub[
         membank.v1.admin_service_pb2.DescribeBlocksResponse,
     ],
     grpc.aio.StreamUnaryMultiCallable[
-        membank.v1.admin_service_pb2.SwapBlocksRequest,
-        membank.v1.admin_service_pb2.SwapBlocksResponse,
-    ],
-    grpc.aio.StreamUnaryMultiCallable[
         membank.v1.admin_service_pb2.ApplyTransactionRequest,
         membank.v1.admin_service_pb2.ApplyTransactionResponse,
-    ],
-    grpc.aio.UnaryUnaryMultiCallable[
-        membank.v1.admin_service_pb2.WithholdTopicRequest,
-        membank.v1.admin_service_pb2.WithholdTopicResponse,
-    ],
-    grpc.aio.UnaryUnaryMultiCallable[
-        membank.v1.admin_service_pb2.RestoreTopicRequest,
-        membank.v1.admin_service_pb2.RestoreTopicResponse,
-    ],
-    grpc.aio.UnaryUnaryMultiCallable[
-        membank.v1.admin_service_pb2.DeleteTopicRequest,
-        membank.v1.admin_service_pb2.DeleteTopicResponse,
     ],
     grpc.aio.UnaryStreamMultiCallable[
         membank.v1.admin_service_pb2.ExportTopicRequest,
@@ -698,44 +576,14 @@ class AdminServiceServicer(metaclass=abc.ABCMeta):
         """Describes single blocks."""
 
     @abc.abstractmethod
-    def SwapBlocks(
-        self,
-        request_iterator: _MaybeAsyncIterator[membank.v1.admin_service_pb2.SwapBlocksRequest],
-        context: _ServicerContext,
-    ) -> typing.Union[membank.v1.admin_service_pb2.SwapBlocksResponse, collections.abc.Awaitable[membank.v1.admin_service_pb2.SwapBlocksResponse]]:
-        """Replaces the content of blocks."""
-
-    @abc.abstractmethod
     def ApplyTransaction(
         self,
         request_iterator: _MaybeAsyncIterator[membank.v1.admin_service_pb2.ApplyTransactionRequest],
         context: _ServicerContext,
     ) -> typing.Union[membank.v1.admin_service_pb2.ApplyTransactionResponse, collections.abc.Awaitable[membank.v1.admin_service_pb2.ApplyTransactionResponse]]:
-        """Applies any number of steps (swap, combine, withhold, restore, delete, place) as one transaction."""
-
-    @abc.abstractmethod
-    def WithholdTopic(
-        self,
-        request: membank.v1.admin_service_pb2.WithholdTopicRequest,
-        context: _ServicerContext,
-    ) -> typing.Union[membank.v1.admin_service_pb2.WithholdTopicResponse, collections.abc.Awaitable[membank.v1.admin_service_pb2.WithholdTopicResponse]]:
-        """Hides a topic from fetches and updates, reversibly."""
-
-    @abc.abstractmethod
-    def RestoreTopic(
-        self,
-        request: membank.v1.admin_service_pb2.RestoreTopicRequest,
-        context: _ServicerContext,
-    ) -> typing.Union[membank.v1.admin_service_pb2.RestoreTopicResponse, collections.abc.Awaitable[membank.v1.admin_service_pb2.RestoreTopicResponse]]:
-        """Ends the withholding of a topic."""
-
-    @abc.abstractmethod
-    def DeleteTopic(
-        self,
-        request: membank.v1.admin_service_pb2.DeleteTopicRequest,
-        context: _ServicerContext,
-    ) -> typing.Union[membank.v1.admin_service_pb2.DeleteTopicResponse, collections.abc.Awaitable[membank.v1.admin_service_pb2.DeleteTopicResponse]]:
-        """Deletes a topic and everything under it."""
+        """Changes blocks and topics by any number of steps (swap, combine, withhold, restore, delete,
+        place), as one transaction.
+        """
 
     @abc.abstractmethod
     def ExportTopic(

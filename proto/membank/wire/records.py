@@ -6,7 +6,7 @@ shape (L, P, R, D); the down part is kept transposed so that all three parts hav
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 from membank.wire.errors import Reason
@@ -139,6 +139,34 @@ class BlockChange:
     """Bytes of weight and optimizer state that the block occupies or occupied."""
 
 
+class CentroidChange(IntEnum):
+    """What became of the centroid of a topic; the numbers travel."""
+
+    KEPT = 0
+    """It is as it was."""
+    SET = 1
+    """It was replaced, or there was none before."""
+    REMOVED = 2
+    """It was removed: texts of the topic go to its neighbours."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TreeChange:
+    """What a transaction changed, or would change, in what the tree says of one topic.
+
+    It holds neither labels nor centroids, so that records may keep it for longer than those are kept.
+    """
+
+    topic: BlockRef
+    """The topic."""
+    changes_label: bool = False
+    """True where its label changed."""
+    changes_num_documents: bool = False
+    """True where its number of documents changed."""
+    centroid_change: CentroidChange = CentroidChange.KEPT
+    """What became of its centroid."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransactionReport:
     """What a transaction did, or would do."""
@@ -151,6 +179,18 @@ class TransactionReport:
     """True where nothing was changed."""
     num_slots_destroyed: int = 0
     """Slots destroyed (delete), every retained version counted."""
+    tree_changes: tuple[TreeChange, ...] = ()
+    """What it changed in the tree, by topic."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Applied:
+    """What the steps of a transaction did, or would do."""
+
+    report: TransactionReport
+    """What changed."""
+    receipt: bytes = field(default=b"", repr=False)
+    """Signed receipt of what was deleted (JSON); empty where nothing was."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,8 @@ from membank.client import (
     ClientConfig,
     RetryConfig,
 )
-from membank.wire.spec import BlockRef, BlockState
+from membank.wire.spec import BlockRef
+from membank.wire.steps import Delete, Withhold
 
 PATH = (BlockRef(1, 0), BlockRef(2, 1))
 OTHER = BlockRef(1, 1)
@@ -98,7 +99,7 @@ async def test_what_others_withhold_is_let_go_unasked(
     bank: FakeBank, client: AsyncBankClient
 ) -> None:
     await fetch_until_hit(client, *PATH, OTHER)
-    bank.set_state("withhold", PATH[0], BlockState.WITHHELD, request_id="", dry_run=False)
+    bank.apply([Withhold(topic=PATH[0])], request_id="", dry_run=False)
     await until(lambda: stats_of(client).num_blocks == 1)
     memory = await client.fetch(PATH)
     assert (list(memory), memory.ended_at) == ([], PATH[0])
@@ -123,7 +124,7 @@ async def test_who_asks_every_time_hears_of_removals_alone(
         await until(lambda: all(shard.subscriptions for shard in bank.shards))
         assert all(s._admin_only for shard in bank.shards for s in shard.subscriptions)
         await client.fetch(PATH)
-        bank.set_state("delete", PATH[1], BlockState.DELETED, request_id="", dry_run=False)
+        bank.apply([Delete(topic=PATH[1])], request_id="", dry_run=False)
         await until(lambda: stats_of(client).num_blocks == 1)
     assert all(s.is_closed for shard in bank.shards for s in shard.subscriptions)
 
@@ -141,7 +142,7 @@ class TestOverGrpc:
         service.scripts["shard-0"].plan("WatchBlocks", Fault.INTERNAL)
         async with await AsyncBankClient.connect(service.endpoint, config=CONFIG) as client:
             await fetch_until_hit(client, *PATH)
-            bank.set_state("delete", PATH[1], BlockState.DELETED, request_id="", dry_run=False)
+            bank.apply([Delete(topic=PATH[1])], request_id="", dry_run=False)
             await until(lambda: stats_of(client).num_blocks == 1)
         assert service.scripts["shard-0"].num_calls("WatchBlocks") > 1
 

@@ -16,6 +16,7 @@ from membank.wire.codec import FETCH_CODECS
 from membank.wire.errors import UnavailableError
 from membank.wire.records import BlockEvent, Update
 from membank.wire.spec import BlockRef, BlockState
+from membank.wire.steps import Delete
 
 # 1/0 and what is under it lie on the first shard, 1/1 on the second.
 TOP, LEAF, OTHER = BlockRef(1, 0), BlockRef(2, 1), BlockRef(1, 1)
@@ -322,10 +323,8 @@ class TestOwnChanges:
     async def test_a_transaction_is_taken_note_of(self) -> None:
         rig = CacheRig(max_staleness_s=10.0)
         await rig.fetch(TOP, OTHER)
-        report = rig.bank.set_state(
-            "delete", TOP, BlockState.DELETED, request_id="d", dry_run=False
-        )
-        rig.cache.hear_report(report)
+        applied = rig.bank.apply([Delete(topic=TOP)], request_id="d", dry_run=False)
+        rig.cache.hear_report(applied.report)
         assert rig.cache.stats.num_blocks == 1
         assert (await rig.fetch(OTHER)).revision == 1
 

@@ -1,8 +1,10 @@
 """The client when shards fail, move and are operated on, against a bank in this process."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 
+import numpy as np
 import pytest
 
 from core_rig import ACROSS, CONFIG, PATH, RETRY, base, gradients, ones
@@ -19,6 +21,7 @@ from membank.wire.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
+from membank.wire.spec import BlockRef, BlockState
 
 
 @pytest.fixture
@@ -104,10 +107,10 @@ class TestRetries:
         self, bank: FakeBank, network: InProcessNetwork, client: AsyncBankClient
     ) -> None:
         script = network.scripts[network.GATEWAY]
-        script.plan("withhold", Fault.UNAVAILABLE, Fault.DROP_RESPONSE)
+        script.plan("apply", Fault.UNAVAILABLE, Fault.DROP_RESPONSE)
         report = await client.withhold(PATH[1])
         assert (report.revision, bank.revision) == (1, 1)
-        assert script.num_calls("withhold") == 3
+        assert script.num_calls("apply") == 3
         assert len(set(script.request_ids)) == 1
 
     async def test_every_call_has_a_finite_deadline(self, client: AsyncBankClient) -> None:
@@ -166,7 +169,7 @@ class TestPlacement:
 
 
 class TestAdmin:
-    async def test_transaction_is_one_swap(
+    async def test_transaction_is_one_call(
         self, bank: FakeBank, network: InProcessNetwork, client: AsyncBankClient
     ) -> None:
         async with client.transaction() as transaction:
@@ -175,7 +178,7 @@ class TestAdmin:
             assert bank.revision == 0
         assert transaction.report is not None
         assert (transaction.report.revision, len(transaction.report.changes)) == (1, 2)
-        assert network.scripts[network.GATEWAY].num_calls("swap") == 1
+        assert network.scripts[network.GATEWAY].num_calls("apply") == 1
 
     async def test_transaction_that_fails_changes_nothing(
         self, bank: FakeBank, client: AsyncBankClient
@@ -199,8 +202,47 @@ class TestAdmin:
     def test_transaction_takes_a_block_once(self) -> None:
         transaction = Transaction()
         transaction.swap(ACROSS[0], ones(ACROSS[0]))
-        with pytest.raises(InvalidArgumentError, match="already"):
-            transaction.swap(ACROSS[0], ones(ACROSS[0]))
+        with pytest.raises(InvalidArgumentError, match="already, by swap"):
+            transaction.delete(ACROSS[0])
+        transaction.place(ACROSS[0], label="iron")
+        with pytest.raises(InvalidArgumentError, match="already, by place"):
+            transaction.place(ACROSS[0], label="steel")
+        assert [step.kind for step in transaction.steps] == ["swap", "place"]
+
+    async def test_transaction_says_what_was_done(
+        self, bank: FakeBank, client: AsyncBankClient
+    ) -> None:
+        before = {ref: bank.held(ref).weight.astype(np.float32) for ref in ACROSS}
+        async with client.transaction(dry_run=True) as dry:
+            dry.delete(PATH[0])
+        assert dry.report is not None
+        assert (dry.report.dry_run, dry.receipt, bank.revision) == (True, b"", 0)
+        async with client.transaction(request_id="t") as transaction:
+            transaction.blend(ACROSS[0], ACROSS[1], share=0.25)
+            transaction.copy(ACROSS[0], ACROSS[1], expected_version=0, expected_source_version=0)
+            transaction.withhold(BlockRef(1, 2), only_block=True)
+            transaction.delete(BlockRef(1, 3))
+            transaction.place(BlockRef(1, 2), remove_centroid=True)
+        assert transaction.report is not None
+        assert (transaction.report.revision, list(bank.reports)) == (1, ["t"])
+        assert json.loads(transaction.receipt) == {"deleted": ["1/3"]}
+        blended = 0.75 * before[ACROSS[0]] + 0.25 * before[ACROSS[1]]
+        np.testing.assert_array_equal(bank.held(ACROSS[0]).weight, blended)
+        np.testing.assert_array_equal(bank.held(ACROSS[1]).weight, before[ACROSS[0]])
+        async with client.transaction() as again:
+            again.scale(ACROSS[0], 2.0)
+            again.zero(ACROSS[1])
+            again.restore(BlockRef(1, 2))
+        np.testing.assert_array_equal(bank.held(ACROSS[0]).weight, 2 * blended)
+        assert not bank.held(ACROSS[1]).weight.any()
+        assert bank.held(BlockRef(1, 2)).state is BlockState.ACTIVE
+
+    async def test_transaction_without_a_step_asks_nobody(
+        self, bank: FakeBank, client: AsyncBankClient
+    ) -> None:
+        async with client.transaction() as transaction:
+            pass
+        assert (transaction.applied, transaction.report, bank.revision) == (None, None, 0)
 
     async def test_export_survives_an_attempt_that_was_cut(
         self, bank: FakeBank, network: InProcessNetwork, client: AsyncBankClient
@@ -222,6 +264,6 @@ class TestAdmin:
         with pytest.raises(InvalidArgumentError) as caught:
             await client.swap({PATH[0]: ones(PATH[1])})
         assert caught.value.reason is Reason.BAD_SHAPE
-        with pytest.raises(InvalidArgumentError, match="no blocks"):
+        with pytest.raises(InvalidArgumentError, match="no steps"):
             await client.swap({})
-        assert network.scripts[network.GATEWAY].num_calls("swap") == 0
+        assert network.scripts[network.GATEWAY].num_calls("apply") == 0

@@ -220,7 +220,7 @@ class TestDeadlines:
         assert service.scripts["shard-0"].num_calls("PushUpdates") <= 2
 
     async def test_of_an_admin_call(self, service: FakeService, client: AsyncBankClient) -> None:
-        service.script.plan("WithholdTopic", Fault.SLOW)
+        service.script.plan("ApplyTransaction", Fault.SLOW)
         with pytest.raises(DeadlineError):
             await client.withhold(PATH[1], timeout_s=0.1)
 

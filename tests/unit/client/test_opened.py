@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from membank.bank_service.shard.contract import SetContent
 from membank.client import AsyncBankClient, AsyncOpenedBank, BankClient, OpenedBank
 from membank.client.bank_files import DirectoryFiles, FsspecFiles, open_files
 from membank.client.retriever import LsaEmbedder, LsaSettings
@@ -24,6 +23,7 @@ from membank.wire.errors import (
 )
 from membank.wire.records import Block
 from membank.wire.spec import BlockRef, BlockState
+from membank.wire.steps import Delete, Swap, Withhold
 from shard_rig import RIG_SPEC, Crash, ShardRig, When, asked
 
 TOPIC, OTHER, THIRD = BlockRef(1, 1), BlockRef(1, 2), BlockRef(1, 3)
@@ -39,7 +39,7 @@ def rig(tmp_path: Path) -> Iterator[ShardRig]:
 
 def swap(rig: ShardRig, request_id: str, *refs: BlockRef, value: float = 1.0) -> None:
     contents = [
-        SetContent(
+        Swap(
             ref=ref,
             weight=np.full(rig.spec.block_shape(ref.level), value, np.float32).astype(
                 rig.spec.numpy_dtype
@@ -47,7 +47,7 @@ def swap(rig: ShardRig, request_id: str, *refs: BlockRef, value: float = 1.0) ->
         )
         for ref in refs
     ]
-    rig.operations.swap_blocks(asked(request_id), contents)
+    rig.operations.apply(asked(request_id), contents)
 
 
 def consolidate(rig: ShardRig) -> None:
@@ -93,8 +93,8 @@ def live_through_much(rig: ShardRig) -> None:
     swap(rig, "s1", OTHER, value=1e30)
     rig.operations.create_snapshot(asked("n1"), "then")
     rig.push(TOPIC, "p3")
-    rig.operations.withhold_topic(asked("w1"), OTHER)
-    rig.operations.delete_topic(asked("d1"), THIRD)
+    rig.operations.apply(asked("w1"), [Withhold(topic=OTHER)])
+    rig.operations.apply(asked("d1"), [Delete(topic=THIRD)])
     swap(rig, "s2", THIRD)
     rig.operations.rollback(asked("b1"), "then", TOPIC)
     rig.push(TOPIC, "p4")
@@ -170,7 +170,7 @@ class TestReading:
 
     def test_paths_end_at_what_is_withheld(self, rig: ShardRig) -> None:
         rig.operations.create_snapshot(asked("n1"), "then")
-        rig.operations.withhold_topic(asked("w1"), LEAF)
+        rig.operations.apply(asked("w1"), [Withhold(topic=LEAF)])
         for snapshot in ("", "then"):
             memory = open_it(rig, snapshot).fetch([TOPIC, LEAF])
             assert (list(memory), memory.ended_at) == ([TOPIC], LEAF)
@@ -215,7 +215,7 @@ class TestReading:
     @pytest.mark.parametrize("dtype", [None, "int8"])
     def test_layer_by_layer(self, rig: ShardRig, dtype: str | None) -> None:
         swap(rig, "s1", TOPIC)
-        rig.operations.withhold_topic(asked("s2"), LEAF)
+        rig.operations.apply(asked("s2"), [Withhold(topic=LEAF)])
         consolidate(rig)
         bank = open_it(rig)
         expected = bank.fetch([TOPIC, LEAF], dtype=dtype)

@@ -12,7 +12,7 @@ from membank.bank_service.cluster.staging import (
     own_content,
     own_operation,
 )
-from membank.bank_service.shard.contract import BlockContent, Erase, SetContent
+from membank.bank_service.shard.contract import BlockContent, Combine, Erase, SetContent
 from membank.wire.errors import UnavailableError
 from membank.wire.spec import BlockRef, Role
 
@@ -45,6 +45,18 @@ def test_batches_keep_the_order_and_the_bound(
 def test_bytes_of_an_operation_are_those_of_its_arrays() -> None:
     assert operation_bytes(content(0)) == 32
     assert operation_bytes(Erase(ref=BlockRef(1, 0))) == 0
+    combine = Combine(ref=BlockRef(1, 0), keep=0.5, other=np.ones(4, np.float32), add=0.5)
+    assert operation_bytes(combine) == 16
+    assert operation_bytes(Combine(ref=BlockRef(1, 0), keep=0.5)) == 0
+
+
+def test_what_is_combined_is_copied_out_of_the_piece() -> None:
+    other = np.ones(4, np.float32)
+    owned = own_operation(Combine(ref=BlockRef(1, 0), keep=0.5, other=other, add=0.5))
+    other[:] = 2
+    assert isinstance(owned, Combine)
+    assert owned.other is not None
+    np.testing.assert_array_equal(owned.other, np.ones(4, np.float32))
 
 
 def test_pieces_of_one_attempt_come_together() -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from membank.bank_service.shard.contract import SetContent
 from membank.wire.records import GarbageReport
 from membank.wire.spec import BlockRef
+from membank.wire.steps import Swap
 from shard_rig import ShardRig, asked
 
 A = BlockRef(1, 0)
@@ -28,7 +28,7 @@ def test_a_dry_run_says_what_giving_history_up_removes(
     rig = ShardRig(tmp_path)
     for number in range(4):
         weight = np.full(rig.spec.block_shape(1), number + 0.5, np.float32)
-        rig.operations.swap_blocks(asked(f"r{number}"), [SetContent(ref=A, weight=weight)])
+        rig.operations.apply(asked(f"r{number}"), [Swap(ref=A, weight=weight)])
     if is_dirty:
         # Since the last consolidation: the collection folds it into a fresh slot.
         rig.push(A, "p")

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from membank.bank_service.shard.contract import SetContent
 from membank.bank_service.store import LocalObjects
 from membank.bank_service.store.objects import PROBES
 from membank.wire.errors import (
@@ -21,6 +20,7 @@ from membank.wire.errors import (
 from membank.wire.format.layout import snapshot_key, tree_key
 from membank.wire.records import GarbageKind, GarbageReport, Snapshot
 from membank.wire.spec import Array, BlockRef, BlockState
+from membank.wire.steps import Delete, Restore, Swap, Withhold
 from shard_rig import RIG_SPEC, Crash, ShardRig, When, asked
 
 TOPIC, OTHER = BlockRef(1, 1), BlockRef(1, 2)
@@ -39,8 +39,8 @@ def filled(ref: BlockRef, value: float) -> Array:
 
 
 def swap(rig: ShardRig, request_id: str, *refs: BlockRef, value: float = 1.0) -> int:
-    contents = [SetContent(ref=ref, weight=filled(ref, value)) for ref in refs]
-    return rig.operations.swap_blocks(asked(request_id), contents).revision
+    contents = [Swap(ref=ref, weight=filled(ref, value)) for ref in refs]
+    return rig.operations.apply(asked(request_id), contents).report.revision
 
 
 def full_of(rig: ShardRig, ref: BlockRef) -> tuple[int, bytes, dict[str, bytes]]:
@@ -136,7 +136,7 @@ def test_a_dry_run_says_what_would_change(rig: ShardRig) -> None:
 
 def test_a_revision_does_not_lead_behind_a_delete(rig: ShardRig) -> None:
     swap(rig, "r1", TOPIC, UNDER[0], OTHER)
-    rig.operations.delete_topic(asked("r2"), TOPIC)
+    rig.operations.apply(asked("r2"), [Delete(topic=TOPIC)])
     swap(rig, "r3", UNDER[0], OTHER, value=5.0)
     report = rig.operations.rollback(asked("r4"), 1)
     assert {change.ref for change in report.changes} == {OTHER}
@@ -146,8 +146,8 @@ def test_a_revision_does_not_lead_behind_a_delete(rig: ShardRig) -> None:
 
 def test_a_withheld_block_comes_back_as_it_was(rig: ShardRig) -> None:
     swap(rig, "r1", TOPIC)
-    rig.operations.withhold_topic(asked("r2"), TOPIC)
-    rig.operations.restore_topic(asked("r3"), TOPIC)
+    rig.operations.apply(asked("r2"), [Withhold(topic=TOPIC)])
+    rig.operations.apply(asked("r3"), [Restore(topic=TOPIC)])
     rig.operations.rollback(asked("r4"), 2)
     assert rig.status(TOPIC).state is BlockState.WITHHELD
     assert rig.log.committed.removal_revision == 4

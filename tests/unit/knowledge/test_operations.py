@@ -10,7 +10,6 @@ import pytest
 
 from membank.bank_service.knowledge import ShardGroup, TreeStore
 from membank.bank_service.knowledge.topics import TopicCatalog
-from membank.bank_service.shard.contract import SetContent
 from membank.wire.errors import (
     AlreadyExistsError,
     ConflictError,
@@ -22,6 +21,7 @@ from membank.wire.errors import (
 )
 from membank.wire.format import TreeDocument, decode_tree
 from membank.wire.spec import Array, BlockRef, BlockState
+from membank.wire.steps import Delete, Restore, Swap, Withhold
 from shard_rig import RIG_SPEC, ShardRig, asked
 
 TOPIC, OTHER = BlockRef(1, 1), BlockRef(1, 2)
@@ -41,10 +41,10 @@ def filled(ref: BlockRef, value: float) -> Array:
 
 def test_swap_replaces_blocks_of_both_shards_at_one_revision(rig: ShardRig) -> None:
     contents = [
-        SetContent(ref=TOPIC, weight=filled(TOPIC, 1.0), expected_version=0),
-        SetContent(ref=OTHER, weight=filled(OTHER, 2.0)),
+        Swap(ref=TOPIC, weight=filled(TOPIC, 1.0), expected_version=0),
+        Swap(ref=OTHER, weight=filled(OTHER, 2.0)),
     ]
-    report = rig.operations.swap_blocks(asked("r1"), contents)
+    report = rig.operations.apply(asked("r1"), contents).report
     assert report.revision == 1
     assert [(c.ref, c.version_before, c.version_after) for c in report.changes] == [
         (TOPIC, 0, 1),
@@ -59,11 +59,11 @@ def test_one_wrong_version_keeps_every_block_as_it_was(rig: ShardRig) -> None:
     rig.push(OTHER, "p1")
     before = rig.state()
     contents = [
-        SetContent(ref=TOPIC, weight=filled(TOPIC, 1.0), expected_version=0),
-        SetContent(ref=OTHER, weight=filled(OTHER, 2.0), expected_version=0),
+        Swap(ref=TOPIC, weight=filled(TOPIC, 1.0), expected_version=0),
+        Swap(ref=OTHER, weight=filled(OTHER, 2.0), expected_version=0),
     ]
     with pytest.raises(ConflictError) as caught:
-        rig.operations.swap_blocks(asked("r1"), contents)
+        rig.operations.apply(asked("r1"), contents)
     assert caught.value.reason is Reason.VERSION_MISMATCH
     assert rig.state() == before
     # Nothing is held back either.
@@ -71,37 +71,37 @@ def test_one_wrong_version_keeps_every_block_as_it_was(rig: ShardRig) -> None:
 
 
 def test_a_block_named_twice_is_refused(rig: ShardRig) -> None:
-    content = SetContent(ref=TOPIC, weight=filled(TOPIC, 1.0))
+    content = Swap(ref=TOPIC, weight=filled(TOPIC, 1.0))
     with pytest.raises(InvalidArgumentError):
-        rig.operations.swap_blocks(asked("r1"), [content, content])
+        rig.operations.apply(asked("r1"), [content, content])
 
 
 def test_retry_returns_the_first_answer_and_changes_nothing(rig: ShardRig) -> None:
-    first = rig.operations.withhold_topic(asked("r1"), TOPIC)
+    first = rig.operations.apply(asked("r1"), [Withhold(topic=TOPIC)]).report
     state = rig.state()
-    assert rig.operations.withhold_topic(asked("r1"), TOPIC) == first
+    assert rig.operations.apply(asked("r1"), [Withhold(topic=TOPIC)]).report == first
     rig.start_coordinator()
-    assert rig.operations.withhold_topic(asked("r1"), TOPIC) == first
+    assert rig.operations.apply(asked("r1"), [Withhold(topic=TOPIC)]).report == first
     assert rig.state() == state
     assert rig.log.last == 1
 
 
 def test_request_id_of_somebody_else_is_refused(rig: ShardRig) -> None:
-    rig.operations.withhold_topic(asked("r1"), TOPIC)
+    rig.operations.apply(asked("r1"), [Withhold(topic=TOPIC)])
     with pytest.raises(ConflictError):
-        rig.operations.withhold_topic(asked("r1", principal="mallory"), TOPIC)
+        rig.operations.apply(asked("r1", principal="mallory"), [Withhold(topic=TOPIC)])
 
 
 def test_request_id_of_another_operation_is_refused(rig: ShardRig) -> None:
-    rig.operations.withhold_topic(asked("r1"), TOPIC)
+    rig.operations.apply(asked("r1"), [Withhold(topic=TOPIC)])
     with pytest.raises(InvalidArgumentError):
-        rig.operations.delete_topic(asked("r1"), TOPIC)
+        rig.operations.apply(asked("r1"), [Delete(topic=TOPIC)])
     assert rig.status(TOPIC).state is BlockState.WITHHELD
 
 
 def test_dry_run_reports_and_changes_nothing(rig: ShardRig) -> None:
     before = rig.state()
-    report = rig.operations.delete_topic(asked("", dry_run=True), TOPIC)
+    report = rig.operations.apply(asked("", dry_run=True), [Delete(topic=TOPIC)]).report
     assert report.dry_run
     assert report.revision == 0
     assert {change.ref for change in report.changes} == {TOPIC, *UNDER}
@@ -113,18 +113,18 @@ def test_dry_run_reports_and_changes_nothing(rig: ShardRig) -> None:
 def test_withhold_hides_a_topic_and_restore_brings_it_back(rig: ShardRig) -> None:
     rig.push(TOPIC, "p1")
     content = rig.weight(TOPIC)
-    rig.operations.withhold_topic(asked("r1"), TOPIC)
+    rig.operations.apply(asked("r1"), [Withhold(topic=TOPIC)])
     assert rig.weight(TOPIC) is None
     assert rig.log.committed.removal_revision == 1
     assert rig.status(UNDER[0]).state is BlockState.WITHHELD
-    rig.operations.restore_topic(asked("r2"), TOPIC)
+    rig.operations.apply(asked("r2"), [Restore(topic=TOPIC)])
     np.testing.assert_array_equal(rig.weight(TOPIC), content)
     assert rig.log.committed.removal_revision == 1
 
 
 def test_delete_scrubs_the_tree_and_destroys_the_documents_before(rig: ShardRig) -> None:
     rig.push(TOPIC, "p1")
-    rig.operations.delete_topic(asked("r1"), TOPIC)
+    rig.operations.apply(asked("r1"), [Delete(topic=TOPIC)])
     assert {rig.status(ref).state for ref in (TOPIC, *UNDER)} == {BlockState.DELETED}
     (key,) = rig.tree_keys()
     data = rig.objects.get(key)
@@ -138,23 +138,17 @@ def test_delete_scrubs_the_tree_and_destroys_the_documents_before(rig: ShardRig)
 def test_labels_of_a_deleted_topic_are_nowhere_on_disk(rig: ShardRig) -> None:
     rig.push(TOPIC, "p1")
     rig.operations.create_snapshot(asked("r1"), "before")
-    rig.operations.delete_topic(asked("r2"), TOPIC)
+    rig.operations.apply(asked("r2"), [Delete(topic=TOPIC)])
     files = [path.read_bytes() for path in rig.objects.root.rglob("*") if path.is_file()]
     assert not [data for data in files if b"label of 1-1" in data or b"label of 2-3" in data]
     assert [data for data in files if b"label of 1-2" in data]
 
 
 def test_what_is_deleted_cannot_be_withheld_restored_or_deleted_again(rig: ShardRig) -> None:
-    rig.operations.delete_topic(asked("r1"), TOPIC)
-    for number, operation in enumerate(
-        (
-            rig.operations.withhold_topic,
-            rig.operations.restore_topic,
-            rig.operations.delete_topic,
-        )
-    ):
+    rig.operations.apply(asked("r1"), [Delete(topic=TOPIC)])
+    for step in (Withhold(topic=TOPIC), Restore(topic=TOPIC), Delete(topic=TOPIC)):
         with pytest.raises(FailedPreconditionError) as caught:
-            operation(asked(f"x{number}"), TOPIC)
+            rig.operations.apply(asked(step.kind), [step])
         assert caught.value.reason is Reason.BLOCK_DELETED
 
 
@@ -186,7 +180,7 @@ def test_rollback_does_not_cross_a_delete(rig: ShardRig) -> None:
     rig.push(TOPIC, "p1")
     rig.push(OTHER, "p2")
     rig.operations.create_snapshot(asked("r1"), "first")
-    rig.operations.delete_topic(asked("r2"), TOPIC)
+    rig.operations.apply(asked("r2"), [Delete(topic=TOPIC)])
     rig.push(OTHER, "p3")
     report = rig.operations.rollback(asked("r3"), "first")
     assert {change.ref for change in report.changes} == {OTHER}
@@ -196,8 +190,8 @@ def test_rollback_does_not_cross_a_delete(rig: ShardRig) -> None:
 def test_rollback_leaves_what_was_created_anew_after_a_delete(rig: ShardRig) -> None:
     rig.push(TOPIC, "p1")
     rig.operations.create_snapshot(asked("r1"), "first")
-    rig.operations.delete_topic(asked("r2"), TOPIC)
-    rig.operations.swap_blocks(asked("r3"), [SetContent(ref=TOPIC, weight=filled(TOPIC, 5.0))])
+    rig.operations.apply(asked("r2"), [Delete(topic=TOPIC)])
+    rig.operations.apply(asked("r3"), [Swap(ref=TOPIC, weight=filled(TOPIC, 5.0))])
     rig.operations.rollback(asked("r4"), "first")
     np.testing.assert_array_equal(rig.weight(TOPIC), filled(TOPIC, 5.0))
 
@@ -206,8 +200,8 @@ def test_rollback_leaves_what_was_never_written_before_its_delete(rig: ShardRig)
     # The pinned manifest does not name such a block, so nothing there tells of the delete.
     leaf = UNDER[0]
     rig.operations.create_snapshot(asked("r1"), "first")
-    rig.operations.delete_topic(asked("r2"), TOPIC)
-    rig.operations.swap_blocks(asked("r3"), [SetContent(ref=leaf, weight=filled(leaf, 5.0))])
+    rig.operations.apply(asked("r2"), [Delete(topic=TOPIC)])
+    rig.operations.apply(asked("r3"), [Swap(ref=leaf, weight=filled(leaf, 5.0))])
     report = rig.operations.rollback(asked("r4"), "first")
     assert report.changes == ()
     np.testing.assert_array_equal(rig.weight(leaf), filled(leaf, 5.0))
@@ -244,7 +238,7 @@ def test_snapshot_retry_returns_the_same_snapshot(rig: ShardRig) -> None:
 
 def test_topics_join_labels_and_states(rig: ShardRig) -> None:
     rig.push(UNDER[0], "p1")
-    rig.operations.withhold_topic(asked("r1"), TOPIC)
+    rig.operations.apply(asked("r1"), [Withhold(topic=TOPIC)])
     topics, revision = rig.operations.list_topics()
     assert revision == 1
     assert [topic.ref for topic in topics] == list(RIG_SPEC.blocks())
@@ -276,8 +270,10 @@ def test_topics_are_told_while_a_delete_replaces_the_tree(
 ) -> None:
     # A document of revision 0 may be absent, and one of a later revision may not.
     if first is not None:
-        rig.operations.delete_topic(asked("r0"), first)
-    trees = _RacedTrees(rig, lambda: rig.operations.delete_topic(asked("r1"), TOPIC))
+        rig.operations.apply(asked("r0"), [Delete(topic=first)])
+    trees = _RacedTrees(
+        rig, lambda: rig.operations.apply(asked("r1"), [Delete(topic=TOPIC)]).report
+    )
     topics, revision = TopicCatalog(rig.spec, ShardGroup(rig.spec, rig), rig.log, trees).list(
         OTHER, depth=1
     )
@@ -303,12 +299,12 @@ def test_describe_names_the_owner_and_unknown_blocks_are_refused(rig: ShardRig) 
     with pytest.raises(NotFoundError):
         rig.operations.describe_blocks([BlockRef(2, 99)])
     with pytest.raises(NotFoundError):
-        rig.operations.withhold_topic(asked("r1"), BlockRef(3, 0))
+        rig.operations.apply(asked("r1"), [Withhold(topic=BlockRef(3, 0))])
 
 
 def test_audit_says_who_did_what_and_no_more(rig: ShardRig) -> None:
-    rig.operations.withhold_topic(asked("r1", principal="bob"), TOPIC)
-    rig.operations.delete_topic(asked("r2"), TOPIC)
+    rig.operations.apply(asked("r1", principal="bob"), [Withhold(topic=TOPIC)])
+    rig.operations.apply(asked("r2"), [Delete(topic=TOPIC)])
     newest, before, first = rig.operations.audit(10)
     assert (newest.operation, newest.principal, newest.request_id) == ("delete", "alice", "r2")
     assert newest.detail["topic"] == "1/1"
@@ -327,5 +323,5 @@ def test_stats_count_blocks_and_shards(rig: ShardRig) -> None:
 
 def test_two_transactions_at_a_time_are_refused(rig: ShardRig) -> None:
     with rig.coordinator.exclusive(), pytest.raises(UnavailableError) as caught:
-        rig.operations.withhold_topic(asked("r1"), TOPIC)
+        rig.operations.apply(asked("r1"), [Withhold(topic=TOPIC)])
     assert caught.value.reason is Reason.TRANSACTION_IN_PROGRESS

@@ -29,6 +29,7 @@ from membank.wire.spec import (
     OptimizerSpec,
     Role,
 )
+from membank.wire.steps import Delete
 from shard_rig import RIG_SPEC, ShardRig, asked, full_tree
 
 TOPIC, LEAF = BlockRef(1, 1), BlockRef(2, 2)
@@ -65,7 +66,7 @@ def tree_of(rig: ShardRig) -> TreeDocument:
 def test_delete_and_import_return_every_bit(rig: ShardRig) -> None:
     before, tree_before = contents(rig), tree_of(rig)
     pack = rig.operations.export_topic(TOPIC)
-    rig.operations.delete_topic(asked("r1"), TOPIC)
+    rig.operations.apply(asked("r1"), [Delete(topic=TOPIC)])
     assert contents(rig) == {}
     report, topic = rig.operations.import_topic(asked("r2"), pack.data)
     assert topic == TOPIC
@@ -98,7 +99,7 @@ def test_other_readers_open_a_pack(rig: ShardRig) -> None:
 def test_export_of_weights_alone_starts_the_optimizer_afresh(rig: ShardRig) -> None:
     pack = rig.operations.export_topic(TOPIC, weights_only=True)
     before = contents(rig)
-    rig.operations.delete_topic(asked("r1"), TOPIC)
+    rig.operations.apply(asked("r1"), [Delete(topic=TOPIC)])
     rig.operations.import_topic(asked("r2"), pack.data)
     after = contents(rig)
     assert after[TOPIC, "weight"] == before[TOPIC, "weight"]
@@ -125,11 +126,11 @@ def test_dry_run_of_an_import_changes_nothing(rig: ShardRig) -> None:
 
 
 def test_a_deleted_block_is_not_in_the_pack(rig: ShardRig) -> None:
-    rig.operations.delete_topic(asked("r1"), LEAF)
+    rig.operations.apply(asked("r1"), [Delete(topic=LEAF)])
     pack = decode_pack(rig.operations.export_topic(TOPIC).data)
     assert [block.ref for block in pack.blocks] == [TOPIC, BlockRef(2, 3)]
     assert LEAF not in pack.labels
-    rig.operations.delete_topic(asked("r2"), TOPIC)
+    rig.operations.apply(asked("r2"), [Delete(topic=TOPIC)])
     with pytest.raises(FailedPreconditionError):
         rig.operations.export_topic(TOPIC)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from membank.wire.spec import BlockRef, BlockState
+from membank.wire.steps import Delete
 from shard_rig import ShardRig, asked
 
 A = BlockRef(1, 0)
@@ -34,7 +35,7 @@ def test_a_bank_with_strays_goes_on(tmp_path: Path) -> None:
     rig.open_shards()
     rig.start_coordinator()
     rig.operations.create_snapshot(asked("s"), "then")
-    rig.operations.delete_topic(asked("d"), A)
+    rig.operations.apply(asked("d"), [Delete(topic=A)])
     rig.operations.collect_garbage(asked("g"), keep_revisions=1)
     assert [snapshot.name for snapshot in rig.operations.list_snapshots()] == ["then"]
     assert rig.status(A).state is BlockState.DELETED

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from membank.bank_service.shard.contract import SetContent
 from membank.wire.errors import (
     ConflictError,
     MembankError,
@@ -18,6 +17,7 @@ from membank.wire.errors import (
 )
 from membank.wire.format import decode_tree
 from membank.wire.spec import BlockRef, BlockState
+from membank.wire.steps import Delete, Swap, Withhold
 from shard_rig import RIG_SPEC, Crash, ShardRig, When, asked
 
 TOPIC, OTHER = BlockRef(1, 1), BlockRef(1, 2)
@@ -58,14 +58,14 @@ def rig(tmp_path: Path) -> Iterator[ShardRig]:
 def swap(rig: ShardRig, request_id: str = "r1") -> None:
     """Swap one block of every topic, so on both shards, in every partition."""
     contents = [
-        SetContent(ref=ref, weight=np.full(RIG_SPEC.block_shape(1), 3.0, np.float32))
+        Swap(ref=ref, weight=np.full(RIG_SPEC.block_shape(1), 3.0, np.float32))
         for ref in ALL_TOPICS
     ]
-    rig.operations.swap_blocks(asked(request_id), contents)
+    rig.operations.apply(asked(request_id), contents)
 
 
 def delete(rig: ShardRig, request_id: str = "r1") -> None:
-    rig.operations.delete_topic(asked(request_id), TOPIC)
+    rig.operations.apply(asked(request_id), [Delete(topic=TOPIC)])
 
 
 def snapshot(rig: ShardRig, request_id: str = "r1") -> None:
@@ -94,7 +94,7 @@ def check_usable(rig: ShardRig) -> None:
         if rig.status(ref).state is BlockState.ACTIVE:
             before = rig.status(ref).version
             assert rig.push(ref, f"after-{ref}").results[0].version == before + 1
-    report = rig.operations.withhold_topic(asked("after"), OTHER)
+    report = rig.operations.apply(asked("after"), [Withhold(topic=OTHER)]).report
     assert {shard.revision for shard in rig.shards.values()} == {report.revision}
     assert rig.weight(OTHER) is None
 
@@ -321,10 +321,10 @@ def test_a_second_coordinator_takes_the_revision_over(rig: ShardRig) -> None:
         swap(rig)
     rig.start_coordinator()
     # The first one is not dead after all, and knows nothing of the second.
-    rig.operations.withhold_topic(asked("r2"), OTHER)
+    rig.operations.apply(asked("r2"), [Withhold(topic=OTHER)])
     with pytest.raises(MembankError):
-        zombie.withhold_topic(asked("r3"), BlockRef(1, 99))
-    report = zombie.withhold_topic(asked("r4"), BlockRef(1, 3))
+        zombie.apply(asked("r3"), [Withhold(topic=BlockRef(1, 99))])
+    report = zombie.apply(asked("r4"), [Withhold(topic=BlockRef(1, 3))]).report
     assert report.revision == rig.bank.latest_number()
     assert swapped_blocks(rig) == 0
     records = [rig.bank.record(number) for number in range(rig.bank.latest_number() + 1)]

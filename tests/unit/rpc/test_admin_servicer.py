@@ -16,6 +16,7 @@ from membank.wire import convert
 from membank.wire.crc import crc32c
 from membank.wire.errors import Reason
 from membank.wire.spec import Array, BlockRef, BlockState
+from membank.wire.steps import Combine, Delete, Place, Restore, Step, Withhold
 from rpc_rig import RpcRig, error_of
 from shard_rig import RIG_SPEC
 
@@ -31,18 +32,27 @@ def rig(tmp_path: Path) -> Iterator[RpcRig]:
 
 def swap_messages(
     weight: Array, *, expected: int | None = None, dtype: str = "float32"
-) -> Iterator[pb.SwapBlocksRequest]:
-    header = pb.SwapHeader(
+) -> Iterator[pb.ApplyTransactionRequest]:
+    swap = pb.SwapStep(
         ref=TOPIC_PB,
         expected_version_plus_one=0 if expected is None else expected + 1,
         dtype=convert.dtype_to_pb(dtype),
         num_bytes=weight.nbytes,
         crc32c=crc32c(weight),
     )
-    yield pb.SwapBlocksRequest(request_id="r1", headers=[header])
+    yield pb.ApplyTransactionRequest(request_id="r1", steps=[pb.TransactionStep(swap=swap)])
     data = weight.tobytes()
-    yield pb.SwapBlocksRequest(data=data[:10])
-    yield pb.SwapBlocksRequest(data=data[10:])
+    yield pb.ApplyTransactionRequest(data=data[:10])
+    yield pb.ApplyTransactionRequest(data=data[10:])
+
+
+def step_messages(
+    *steps: Step, request_id: str = "", dry_run: bool = False
+) -> Iterator[pb.ApplyTransactionRequest]:
+    """Steps without content."""
+    yield pb.ApplyTransactionRequest(
+        request_id=request_id, steps=map(convert.step_to_pb, steps), dry_run=dry_run
+    )
 
 
 def full(value: float) -> Array:
@@ -50,7 +60,7 @@ def full(value: float) -> Array:
 
 
 def test_swap_installs_content_and_reports_it(rig: RpcRig) -> None:
-    report = rig.admin.SwapBlocks(swap_messages(full(2.0), expected=0)).report
+    report = rig.admin.ApplyTransaction(swap_messages(full(2.0), expected=0)).report
     assert (report.revision, report.changes[0].version_after) == (1, 1)
     np.testing.assert_array_equal(rig.bank.weight(TOPIC), full(2.0))
 
@@ -69,29 +79,98 @@ def test_wrong_swaps_change_nothing(
 ) -> None:
     before = rig.bank.state()
     with pytest.raises(grpc.RpcError) as caught:
-        rig.admin.SwapBlocks(swap_messages(weight, expected=expected, dtype=dtype))
+        rig.admin.ApplyTransaction(swap_messages(weight, expected=expected, dtype=dtype))
     assert error_of(caught.value).reason is reason
     assert rig.bank.state() == before
 
 
 def test_withhold_restore_and_delete_go_through(rig: RpcRig) -> None:
-    withheld = rig.admin.WithholdTopic(pb.WithholdTopicRequest(request_id="a", topic=TOPIC_PB))
+    withheld = rig.admin.ApplyTransaction(step_messages(Withhold(topic=TOPIC), request_id="a"))
     assert {int(change.state_after) for change in withheld.report.changes} == {BlockState.WITHHELD}
-    rig.admin.RestoreTopic(pb.RestoreTopicRequest(request_id="b", topic=TOPIC_PB))
-    dry = rig.admin.DeleteTopic(pb.DeleteTopicRequest(topic=TOPIC_PB, dry_run=True))
+    rig.admin.ApplyTransaction(step_messages(Restore(topic=TOPIC), request_id="b"))
+    dry = rig.admin.ApplyTransaction(step_messages(Delete(topic=TOPIC), dry_run=True))
     assert dry.report.dry_run
-    rig.admin.DeleteTopic(pb.DeleteTopicRequest(request_id="c", topic=TOPIC_PB))
+    assert len(dry.report.tree_changes) == 3
+    rig.admin.ApplyTransaction(step_messages(Delete(topic=TOPIC), request_id="c"))
     topics = rig.admin.ListTopics(pb.ListTopicsRequest(parent=TOPIC_PB))
     assert {int(topic.state) for topic in topics.topics} == {BlockState.DELETED}
     assert {topic.label for topic in topics.topics} == {""}
     assert topics.revision == 3
 
 
+def test_steps_of_all_kinds_are_one_transaction(rig: RpcRig) -> None:
+    first, *rest = swap_messages(full(2.0))
+    others: tuple[Step, ...] = (
+        Combine(ref=BlockRef(1, 0), keep=0.5, other=BlockRef(1, 2), add=0.25),
+        Delete(topic=BlockRef(1, 3)),
+        Place(topic=BlockRef(1, 2), label="iron", num_documents=7),
+    )
+    own, other = (
+        np.array(rig.bank.weight(ref), np.float32) for ref in (BlockRef(1, 0), BlockRef(1, 2))
+    )
+    first.steps.extend(map(convert.step_to_pb, others))
+    report = rig.admin.ApplyTransaction(iter([first, *rest])).report
+    assert report.revision == 1
+    np.testing.assert_array_equal(rig.bank.weight(TOPIC), full(2.0))
+    np.testing.assert_array_equal(rig.bank.weight(BlockRef(1, 0)), 0.5 * own + 0.25 * other)
+    assert rig.bank.status(BlockRef(1, 3)).state is BlockState.DELETED
+    (topic,) = rig.admin.ListTopics(
+        pb.ListTopicsRequest(parent=convert.ref_to_pb(BlockRef(1, 2)), depth=0)
+    ).topics[:1]
+    assert (topic.label, topic.num_documents) == ("iron", 7)
+    (record,) = rig.admin.ListAuditRecords(pb.ListAuditRecordsRequest(limit=1)).records
+    assert record.operation == "transaction"
+    assert "iron" not in record.detail_json
+
+
+@pytest.mark.parametrize(
+    ("steps", "reason"),
+    [
+        ((), Reason.BAD_ARGUMENT),
+        ((pb.TransactionStep(),), Reason.BAD_ARGUMENT),
+        (
+            (pb.TransactionStep(place=pb.PlaceStep(topic=TOPIC_PB)),),
+            Reason.BAD_ARGUMENT,
+        ),
+        (
+            (pb.TransactionStep(place=pb.PlaceStep(topic=TOPIC_PB, label="x", centroid=[1.0])),),
+            Reason.BAD_ARGUMENT,
+        ),
+        (
+            (pb.TransactionStep(combine=pb.CombineStep(ref=TOPIC_PB, add=1.0)),),
+            Reason.BAD_ARGUMENT,
+        ),
+        (
+            (pb.TransactionStep(combine=pb.CombineStep(ref=TOPIC_PB, keep=float("nan"))),),
+            Reason.NOT_FINITE,
+        ),
+        (
+            (pb.TransactionStep(delete=pb.TopicStep(topic=types_pb.BlockRef(level=1, cluster=9))),),
+            Reason.UNKNOWN_CLUSTER,
+        ),
+    ],
+)
+def test_what_no_step_can_be_is_a_typed_error(
+    rig: RpcRig, steps: tuple[pb.TransactionStep, ...], reason: Reason
+) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        rig.admin.ApplyTransaction(iter([pb.ApplyTransactionRequest(request_id="r", steps=steps)]))
+    assert error_of(caught.value).reason is reason
+    assert rig.bank.log.last == 0
+
+
+def test_blocks_that_are_computed_are_bounded_like_what_is_sent(tmp_path: Path) -> None:
+    with RpcRig(tmp_path / "bank", budget_bytes=100) as rig:
+        with pytest.raises(grpc.RpcError) as caught:
+            rig.admin.ApplyTransaction(step_messages(Combine(ref=TOPIC, keep=0), request_id="r"))
+        assert error_of(caught.value).reason is Reason.MESSAGE_TOO_LARGE
+
+
 def test_a_topic_travels_out_and_in(rig: RpcRig) -> None:
     first, *rest = rig.admin.ExportTopic(pb.ExportTopicRequest(topic=TOPIC_PB))
     pack = first.data + b"".join(message.data for message in rest)
     assert (len(pack), crc32c(pack)) == (first.num_bytes, first.crc32c)
-    rig.admin.DeleteTopic(pb.DeleteTopicRequest(request_id="a", topic=TOPIC_PB))
+    rig.admin.ApplyTransaction(step_messages(Delete(topic=TOPIC), request_id="a"))
     head = pb.ImportTopicRequest(request_id="b", num_bytes=len(pack), crc32c=crc32c(pack))
     messages = [head, pb.ImportTopicRequest(data=pack[:99]), pb.ImportTopicRequest(data=pack[99:])]
     answer = rig.admin.ImportTopic(iter(messages))
@@ -127,9 +206,8 @@ def test_snapshot_rollback_stats_and_audit(rig: RpcRig) -> None:
 
 
 def test_rollback_to_a_revision_and_the_ways_back(rig: RpcRig) -> None:
-    rig.admin.SwapBlocks(swap_messages(full(2.0)))
-    withhold = pb.WithholdTopicRequest(request_id="w", topic=TOPIC_PB)
-    rig.admin.WithholdTopic(withhold)
+    rig.admin.ApplyTransaction(swap_messages(full(2.0)))
+    rig.admin.ApplyTransaction(step_messages(Withhold(topic=TOPIC), request_id="w"))
     listed = rig.admin.ListAuditRecords(pb.ListAuditRecordsRequest(retained_only=True)).records
     assert [record.revision for record in listed] == [1, 0]
     back = pb.RollbackRequest(request_id="b", topic=TOPIC_PB, revision_plus_one=2, only_block=True)
@@ -176,8 +254,9 @@ def test_a_snapshot_is_given_up(rig: RpcRig) -> None:
 def test_garbage_is_told_and_removed(rig: RpcRig) -> None:
     for number in range(3):
         rig.bank.push(TOPIC, f"p{number}")
-        rig.admin.WithholdTopic(pb.WithholdTopicRequest(request_id=f"w{number}", topic=TOPIC_PB))
-        rig.admin.RestoreTopic(pb.RestoreTopicRequest(request_id=f"r{number}", topic=TOPIC_PB))
+        for step in (Withhold(topic=TOPIC), Restore(topic=TOPIC)):
+            request_id = f"{step.kind}{number}"
+            rig.admin.ApplyTransaction(step_messages(step, request_id=request_id))
     ask = pb.CollectGarbageRequest(dry_run=True, keep_revisions=1)
     dry = rig.admin.CollectGarbage(ask)
     assert dry.dry_run
@@ -218,7 +297,7 @@ def test_create_bank_carries_who_asked(rig: RpcRig) -> None:
 
 def test_a_change_needs_a_request_id(rig: RpcRig) -> None:
     with pytest.raises(grpc.RpcError) as caught:
-        rig.admin.WithholdTopic(pb.WithholdTopicRequest(topic=TOPIC_PB))
+        rig.admin.ApplyTransaction(step_messages(Withhold(topic=TOPIC)))
     assert error_of(caught.value).reason is Reason.BAD_ARGUMENT
     assert rig.bank.log.last == 0
 
@@ -227,7 +306,7 @@ def test_without_a_bank_every_operation_says_so(rig: RpcRig) -> None:
     rig.has_bank = False
     for call in (
         lambda: rig.admin.ListTopics(pb.ListTopicsRequest()),
-        lambda: rig.admin.DeleteTopic(pb.DeleteTopicRequest(request_id="a", topic=TOPIC_PB)),
+        lambda: rig.admin.ApplyTransaction(step_messages(Delete(topic=TOPIC), request_id="a")),
         lambda: list(rig.admin.ExportTopic(pb.ExportTopicRequest(topic=TOPIC_PB))),
     ):
         with pytest.raises(grpc.RpcError) as caught:

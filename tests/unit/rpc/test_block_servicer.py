@@ -24,6 +24,7 @@ from membank.wire.format import decode_tree
 from membank.wire.framing import CHUNK_BYTES
 from membank.wire.records import Block, BlockHeader
 from membank.wire.spec import Array, BankSpec, BlockRef, BlockState
+from membank.wire.steps import Withhold
 from rpc_rig import RpcRig, error_of
 from shard_rig import RIG_SPEC, asked
 
@@ -199,7 +200,7 @@ def test_a_snapshot_is_read_at_its_revision(rig: RpcRig) -> None:
 
 
 def test_a_withheld_block_has_a_header_and_no_bytes(rig: RpcRig) -> None:
-    rig.bank.operations.withhold_topic(asked("r1"), TOPIC)
+    rig.bank.operations.apply(asked("r1"), [Withhold(topic=TOPIC)])
     headers, data, revision = fetch(rig, [TOPIC])
     assert convert.state_from_pb(headers[0].state) is BlockState.WITHHELD
     assert (data, revision) == (b"", 1)
@@ -409,7 +410,7 @@ def test_watch_tells_changes_from_the_moment_it_answers(rig: RpcRig) -> None:
     call = rig.blocks.WatchBlocks(pb.WatchBlocksRequest(admin_only=True))
     call.initial_metadata()
     rig.bank.push(TOPIC, "p1")
-    rig.bank.operations.withhold_topic(asked("r1"), LEAF)
+    rig.bank.operations.apply(asked("r1"), [Withhold(topic=LEAF)])
     event = next(iter(call)).events[0]
     assert (event.ref.level, event.ref.cluster, event.revision) == (2, 2, 1)
     assert convert.state_from_pb(event.state) is BlockState.WITHHELD

@@ -25,6 +25,7 @@ from membank.v1 import block_service_pb2 as block_pb
 from membank.v1.block_service_pb2_grpc import BlockServiceStub
 from membank.wire import convert
 from membank.wire.errors import FailedPreconditionError, InternalError, Reason
+from membank.wire.steps import Delete
 from rpc_rig import ADMIN_SERVICE, BLOCK_SERVICE, RpcRig, error_of
 from shard_rig import RIG_SPEC
 
@@ -130,9 +131,9 @@ def test_only_known_tokens_pass(
 
 def test_the_audit_log_names_the_caller(tmp_path: Path, token_file: Path) -> None:
     with RpcRig(tmp_path / "bank", config=ServerConfig(token_file=token_file)) as rig:
-        topic = convert.ref_to_pb(next(iter(RIG_SPEC.blocks())))
-        request = admin_pb.DeleteTopicRequest(request_id="r1", topic=topic)
-        rig.admin.DeleteTopic(request, metadata=bearer("operator-token"))
+        step = convert.step_to_pb(Delete(topic=next(iter(RIG_SPEC.blocks()))))
+        request = admin_pb.ApplyTransactionRequest(request_id="r1", steps=[step])
+        rig.admin.ApplyTransaction(iter([request]), metadata=bearer("operator-token"))
         assert rig.bank.log.committed.principal == "olga"
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from membank.bank_service.shard.contract import SetContent
 from membank.wire.spec import BlockRef, BlockState
+from membank.wire.steps import Delete, Swap
 from shard_rig import ShardRig, asked
 
 A = BlockRef(1, 0)
@@ -18,9 +18,9 @@ A = BlockRef(1, 0)
 def rig(tmp_path: Path) -> ShardRig:
     rig = ShardRig(tmp_path)
     rig.operations.create_snapshot(asked("s"), "then")
-    rig.operations.delete_topic(asked("d"), A)
+    rig.operations.apply(asked("d"), [Delete(topic=A)])
     weight = np.full(rig.spec.block_shape(A.level), 9.0, np.float32)
-    rig.operations.swap_blocks(asked("w"), [SetContent(ref=A, weight=weight)])
+    rig.operations.apply(asked("w"), [Swap(ref=A, weight=weight)])
     return rig
 
 

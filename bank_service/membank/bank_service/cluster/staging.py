@@ -13,7 +13,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from membank.bank_service.shard.contract import BlockContent, BlockOperation, SetContent
+from membank.bank_service.shard.contract import (
+    BlockContent,
+    BlockOperation,
+    Combine,
+    SetContent,
+)
 from membank.wire.errors import UnavailableError
 
 T = TypeVar("T")
@@ -55,20 +60,28 @@ def batches(
 
 def operation_bytes(operation: BlockOperation) -> int:
     """Return the bytes of content that `operation` carries."""
-    if not isinstance(operation, SetContent):
-        return 0
-    return operation.weight.nbytes + sum(a.nbytes for a in operation.optimizer_state.values())
+    match operation:
+        case SetContent(weight=weight, optimizer_state=state):
+            return weight.nbytes + sum(array.nbytes for array in state.values())
+        case Combine(other=other) if other is not None:
+            return other.nbytes
+        case _:
+            return 0
 
 
 def own_operation(operation: BlockOperation) -> BlockOperation:
     """Return `operation` with arrays of its own."""
-    if not isinstance(operation, SetContent):
-        return operation
-    return dataclasses.replace(
-        operation,
-        weight=np.array(operation.weight),
-        optimizer_state={role: np.array(a) for role, a in operation.optimizer_state.items()},
-    )
+    match operation:
+        case SetContent(weight=weight, optimizer_state=state):
+            return dataclasses.replace(
+                operation,
+                weight=np.array(weight),
+                optimizer_state={role: np.array(array) for role, array in state.items()},
+            )
+        case Combine(other=other) if other is not None:
+            return dataclasses.replace(operation, other=np.array(other))
+        case _:
+            return operation
 
 
 def own_content(content: BlockContent) -> BlockContent:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from membank.bank_service.shard.contract import SetContent
 from membank.wire.records import (
+    Applied,
     AuditRecord,
     BankStats,
     BlockDescription,
@@ -17,6 +17,7 @@ from membank.wire.records import (
     TransactionReport,
 )
 from membank.wire.spec import BankSpec, BlockRef
+from membank.wire.steps import Step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,19 +64,28 @@ class BankAdmin(Protocol):
     def describe_blocks(self, refs: Sequence[BlockRef]) -> tuple[BlockDescription, ...]:
         """Return blocks in full, in the order asked."""
 
-    def swap_blocks(
-        self, request: AdminRequest, contents: Sequence[SetContent]
-    ) -> TransactionReport:
-        """Replace the content of blocks."""
+    def apply(self, request: AdminRequest, steps: Sequence[Step]) -> Applied:
+        """Apply steps as one transaction; returns once every owner has done its part.
 
-    def withhold_topic(self, request: AdminRequest, topic: BlockRef) -> TransactionReport:
-        """Hide a topic and everything under it from fetches and updates."""
+        Parameters
+        ----------
+        request
+            Who asks.
+        steps
+            At least one. Each sees the bank as it was before; no block is changed by two of them.
 
-    def restore_topic(self, request: AdminRequest, topic: BlockRef) -> TransactionReport:
-        """End the withholding of a topic and everything under it."""
-
-    def delete_topic(self, request: AdminRequest, topic: BlockRef) -> TransactionReport:
-        """Destroy a topic and everything under it; returns once every owner has done so."""
+        Raises
+        ------
+        NotFoundError
+            If the bank has no such block or topic.
+        ConflictError
+            If a block has not the expected version (VERSION_MISMATCH).
+        FailedPreconditionError
+            If all of a topic is deleted, or content is asked of a block that is deleted
+            (BLOCK_DELETED) or withheld (BLOCK_WITHHELD), or there is no tree to change (NO_TREE).
+        InvalidArgumentError
+            If there is no step, two are at odds, or content does not fit or is not finite.
+        """
 
     def export_topic(self, topic: BlockRef, *, weights_only: bool = False) -> ExportedPack:
         """Return a topic as a pack."""

@@ -12,15 +12,16 @@ from membank.bank_service.knowledge.history import History
 from membank.bank_service.knowledge.revisions import RevisionLog
 from membank.bank_service.knowledge.shards import ShardGroup
 from membank.bank_service.knowledge.snapshots import SnapshotCatalog
+from membank.bank_service.knowledge.steps import StepPlanner, deleted_topic, operation_of
 from membank.bank_service.knowledge.topics import TopicCatalog
 from membank.bank_service.knowledge.transactions import Coordinator, Plan
 from membank.bank_service.knowledge.trees import TreeStore
-from membank.bank_service.shard.contract import Erase, SetContent, SetState
 from membank.bank_service.store import Bank
-from membank.wire.errors import FailedPreconditionError, InvalidArgumentError, Reason
+from membank.wire.errors import InvalidArgumentError
 from membank.wire.format import RevisionRecord
 from membank.wire.format.pack import decode_pack, encode_pack
 from membank.wire.records import (
+    Applied,
     AuditRecord,
     BankStats,
     BlockDescription,
@@ -30,8 +31,9 @@ from membank.wire.records import (
     TransactionReport,
 )
 from membank.wire.spec import BankSpec, BlockRef, BlockState
+from membank.wire.steps import Step
 
-_AUDIT_HIDES = frozenset({"changes"})
+_AUDIT_HIDES = frozenset({"changes", "tree_changes"})
 """Parts of a record's detail that are there for retries and too long for an account."""
 
 
@@ -69,6 +71,7 @@ class BankOperations:
         self._coordinator = coordinator
         self._log = log
         self._trees = trees
+        self._planner = StepPlanner(bank.spec, shards, log, trees)
         self._catalog = TopicCatalog(bank.spec, shards, log, trees)
         self._snapshots = SnapshotCatalog(bank, coordinator, log, clock)
         self._history = History(bank, shards, log, self._snapshots)
@@ -100,7 +103,7 @@ class BankOperations:
             statuses = self._shards.describe(list(self.spec.subtree(topic)))
             kept = [ref for ref, s in statuses.items() if s.state is not BlockState.DELETED]
             if not kept:
-                raise _deleted(topic)
+                raise deleted_topic(topic)
             revision = self._log.committed.revision
             tree = self._trees.read(self._log.committed.tree_revision)
             pack = packs.make_pack(
@@ -134,39 +137,12 @@ class BankOperations:
 
     # ---- transactions
 
-    def swap_blocks(
-        self, request: AdminRequest, contents: Sequence[SetContent]
-    ) -> TransactionReport:
+    def apply(self, request: AdminRequest, steps: Sequence[Step]) -> Applied:
         # docstring inherited
-        for content in contents:
-            self.spec.check_ref(content.ref)
-        detail = {"blocks": [str(content.ref) for content in contents]}
-        return self._run(request, "swap", lambda: Plan(operations=contents, detail=detail))
-
-    def withhold_topic(self, request: AdminRequest, topic: BlockRef) -> TransactionReport:
-        # docstring inherited
-        return self._set_state(request, topic, "withhold", BlockState.WITHHELD)
-
-    def restore_topic(self, request: AdminRequest, topic: BlockRef) -> TransactionReport:
-        # docstring inherited
-        return self._set_state(request, topic, "restore", BlockState.ACTIVE)
-
-    def delete_topic(self, request: AdminRequest, topic: BlockRef) -> TransactionReport:
-        # docstring inherited
-        def plan() -> Plan:
-            refs = self._not_deleted(topic)
-            tree_revision = self._log.committed.tree_revision
-            tree = self._trees.read(tree_revision)
-            return Plan(
-                operations=[Erase(ref=ref) for ref in refs],
-                detail={"topic": str(topic)},
-                # Even where nothing in it tells of the topic: the old one is destroyed for sure.
-                tree=tree.without_topic(self.spec, topic)
-                if tree.labels or tree.centroids
-                else None,
-            )
-
-        return self._run(request, "delete", plan)
+        outcome = self._coordinator.run(
+            request, operation_of(steps), lambda: self._planner.plan(steps)
+        )
+        return Applied(report=outcome.report)
 
     def import_topic(
         self, request: AdminRequest, pack: bytes
@@ -229,26 +205,6 @@ class BankOperations:
     ) -> TransactionReport:
         return self._coordinator.run(request, operation, plan).report
 
-    def _set_state(
-        self, request: AdminRequest, topic: BlockRef, operation: str, state: BlockState
-    ) -> TransactionReport:
-        def plan() -> Plan:
-            refs = self._not_deleted(topic)
-            return Plan(
-                operations=[SetState(ref=ref, state=state) for ref in refs],
-                detail={"topic": str(topic)},
-            )
-
-        return self._run(request, operation, plan)
-
-    def _not_deleted(self, topic: BlockRef) -> list[BlockRef]:
-        self.spec.check_ref(topic)
-        statuses = self._shards.describe(list(self.spec.subtree(topic)))
-        refs = [ref for ref, s in statuses.items() if s.state is not BlockState.DELETED]
-        if not refs:
-            raise _deleted(topic)
-        return sorted(refs)
-
 
 def _audit_record(record: RevisionRecord) -> AuditRecord:
     detail = {key: value for key, value in record.detail.items() if key not in _AUDIT_HIDES}
@@ -262,12 +218,4 @@ def _audit_record(record: RevisionRecord) -> AuditRecord:
         operation=record.operation if record.committed else "aborted",
         request_id=record.request_id,
         detail=detail,
-    )
-
-
-def _deleted(topic: BlockRef) -> FailedPreconditionError:
-    return FailedPreconditionError(
-        f"topic {topic} is deleted; only an import or a swap creates it anew",
-        reason=Reason.BLOCK_DELETED,
-        metadata={"topic": str(topic)},
     )

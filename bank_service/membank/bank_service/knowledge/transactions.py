@@ -44,7 +44,7 @@ from membank.wire.errors import (
     UnavailableError,
 )
 from membank.wire.format import RevisionRecord, TreeDocument
-from membank.wire.records import BlockChange, TransactionReport
+from membank.wire.records import BlockChange, CentroidChange, TransactionReport, TreeChange
 from membank.wire.spec import BlockRef, BlockState
 
 _LOG = logging.getLogger(__name__)
@@ -78,6 +78,8 @@ class Plan:
     """What it is applied to; JSON-able, no content, no labels."""
     tree: TreeDocument | None = None
     """The tree document that comes into force with it; None = unchanged."""
+    tree_changes: tuple[TreeChange, ...] = ()
+    """What that changes, for the report."""
     all_partitions: bool = False
     """True where partitions without an operation prepare too, so that all journals are folded."""
     before_commit: Callable[[int], None] | None = None
@@ -218,7 +220,8 @@ class Coordinator:
     def _dry_run(self, plan: Plan) -> Outcome:
         revision = self._log.last + 1
         prepared = raise_first(self._prepare(revision, plan, dry_run=True))
-        return Outcome(report=_report(self._log.committed.revision, prepared, True), record=None)
+        report = _report(self._log.committed.revision, prepared, plan, dry_run=True)
+        return Outcome(report=report, record=None)
 
     def _run(self, request: AdminRequest, operation: str, plan: Plan) -> Outcome:
         revision = self._log.last + 1
@@ -231,7 +234,7 @@ class Coordinator:
                 self._trees.write(revision, plan.tree)
             if plan.before_commit is not None:
                 plan.before_commit(revision)
-            report = _report(revision, prepared, False)
+            report = _report(revision, prepared, plan)
             record = self._log.append(_draft(request, operation, plan, manifests, report))
         except Exception:
             self._give_up(revision)
@@ -338,6 +341,7 @@ def report_of(record: RevisionRecord) -> TransactionReport:
     """Return the report of a committed transaction, from its record."""
     changes = record.detail.get("changes")
     destroyed = record.detail.get("num_slots_destroyed")
+    tree = record.detail.get("tree_changes")
     return TransactionReport(
         revision=record.revision,
         changes=tuple(
@@ -360,10 +364,21 @@ def report_of(record: RevisionRecord) -> TransactionReport:
             ) in (changes if isinstance(changes, list) else ())
         ),
         num_slots_destroyed=destroyed if isinstance(destroyed, int) else 0,
+        tree_changes=tuple(
+            TreeChange(
+                topic=BlockRef(level, cluster),
+                changes_label=bool(label),
+                changes_num_documents=bool(count),
+                centroid_change=CentroidChange(centroid),
+            )
+            for level, cluster, label, count, centroid in (tree if isinstance(tree, list) else ())
+        ),
     )
 
 
-def _report(revision: int, prepared: Sequence[Prepared], dry_run: bool) -> TransactionReport:
+def _report(
+    revision: int, prepared: Sequence[Prepared], plan: Plan, *, dry_run: bool = False
+) -> TransactionReport:
     changes = sorted(
         (change for part in prepared for change in part.changes), key=lambda change: change.ref
     )
@@ -372,6 +387,7 @@ def _report(revision: int, prepared: Sequence[Prepared], dry_run: bool) -> Trans
         changes=tuple(changes),
         dry_run=dry_run,
         num_slots_destroyed=sum(part.num_slots_destroyed for part in prepared),
+        tree_changes=plan.tree_changes,
     )
 
 
@@ -393,6 +409,15 @@ def _draft(
         ]
         for change in report.changes
     ]
+    tree_changes = [
+        [
+            *change.topic,
+            int(change.changes_label),
+            int(change.changes_num_documents),
+            int(change.centroid_change),
+        ]
+        for change in report.tree_changes
+    ]
     return RevisionDraft(
         operation=operation,
         principal=request.principal,
@@ -403,6 +428,7 @@ def _draft(
         detail={
             **plan.detail,
             "changes": changes,
+            **({"tree_changes": tree_changes} if tree_changes else {}),
             "num_slots_destroyed": report.num_slots_destroyed,
         },
     )

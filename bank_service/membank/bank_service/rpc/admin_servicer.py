@@ -11,7 +11,6 @@ from membank.bank_service.rpc.auth import current_principal
 from membank.bank_service.rpc.budget import ByteBudget
 from membank.bank_service.rpc.interceptor import check_alive
 from membank.bank_service.rpc.requests import MAX_REFS, check_bank
-from membank.bank_service.shard.contract import SetContent
 from membank.v1 import admin_service_pb2 as pb
 from membank.v1 import types_pb2 as types_pb
 from membank.v1.admin_service_pb2_grpc import AdminServiceServicer
@@ -75,68 +74,43 @@ class AdminServicer(AdminServiceServicer):
             blocks=[convert.description_to_pb(block) for block in blocks]
         )
 
-    def SwapBlocks(
-        self, request_iterator: Iterator[pb.SwapBlocksRequest], context: grpc.ServicerContext
-    ) -> pb.SwapBlocksResponse:
+    def ApplyTransaction(
+        self, request_iterator: Iterator[pb.ApplyTransactionRequest], context: grpc.ServicerContext
+    ) -> pb.ApplyTransactionResponse:
         # docstring inherited
         head = next(request_iterator, None)
-        if head is None or not head.headers:
-            raise InvalidArgumentError("the swap names no block in its first message")
+        if head is None or not head.steps:
+            raise InvalidArgumentError("the transaction has no step in its first message")
+        if len(head.steps) > MAX_REFS:
+            raise InvalidArgumentError(
+                f"{len(head.steps)} steps; at most {MAX_REFS} are applied together",
+                reason=Reason.MESSAGE_TOO_LARGE,
+            )
         admin = self._open(head.bank, context)
         spec = admin.spec
-        payloads = [_swap_payload(header, spec) for header in head.headers]
+        swaps = [step.swap for step in head.steps if step.HasField("swap")]
+        payloads = [_swap_payload(swap, spec) for swap in swaps]
         total = sum(payload.num_bytes for payload in payloads)
-        with self._budget.reserve(total, what="swap"):
+        with self._budget.reserve(total + _combined_bytes(head, spec), what="transaction"):
             assembler = PayloadAssembler(max_bytes=total)
             for payload in payloads:
                 assembler.expect(payload)
             assembler.feed(head.data)
             for message in request_iterator:
                 assembler.feed(message.data)
-            contents = [
-                SetContent(
-                    ref=convert.ref_from_pb(header.ref),
-                    weight=buffer.view(spec.numpy_dtype).reshape(
-                        spec.block_shape(header.ref.level)
-                    ),
-                    expected_version=(
-                        header.expected_version_plus_one - 1
-                        if header.expected_version_plus_one
-                        else None
-                    ),
-                )
-                for header, buffer in zip(head.headers, assembler.finish(), strict=True)
+            weights = iter(
+                buffer.view(spec.numpy_dtype).reshape(spec.block_shape(swap.ref.level))
+                for swap, buffer in zip(swaps, assembler.finish(), strict=True)
+            )
+            steps = [
+                convert.step_from_pb(step, next(weights) if step.HasField("swap") else None)
+                for step in head.steps
             ]
             check_alive(context)
-            report = admin.swap_blocks(_request(head.request_id, head.dry_run), contents)
-        return pb.SwapBlocksResponse(report=convert.report_to_pb(report))
-
-    def WithholdTopic(
-        self, request: pb.WithholdTopicRequest, context: grpc.ServicerContext
-    ) -> pb.WithholdTopicResponse:
-        # docstring inherited
-        admin = self._open(request.bank, context)
-        topic = _topic(request.topic, admin.spec)
-        report = admin.withhold_topic(_request(request.request_id, request.dry_run), topic)
-        return pb.WithholdTopicResponse(report=convert.report_to_pb(report))
-
-    def RestoreTopic(
-        self, request: pb.RestoreTopicRequest, context: grpc.ServicerContext
-    ) -> pb.RestoreTopicResponse:
-        # docstring inherited
-        admin = self._open(request.bank, context)
-        topic = _topic(request.topic, admin.spec)
-        report = admin.restore_topic(_request(request.request_id, request.dry_run), topic)
-        return pb.RestoreTopicResponse(report=convert.report_to_pb(report))
-
-    def DeleteTopic(
-        self, request: pb.DeleteTopicRequest, context: grpc.ServicerContext
-    ) -> pb.DeleteTopicResponse:
-        # docstring inherited
-        admin = self._open(request.bank, context)
-        topic = _topic(request.topic, admin.spec)
-        report = admin.delete_topic(_request(request.request_id, request.dry_run), topic)
-        return pb.DeleteTopicResponse(report=convert.report_to_pb(report))
+            applied = admin.apply(_request(head.request_id, head.dry_run), steps)
+        return pb.ApplyTransactionResponse(
+            report=convert.report_to_pb(applied.report), receipt=applied.receipt
+        )
 
     def ExportTopic(
         self, request: pb.ExportTopicRequest, context: grpc.ServicerContext
@@ -286,7 +260,15 @@ def _request(request_id: str, dry_run: bool = False) -> AdminRequest:
     )
 
 
-def _swap_payload(header: pb.SwapHeader, spec: BankSpec) -> Payload:
+def _combined_bytes(head: pb.ApplyTransactionRequest, spec: BankSpec) -> int:
+    """Return the bytes of the blocks that the steps compute: as much is read of others for them."""
+    refs = [convert.ref_from_pb(s.combine.ref) for s in head.steps if s.HasField("combine")]
+    for ref in refs:
+        spec.check_ref(ref)
+    return sum(spec.weight_bytes(ref.level) for ref in refs)
+
+
+def _swap_payload(header: pb.SwapStep, spec: BankSpec) -> Payload:
     ref = convert.ref_from_pb(header.ref)
     spec.check_ref(ref)
     dtype = convert.dtype_from_pb(header.dtype) or spec.dtype

@@ -55,6 +55,26 @@ class SetContent:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Combine:
+    """Make the content of a block ``keep * own + add * other``, in float32, rounded once.
+
+    A term whose factor is 0 is left out. The optimizer state starts afresh. A withheld block stays
+    withheld; a deleted one is created anew, active, where `keep` is 0, and refused else.
+    """
+
+    ref: BlockRef
+    """The block."""
+    keep: float
+    """Factor of its own content; finite."""
+    other: Array | None = None
+    """(L, P, R, D) in the bank's dtype; None = none."""
+    add: float = 0.0
+    """Factor of `other`; finite, 0 where there is none."""
+    expected_version: int | None = None
+    """Version that the block must have; None = any."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SetState:
     """Withhold an active block, or make a withheld one active; deleted ones are left alone."""
 
@@ -62,6 +82,8 @@ class SetState:
     """The block."""
     state: BlockState
     """ACTIVE or WITHHELD."""
+    expected_version: int | None = None
+    """Version that the block must have; None = any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +92,8 @@ class Erase:
 
     ref: BlockRef
     """The block."""
+    expected_version: int | None = None
+    """Version that the block must have; None = any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +106,7 @@ class RestoreEntry:
     """Number of the manifest of the block's partition; 0 = as initialised."""
 
 
-BlockOperation = SetContent | SetState | Erase | RestoreEntry
+BlockOperation = SetContent | Combine | SetState | Erase | RestoreEntry
 """One step of a transaction."""
 
 

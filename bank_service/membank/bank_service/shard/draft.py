@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
+from membank.bank_service.shard.combining import combined_weight
 from membank.bank_service.shard.content import (
     INITIAL_ENTRY,
     BlockRecord,
@@ -17,12 +19,18 @@ from membank.bank_service.shard.content import (
 )
 from membank.bank_service.shard.contract import (
     BlockOperation,
+    Combine,
     Erase,
     RestoreEntry,
     SetContent,
     SetState,
 )
-from membank.wire.errors import ConflictError, InvalidArgumentError, Reason
+from membank.wire.errors import (
+    ConflictError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    Reason,
+)
 from membank.wire.format import NO_SLOT, Entry, Manifest
 from membank.wire.records import BlockChange
 from membank.wire.spec import Array, BankSpec, BlockRef, BlockState, Role
@@ -57,6 +65,27 @@ class Draft:
         return self.after.entry.state is BlockState.DELETED
 
 
+class PresentBlocks(Protocol):
+    """The blocks of a partition as a transaction finds them."""
+
+    def record(self, ref: BlockRef) -> BlockRecord:
+        """Return what is known of a block."""
+
+    def weight(self, ref: BlockRef, record: BlockRecord) -> Array:
+        """Return the (L, P, R, D) weight of a block that is not deleted, in the bank's dtype.
+
+        Parameters
+        ----------
+        ref
+            The block.
+        record
+            What is known of it.
+        """
+
+    def manifest(self, ref: BlockRef, number: int) -> Manifest:
+        """Return a retained manifest of the partition of a block."""
+
+
 def check_operations(spec: BankSpec, operations: Sequence[BlockOperation]) -> None:
     """Raise unless every operation is well formed.
 
@@ -75,19 +104,22 @@ def check_operations(spec: BankSpec, operations: Sequence[BlockOperation]) -> No
                 f"block {operation.ref} occurs twice in one transaction; merge its operations"
             )
         seen.add(operation.ref)
-        if isinstance(operation, SetContent):
-            _check_content(spec, operation)
-        elif isinstance(operation, SetState) and operation.state is BlockState.DELETED:
-            raise InvalidArgumentError(
-                f"the state of block {operation.ref} cannot be set to DELETED; erase the block"
-            )
+        match operation:
+            case SetContent():
+                _check_content(spec, operation)
+            case Combine(ref=ref, other=other) if other is not None:
+                what = f"content to be combined with block {ref}"
+                check_array(other, spec.block_shape(ref.level), {spec.dtype}, what)
+            case SetState(ref=ref, state=BlockState.DELETED):
+                raise InvalidArgumentError(
+                    f"the state of block {ref} cannot be set to DELETED; erase the block"
+                )
 
 
 def draft_changes(
     spec: BankSpec,
     operations: Iterable[BlockOperation],
-    record_of: Callable[[BlockRef], BlockRecord],
-    manifest_of: Callable[[BlockRef, int], Manifest],
+    now: PresentBlocks,
 ) -> list[Draft]:
     """Return what `operations` change; those without effect are left out.
 
@@ -97,22 +129,25 @@ def draft_changes(
         Spec of the bank.
     operations
         Checked by `check_operations`.
-    record_of
-        Returns what is known of a block.
-    manifest_of
-        Returns a retained manifest of the partition of a block.
+    now
+        The blocks as they are.
 
     Raises
     ------
     ConflictError
         If a block does not have the expected version.
+    FailedPreconditionError
+        If content of a deleted block is needed (BLOCK_DELETED).
+    InvalidArgumentError
+        If what is computed is not finite (NOT_FINITE).
     NotFoundError
         If a manifest is not retained any more.
     """
     drafts = []
     for operation in operations:
-        before = record_of(operation.ref)
-        after = _after(spec, operation, before, manifest_of)
+        before = now.record(operation.ref)
+        _check_version(operation, before.entry)
+        after = _after(spec, operation, before, now)
         if after is not None:
             drafts.append(Draft(operation.ref, before.entry, after))
     return drafts
@@ -122,12 +157,14 @@ def _after(
     spec: BankSpec,
     operation: BlockOperation,
     before: BlockRecord,
-    manifest_of: Callable[[BlockRef, int], Manifest],
+    now: PresentBlocks,
 ) -> BlockRecord | None:
     entry = before.entry
     match operation:
         case SetContent():
             return _set_content(spec, operation, entry)
+        case Combine():
+            return _combine(spec, operation, before, now)
         case SetState(state=state):
             if entry.state in {state, BlockState.DELETED}:
                 return None
@@ -139,24 +176,53 @@ def _after(
                 Entry(slot=NO_SLOT, version=entry.version + 1, state=BlockState.DELETED)
             )
         case RestoreEntry(ref=ref, manifest=number):
-            target = manifest_of(ref, number).entries.get(ref) if number else None
+            target = now.manifest(ref, number).entries.get(ref) if number else None
             return _restore(entry, target or INITIAL_ENTRY)
 
 
-def _set_content(spec: BankSpec, operation: SetContent, entry: Entry) -> BlockRecord:
-    expected = operation.expected_version
-    if expected is not None and expected != entry.version:
+def _check_version(operation: BlockOperation, entry: Entry) -> None:
+    if isinstance(operation, RestoreEntry) or operation.expected_version is None:
+        return
+    if operation.expected_version != entry.version:
         raise ConflictError(
-            f"block {operation.ref} has version {entry.version}, not {expected}; "
-            "fetch it and decide again",
+            f"block {operation.ref} has version {entry.version}, not "
+            f"{operation.expected_version}; fetch it and decide again",
             metadata={"block": str(operation.ref), "version": str(entry.version)},
         )
+
+
+def _set_content(spec: BankSpec, operation: SetContent, entry: Entry) -> BlockRecord:
     arrays: dict[Role, Array] = {Role.WEIGHT: kept(operation.weight)}
     arrays |= {role: kept(array) for role, array in operation.optimizer_state.items()}
     if len(arrays) == 1:
         arrays |= zero_state(spec, operation.ref)
+    return _new_content(spec, entry, arrays, BlockState.ACTIVE, operation.step)
+
+
+def _combine(
+    spec: BankSpec, operation: Combine, before: BlockRecord, now: PresentBlocks
+) -> BlockRecord:
+    ref, entry = operation.ref, before.entry
+    state = entry.state
+    if state is BlockState.DELETED:
+        if operation.keep:
+            raise FailedPreconditionError(
+                f"block {ref} is deleted and has no content to keep {operation.keep:g} of; copy or "
+                "swap it, which creates it anew, or import it",
+                reason=Reason.BLOCK_DELETED,
+                metadata={"block": str(ref)},
+            )
+        state = BlockState.ACTIVE
+    weight = combined_weight(spec, operation, lambda: now.weight(ref, before))
+    arrays = {Role.WEIGHT: weight, **zero_state(spec, ref)}
+    return _new_content(spec, entry, arrays, state, step=0)
+
+
+def _new_content(
+    spec: BankSpec, entry: Entry, arrays: dict[Role, Array], state: BlockState, step: int
+) -> BlockRecord:
     crcs = content_crcs(spec, arrays)
-    after = Entry(slot=NO_SLOT, version=entry.version + 1, step=operation.step, crcs=crcs)
+    after = Entry(slot=NO_SLOT, version=entry.version + 1, state=state, step=step, crcs=crcs)
     return BlockRecord(after, Content(arrays, crcs[0]))
 
 

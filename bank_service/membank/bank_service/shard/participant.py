@@ -23,7 +23,7 @@ from membank.wire.errors import (
 )
 from membank.wire.format import NO_SLOT, Manifest, RevisionRecord
 from membank.wire.records import BlockEvent
-from membank.wire.spec import BlockRef
+from membank.wire.spec import Array, BlockRef, Role
 
 _LOG = logging.getLogger(__name__)
 
@@ -256,19 +256,8 @@ class Participant:
             undo.pop_all()
 
     def _draft(self, partition: Partition, operations: Iterable[BlockOperation]) -> list[Draft]:
-        cache: dict[int, Manifest] = {}
-
-        def manifest_of(ref: BlockRef, number: int) -> Manifest:
-            if number not in cache:
-                cache[number] = partition.retained_manifest(number)
-            return cache[number]
-
-        def record_of(ref: BlockRef) -> BlockRecord:
-            with self._context.state_lock:
-                return partition.record(ref)
-
         spec = self._bank.spec
-        drafts = draft_changes(spec, operations, record_of, manifest_of)
+        drafts = draft_changes(spec, operations, _Blocks(self._context, partition))
         for draft in drafts:
             if draft.after.entry.slot not in {NO_SLOT, draft.before.slot}:
                 # Better to learn here that an old slot is damaged than after giving up the new.
@@ -304,6 +293,35 @@ class Participant:
 
     def _holds(self) -> list[Hold]:
         return [p.held for p in self._partitions.values() if p.held is not None]
+
+
+class _Blocks:
+    """The `PresentBlocks` of one partition, for one draft."""
+
+    def __init__(self, context: ShardContext, partition: Partition) -> None:
+        self._context = context
+        self._partition = partition
+        self._manifests: dict[int, Manifest] = {}
+
+    def record(self, ref: BlockRef) -> BlockRecord:
+        with self._context.state_lock:
+            return self._partition.record(ref)
+
+    def weight(self, ref: BlockRef, record: BlockRecord) -> Array:
+        try:
+            return self._partition.store.load_content(ref, record, (Role.WEIGHT,)).weight
+        except CorruptionError:
+            # A dry run holds nothing back, so that the slot may be gone because the block moved on.
+            if self.record(ref).entry == record.entry:
+                raise
+            raise UnavailableError(
+                f"block {ref} changed while it was read; retry", reason=Reason.OVERLOADED
+            ) from None
+
+    def manifest(self, ref: BlockRef, number: int) -> Manifest:
+        if number not in self._manifests:
+            self._manifests[number] = self._partition.retained_manifest(number)
+        return self._manifests[number]
 
 
 def owned(partitions: Mapping[int, Partition], number: int) -> Partition:

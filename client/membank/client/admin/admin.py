@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from membank.client.admin.changes import ChangeCalls
 from membank.client.admin.history import HistoryCalls
 from membank.client.admin.packs import PackCalls
 from membank.client.admin.topics import TopicCalls
@@ -12,7 +13,7 @@ from membank.wire.records import BankStats
 from membank.wire.spec import BankSpec
 
 
-class AdminCalls(TopicCalls, PackCalls, HistoryCalls):
+class AdminCalls(TopicCalls, ChangeCalls, PackCalls, HistoryCalls):
     """The admin half of `AsyncBankClient`.
 
     Every change is one transaction: it takes effect on all shards at one revision or not at all.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, Protocol, runtime_checkable
 
 from membank.wire.records import (
+    Applied,
     AuditRecord,
     BankInfo,
     BankStats,
@@ -28,6 +29,7 @@ from membank.wire.records import (
     UpdateResult,
 )
 from membank.wire.spec import Array, BankSpec, BlockRef
+from membank.wire.steps import Step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,31 +195,10 @@ class AdminTransport(Protocol):
     ) -> tuple[BlockDescription, ...]:
         """Return blocks in full, in the order of the request."""
 
-    async def swap(
-        self,
-        weights: Mapping[BlockRef, Array],
-        *,
-        expected: Mapping[BlockRef, int],
-        request_id: str,
-        dry_run: bool,
-        timeout_s: float,
-    ) -> TransactionReport:
-        """Replace the content of blocks; `expected` has the versions that must hold."""
-
-    async def withhold(
-        self, topic: BlockRef, *, request_id: str, dry_run: bool, timeout_s: float
-    ) -> TransactionReport:
-        """Hide a topic."""
-
-    async def restore(
-        self, topic: BlockRef, *, request_id: str, dry_run: bool, timeout_s: float
-    ) -> TransactionReport:
-        """End the withholding of a topic."""
-
-    async def delete(
-        self, topic: BlockRef, *, request_id: str, dry_run: bool, timeout_s: float
-    ) -> TransactionReport:
-        """Delete a topic."""
+    async def apply(
+        self, steps: Sequence[Step], *, request_id: str, dry_run: bool, timeout_s: float
+    ) -> Applied:
+        """Apply steps as one transaction."""
 
     async def export(
         self, topic: BlockRef, target: BinaryIO, *, weights_only: bool, timeout_s: float

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, BinaryIO
 
 from membank.client.config import ClientConfig
 from membank.client.transport.contract import ImportAnswer, PackInfo
 from membank.client.transport.grpc_channel import GrpcChannel
-from membank.client.transport.payloads import import_requests, swap_requests, write_pack
+from membank.client.transport.payloads import (
+    import_requests,
+    transaction_requests,
+    write_pack,
+)
 from membank.v1 import admin_service_pb2 as admin_pb
 from membank.v1.admin_service_pb2_grpc import AdminServiceStub
 from membank.wire.convert import (
@@ -27,6 +31,7 @@ from membank.wire.convert import (
 from membank.wire.errors import InvalidArgumentError, Reason
 from membank.wire.framing import MAX_MESSAGE_BYTES
 from membank.wire.records import (
+    Applied,
     AuditRecord,
     BankStats,
     BlockDescription,
@@ -35,7 +40,8 @@ from membank.wire.records import (
     Topic,
     TransactionReport,
 )
-from membank.wire.spec import Array, BankSpec, BlockRef
+from membank.wire.spec import BankSpec, BlockRef
+from membank.wire.steps import Step
 
 if TYPE_CHECKING:
     # The stubs alone know it.
@@ -102,53 +108,18 @@ class GrpcAdminTransport:
         answer = await self._channel.unary("DescribeBlocks", call)
         return tuple(map(description_from_pb, answer.blocks))
 
-    async def swap(
-        self,
-        weights: Mapping[BlockRef, Array],
-        *,
-        expected: Mapping[BlockRef, int],
-        request_id: str,
-        dry_run: bool,
-        timeout_s: float,
-    ) -> TransactionReport:
-        """Replace the content of blocks; `expected` has the versions that must hold."""
-        requests = swap_requests(
-            weights, bank=self._bank, expected=expected, request_id=request_id, dry_run=dry_run
+    async def apply(
+        self, steps: Sequence[Step], *, request_id: str, dry_run: bool, timeout_s: float
+    ) -> Applied:
+        """Apply steps as one transaction."""
+        requests = transaction_requests(
+            steps, bank=self._bank, request_id=request_id, dry_run=dry_run
         )
-        call = self._admin.SwapBlocks(requests, timeout=timeout_s, metadata=self._channel.metadata)
-        return report_from_pb((await self._channel.upload("SwapBlocks", call)).report)
-
-    async def withhold(
-        self, topic: BlockRef, *, request_id: str, dry_run: bool, timeout_s: float
-    ) -> TransactionReport:
-        """Hide a topic."""
-        request = admin_pb.WithholdTopicRequest(
-            bank=self._bank, request_id=request_id, topic=ref_to_pb(topic), dry_run=dry_run
+        call = self._admin.ApplyTransaction(
+            requests, timeout=timeout_s, metadata=self._channel.metadata
         )
-        call = self._admin.WithholdTopic(
-            request, timeout=timeout_s, metadata=self._channel.metadata
-        )
-        return report_from_pb((await self._channel.unary("WithholdTopic", call)).report)
-
-    async def restore(
-        self, topic: BlockRef, *, request_id: str, dry_run: bool, timeout_s: float
-    ) -> TransactionReport:
-        """End the withholding of a topic."""
-        request = admin_pb.RestoreTopicRequest(
-            bank=self._bank, request_id=request_id, topic=ref_to_pb(topic), dry_run=dry_run
-        )
-        call = self._admin.RestoreTopic(request, timeout=timeout_s, metadata=self._channel.metadata)
-        return report_from_pb((await self._channel.unary("RestoreTopic", call)).report)
-
-    async def delete(
-        self, topic: BlockRef, *, request_id: str, dry_run: bool, timeout_s: float
-    ) -> TransactionReport:
-        """Delete a topic."""
-        request = admin_pb.DeleteTopicRequest(
-            bank=self._bank, request_id=request_id, topic=ref_to_pb(topic), dry_run=dry_run
-        )
-        call = self._admin.DeleteTopic(request, timeout=timeout_s, metadata=self._channel.metadata)
-        return report_from_pb((await self._channel.unary("DeleteTopic", call)).report)
+        answer = await self._channel.upload("ApplyTransaction", call)
+        return Applied(report=report_from_pb(answer.report), receipt=answer.receipt)
 
     async def export(
         self, topic: BlockRef, target: BinaryIO, *, weights_only: bool, timeout_s: float

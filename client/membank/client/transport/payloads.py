@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import BinaryIO
@@ -18,15 +19,23 @@ from membank.client.transport.requests import dtype_name, push_head
 from membank.v1 import admin_service_pb2 as admin_pb
 from membank.v1 import block_service_pb2 as block_pb
 from membank.wire.codec import FETCH_CODECS
-from membank.wire.convert import dtype_to_pb, header_from_pb, ref_to_pb
+from membank.wire.convert import header_from_pb, step_to_pb
 from membank.wire.crc import crc32c
 from membank.wire.data_messages import DataCodec, data_of
 from membank.wire.errors import CorruptionError, InvalidArgumentError, Reason
-from membank.wire.framing import CHUNK_BYTES, Payload, PayloadAssembler, iter_chunks, iter_parts
+from membank.wire.framing import (
+    CHUNK_BYTES,
+    MAX_MESSAGE_BYTES,
+    Payload,
+    PayloadAssembler,
+    iter_chunks,
+    iter_parts,
+)
 from membank.wire.http2.messages import framed
 from membank.wire.http2.pieces import Piece
 from membank.wire.records import BlockHeader, Update
-from membank.wire.spec import DTYPES, Array, BlockRef, BlockState
+from membank.wire.spec import DTYPES, BlockRef, BlockState
+from membank.wire.steps import Step, Swap
 
 FETCH_DATA = DataCodec(block_pb.FetchBlocksResponse)
 """Messages of an answer to a fetch."""
@@ -54,31 +63,35 @@ def push_pieces(update: Update, *, bank: str) -> list[Piece]:
     return pieces
 
 
-def swap_requests(
-    weights: Mapping[BlockRef, Array],
-    *,
-    bank: str,
-    expected: Mapping[BlockRef, int],
-    request_id: str,
-    dry_run: bool,
-) -> Iterator[admin_pb.SwapBlocksRequest]:
-    """Return the messages of a swap, as `push_requests` does."""
-    arrays = {ref: np.ascontiguousarray(weight) for ref, weight in weights.items()}
-    headers = [
-        admin_pb.SwapHeader(
-            ref=ref_to_pb(ref),
-            expected_version_plus_one=expected[ref] + 1 if ref in expected else 0,
-            dtype=dtype_to_pb(dtype_name(array)),
-            num_bytes=array.nbytes,
-            crc32c=crc32c(array),
-        )
-        for ref, array in arrays.items()
-    ]
-    first = admin_pb.SwapBlocksRequest(
-        bank=bank, request_id=request_id, headers=headers, dry_run=dry_run
+def transaction_requests(
+    steps: Sequence[Step], *, bank: str, request_id: str, dry_run: bool
+) -> Iterator[admin_pb.ApplyTransactionRequest]:
+    """Return the messages of a transaction, as `push_requests` does.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If an element type does not travel (BAD_DTYPE), or the steps are too many for one message.
+    """
+    sent = [_contiguous(step) if isinstance(step, Swap) else step for step in steps]
+    head = admin_pb.ApplyTransactionRequest(
+        bank=bank, request_id=request_id, steps=map(step_to_pb, sent), dry_run=dry_run
     )
-    data = (admin_pb.SwapBlocksRequest(data=chunk) for chunk in iter_chunks(arrays.values()))
-    return chain([first], data)
+    if head.ByteSize() > MAX_MESSAGE_BYTES:
+        raise InvalidArgumentError(
+            f"{len(sent)} steps take {head.ByteSize()} bytes without content; at most "
+            f"{MAX_MESSAGE_BYTES} are sent: split the transaction",
+            reason=Reason.MESSAGE_TOO_LARGE,
+            metadata={"max_bytes": str(MAX_MESSAGE_BYTES)},
+        )
+    weights = [step.weight for step in sent if isinstance(step, Swap)]
+    data = (admin_pb.ApplyTransactionRequest(data=chunk) for chunk in iter_chunks(weights))
+    return chain([head], data)
+
+
+def _contiguous(step: Swap) -> Swap:
+    dtype_name(step.weight)
+    return replace(step, weight=np.ascontiguousarray(step.weight))
 
 
 async def import_requests(

@@ -38,6 +38,7 @@ from membank.wire.convert.data_path import (
     state_from_pb,
     state_to_pb,
 )
+from membank.wire.convert.steps import step_from_pb, step_to_pb
 
 __all__ = [
     "audit_from_pb",
@@ -72,6 +73,8 @@ __all__ = [
     "state_to_pb",
     "stats_from_pb",
     "stats_to_pb",
+    "step_from_pb",
+    "step_to_pb",
     "topic_from_pb",
     "topic_to_pb",
 ]

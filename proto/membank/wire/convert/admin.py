@@ -16,6 +16,7 @@ from membank.wire.records import (
     BankStats,
     BlockChange,
     BlockDescription,
+    CentroidChange,
     Garbage,
     GarbageKind,
     GarbageReport,
@@ -23,6 +24,7 @@ from membank.wire.records import (
     Snapshot,
     Topic,
     TransactionReport,
+    TreeChange,
 )
 
 
@@ -43,6 +45,16 @@ def report_to_pb(report: TransactionReport) -> admin_pb.TransactionReport:
         ],
         dry_run=report.dry_run,
         num_slots_destroyed=report.num_slots_destroyed,
+        tree_changes=[
+            admin_pb.TreeChange(
+                topic=ref_to_pb(change.topic),
+                changes_label=change.changes_label,
+                changes_num_documents=change.changes_num_documents,
+                # The numbers are the same on purpose.
+                centroid_change=admin_pb.CentroidChange.ValueType(change.centroid_change),
+            )
+            for change in report.tree_changes
+        ],
     )
 
 
@@ -63,6 +75,15 @@ def report_from_pb(message: admin_pb.TransactionReport) -> TransactionReport:
         ),
         dry_run=message.dry_run,
         num_slots_destroyed=message.num_slots_destroyed,
+        tree_changes=tuple(
+            TreeChange(
+                topic=ref_from_pb(change.topic),
+                changes_label=change.changes_label,
+                changes_num_documents=change.changes_num_documents,
+                centroid_change=CentroidChange(change.centroid_change),
+            )
+            for change in message.tree_changes
+        ),
     )
 
 

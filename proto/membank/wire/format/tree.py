@@ -40,14 +40,16 @@ class TreeDocument:
     arrays: Mapping[str, Array] = field(default_factory=dict)
     """Arrays of the embedder."""
 
-    def without_topic(self, spec: BankSpec, topic: BlockRef) -> TreeDocument:
-        """Return the document after `topic` was deleted.
+    def without_topic(
+        self, spec: BankSpec, topic: BlockRef, *, only_block: bool = False
+    ) -> TreeDocument:
+        """Return the document after `topic`, or its block alone, was deleted.
 
         Labels and counts of the topic and of everything under it go, and so do the centroids
         under it. The topic's own centroid stays: without it, texts of the topic would be routed
         to a neighbour instead of ending there.
         """
-        gone = set(spec.subtree(topic))
+        gone = {topic} if only_block else set(spec.subtree(topic))
         centroids = tuple(array.copy() for array in self.centroids)
         for ref in gone - {topic}:
             if ref.level <= len(centroids):
