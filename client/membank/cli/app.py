@@ -16,6 +16,7 @@ _COMMAND_MODULES = (
     "train",
     "query",
     "operate",
+    "transact",
     "history",
     "fsck_command",
     "bench_command",

@@ -6,7 +6,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
 from membank.cli.connection import (
@@ -20,8 +19,10 @@ from membank.cli.connection import (
     resolve_topic,
 )
 from membank.cli.output import JsonOption, console, emit, format_bytes, table
-from membank.wire.errors import InvalidArgumentError, Reason
-from membank.wire.records import TransactionReport
+from membank.cli.step_file import load_array
+from membank.wire.errors import InvalidArgumentError
+from membank.wire.records import CentroidChange, TransactionReport, TreeChange
+from membank.wire.spec import BlockState
 
 
 def register(app: typer.Typer) -> None:
@@ -52,12 +53,7 @@ def swap(
 
     Example: ``membank swap 2/17 iron.npy --expect-version 40``.
     """
-    try:
-        array = np.load(weights, allow_pickle=False)
-    except (OSError, ValueError) as err:
-        raise InvalidArgumentError(
-            f"{weights} is not a readable .npy file: {err}", reason=Reason.BAD_ARGUMENT
-        ) from err
+    array = load_array(weights)
     with connect(bank, token_file, ca_file) as client:
         ref = resolve_topic(client, topic)
         expected = {} if expect_version is None else {ref: expect_version}
@@ -115,9 +111,7 @@ def delete(
     with connect(bank, token_file, ca_file) as client:
         ref = resolve_topic(client, topic)
         if not (dry_run or yes):
-            plan = client.delete(ref, dry_run=True)
-            question = f"Delete {len(plan.changes)} blocks ({_bytes_of(plan)}) for good?"
-            typer.confirm(question, abort=True, err=True)
+            confirm_deletion(client.delete(ref, dry_run=True))
         report = client.delete(ref, dry_run=dry_run)
     show_report("delete", report, as_json=as_json)
 
@@ -180,6 +174,13 @@ def import_(
     show_report("import", answer.report, as_json=as_json)
 
 
+def confirm_deletion(plan: TransactionReport) -> None:
+    """Ask whether what `plan` deletes is to be deleted, and end the command unless it is."""
+    deleted = [c.num_bytes for c in plan.changes if c.state_after is BlockState.DELETED]
+    question = f"Delete {len(deleted)} blocks ({format_bytes(sum(deleted))}) for good?"
+    typer.confirm(question, abort=True, err=True)
+
+
 def show_report(operation: str, report: TransactionReport, *, as_json: bool) -> None:
     """Print what a transaction did, or would do."""
 
@@ -205,6 +206,11 @@ def show_report(operation: str, report: TransactionReport, *, as_json: bool) -> 
             console.print(table(("block", "before", "after", "bytes>"), rows))
         if len(report.changes) > len(rows):
             console.print(f"... and {len(report.changes) - len(rows)} more (--json lists them)")
+        if report.tree_changes:
+            would = "would change" if report.dry_run else "changed"
+            topics = [f"{c.topic} ({_tree_change(c)})" for c in report.tree_changes[:20]]
+            more = " ..." if len(report.tree_changes) > len(topics) else ""
+            console.print(f"the tree {would} at {', '.join(topics)}{more}")
 
     emit({"operation": operation, **report_json(report)}, as_json=as_json, render=render)
 
@@ -226,7 +232,27 @@ def report_json(report: TransactionReport) -> dict[str, object]:
             }
             for change in report.changes
         ],
+        "tree_changes": [
+            {
+                "topic": str(change.topic),
+                "label": change.changes_label,
+                "documents": change.changes_num_documents,
+                "centroid": change.centroid_change.name.lower(),
+            }
+            for change in report.tree_changes
+        ],
     }
+
+
+def _tree_change(change: TreeChange) -> str:
+    parts = [
+        "label" if change.changes_label else "",
+        "documents" if change.changes_num_documents else "",
+        ""
+        if change.centroid_change is CentroidChange.KEPT
+        else f"centroid {change.centroid_change.name.lower()}",
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def _bytes_of(report: TransactionReport) -> str:

@@ -181,14 +181,22 @@ def topic_json(topic: Topic) -> dict[str, object]:
 
 def _audited(record: AuditRecord) -> str:
     detail = record.detail
-    found = detail.get("blocks")
-    blocks = [str(ref) for ref in found] if isinstance(found, list) else []
-    named = ", ".join(blocks[:4]) + (" ..." if len(blocks) > 4 else "")
+    found = detail.get("steps")
+    steps = [_step(step, record.operation) for step in found] if isinstance(found, list) else []
+    named = ", ".join(steps[:4]) + (" ..." if len(steps) > 4 else "")
     snapshot = str(detail.get("snapshot", ""))
     revision = str(detail.get("to_revision", detail.get("history_from", "")))
     # A snapshot's name says more than the revision that it pins.
     back_to = snapshot or (f"revision {revision}" if revision else "")
     return " ".join(part for part in (str(detail.get("topic", "")) or named, back_to) if part)
+
+
+def _step(step: dict[str, object], operation: str) -> str:
+    kind = str(step["step"])
+    on = str(step.get("topic", step.get("block", "")))
+    other = f" with {step['other']}" if "other" in step else ""
+    # Where all steps are of one kind, the operation is called so.
+    return f"{on}{other}" if kind == operation else f"{kind} {on}{other}"
 
 
 def _topic_row(topic: Topic) -> tuple[object, ...]:
