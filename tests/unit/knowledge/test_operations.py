@@ -307,7 +307,7 @@ def test_audit_says_who_did_what_and_no_more(rig: ShardRig) -> None:
     rig.operations.apply(asked("r2"), [Delete(topic=TOPIC)])
     newest, before, first = rig.operations.audit(10)
     assert (newest.operation, newest.principal, newest.request_id) == ("delete", "alice", "r2")
-    assert newest.detail["topic"] == "1/1"
+    assert newest.detail["steps"] == [{"step": "delete", "topic": "1/1"}]
     assert newest.detail["num_blocks"] == 3
     assert (before.operation, before.principal, first.operation) == ("withhold", "bob", "create")
     assert "changes" not in newest.detail
