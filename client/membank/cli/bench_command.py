@@ -11,6 +11,8 @@ import typer
 from membank.cli.bench import load_command
 from membank.cli.bench.display import pairs_table, print_machine, shown_progress
 from membank.cli.bench.load_command import scratch_folder
+from membank.cli.bench.load_options import command
+from membank.cli.bench.swap_command import SwapOptions, swap
 from membank.cli.bench.train_command import train
 from membank.cli.extras import needs_extra
 from membank.cli.machine import environment
@@ -28,6 +30,7 @@ def register(app: typer.Typer) -> None:
         no_args_is_help=True,
     )
     load_command.register(group)
+    group.command("swap")(command(SwapOptions, swap))
     group.command("train")(train)
     group.command("store")(store)
     app.add_typer(group, name="bench")

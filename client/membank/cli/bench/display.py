@@ -16,6 +16,7 @@ from membank.cli.output import console, err_console, format_bytes, progress_bars
 if TYPE_CHECKING:
     # Only for the annotation: importing the service takes seconds.
     from membank.bank_service.bench import Row
+    from membank.cli.bench.swap_results import SwapRow
 
 Notice = Callable[[str, float, float], None]
 """Takes what is being done, how much of it is done, and all of it, in any unit."""
@@ -56,6 +57,15 @@ def load_table(rows: Sequence[LoadRow]) -> Table:
         "errors>",
     )  # fmt: skip
     return table(columns, (_load_cells(row) for row in rows))
+
+
+def swap_table(rows: Sequence[SwapRow]) -> Table:
+    """Return the table of runs of swaps under load."""
+    columns = (
+        "benchmark", "fetches>", "p50 ms>\nwithout", "with>", "p99 ms>\nwithout", "with>",
+        "ratio>", "by pairs>", "swaps>", "swap ms>", "failed>", "mixed>", "",
+    )  # fmt: skip
+    return table(columns, (_swap_cells(row) for row in rows))
 
 
 def comparison_table(compared: Sequence[Compared]) -> Table:
@@ -135,6 +145,26 @@ def _load_cells(row: LoadRow) -> tuple[str, ...]:
         _memory(row.server),
         _verdict(row),
         str(row.errors.total()),
+    )
+
+
+def _swap_cells(row: SwapRow) -> tuple[str, ...]:
+    figures = row.figures
+
+    def cell(name: str) -> str:
+        return f"{figures[name]:.3g}" if name in figures else "-"
+
+    return (
+        row.name,
+        str(len(row.quiet.seconds) + len(row.swapping.seconds)),
+        *(cell(f"{phase}_{q}_ms") for q in ("p50", "p99") for phase in ("quiet", "swapping")),
+        cell("p99_ratio"),
+        cell("p99_ratio_median_of_pairs"),
+        str(len(row.run.swaps)),
+        cell("swap_p50_ms"),
+        str(row.errors.total()),
+        str(row.num_mixed),
+        "[green]passed[/]" if row.passed else "[red]missed[/]",
     )
 
 

@@ -50,8 +50,13 @@ _QUICK_PRESETS = ("100kb",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadOptions:
-    """What all three take; fields are named as the options are."""
+class CommandOptions:
+    """What a command takes; fields are named as the options are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions(CommandOptions):
+    """What all three take."""
 
     preset: PresetOption = None
     bank: BenchBankOption = None
@@ -168,7 +173,7 @@ class MixedOptions(PushOptions):
     ] = 0.5
 
 
-_OptionsT = TypeVar("_OptionsT", bound=LoadOptions)
+_OptionsT = TypeVar("_OptionsT", bound=CommandOptions)
 
 
 def command(options: type[_OptionsT], work: Callable[[_OptionsT], None]) -> Callable[..., None]:
