@@ -48,6 +48,19 @@ def join_crc32c(start: int, buffer: Buffer, known: int) -> int:
     return _joiner()(start, buffer, known)
 
 
+@cache
+def zeros_crc32c(num_bytes: int) -> int:
+    """Return the CRC-32C of `num_bytes` bytes of zeros."""
+    zeros = np.zeros(min(num_bytes, _PIECE_BYTES), np.uint8)
+    crc = 0
+    for start in range(0, num_bytes, _PIECE_BYTES):
+        crc = crc32c(zeros[: num_bytes - start], start=crc)
+    return crc
+
+
+_PIECE_BYTES = 1 << 20
+
+
 def check_crc32c(buffer: Buffer, expected: int, *, what: str) -> None:
     """Raise unless `buffer` has the CRC-32C `expected`.
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from membank.bank_service.shard.content import kept
 from membank.bank_service.shard.contract import (
     BlockContent,
     BlockOperation,
@@ -70,13 +71,14 @@ def operation_bytes(operation: BlockOperation) -> int:
 
 
 def own_operation(operation: BlockOperation) -> BlockOperation:
-    """Return `operation` with arrays of its own."""
+    """Return `operation` with arrays of its own, which the shard may keep."""
     match operation:
         case SetContent(weight=weight, optimizer_state=state):
             return dataclasses.replace(
                 operation,
-                weight=np.array(weight),
-                optimizer_state={role: np.array(array) for role, array in state.items()},
+                weight=kept(weight),
+                optimizer_state={role: kept(array) for role, array in state.items()},
+                is_given=True,
             )
         case Combine(other=other) if other is not None:
             return dataclasses.replace(operation, other=np.array(other))

@@ -11,6 +11,7 @@ from membank.bank_service.fsck.manifests import SlotName, SlotUse
 from membank.bank_service.fsck.reading import Fault, FaultKind, examine_each, finding_of
 from membank.bank_service.fsck.report import Finding, FindingKind
 from membank.bank_service.fsck.view import PartitionView
+from membank.bank_service.store.arrays import is_zero_state
 from membank.wire.format import decode_slot
 from membank.wire.format.layout import manifest_key, partition_prefix, slot_key
 from membank.wire.spec import BankSpec, Role
@@ -33,8 +34,11 @@ def check_slots(view: PartitionView) -> Iterator[Finding]:
     num_stored = 0
     retiring: Counter[int] = Counter()
     for place in _places(view):
+        is_stored = place.key in view.keys
+        if not is_stored and is_zero_state(view.spec, place.level, place.role, place.crc):
+            continue
         view.bank.tally.num_slots += 1
-        if place.key in view.keys:
+        if is_stored:
             num_stored += 1
         elif view.needed.describe(place.use.named_by):
             yield _finding(view, Fault(FaultKind.MISSING, "it is missing"), place)
@@ -143,7 +147,11 @@ def _has_other(view: PartitionView, use: SlotUse, number: int) -> bool:
     return any(
         other.ref == use.ref
         and number in other.named_by
-        and all(slot_key(view.number, level, role, slot) in view.keys for role in view.spec.roles)
+        and all(
+            slot_key(view.number, level, role, slot) in view.keys
+            or is_zero_state(view.spec, level, role, crc)
+            for role, crc in zip(view.spec.roles, other.crcs, strict=True)
+        )
         for (level, slot), other in view.manifests.slots.items()
     )
 

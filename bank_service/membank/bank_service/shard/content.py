@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from membank.bank_service.store.block_memory import new_memory
-from membank.wire.crc import crc32c
+from membank.wire.crc import crc32c, zeros_crc32c
 from membank.wire.format import NO_SLOT, Entry, initial_weight
 from membank.wire.format.slot import TRAILER_BYTES
 from membank.wire.spec import Array, BankSpec, BlockRef, BlockState, Role
@@ -56,6 +56,7 @@ class Content:
 
 
 _OWN_REFERENCES = 2
+_STATE_DTYPE = np.dtype(np.float32)
 
 
 def new_array(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Array:
@@ -107,12 +108,18 @@ def initial_content(spec: BankSpec, ref: BlockRef) -> Content:
 def zero_state(spec: BankSpec, ref: BlockRef) -> dict[Role, Array]:
     """Return the optimizer state of a block that took no step."""
     shape = spec.block_shape(ref.level)
-    return {role: np.zeros(shape, np.float32) for role in spec.optimizer.state_roles}
+    return {role: np.zeros(shape, _STATE_DTYPE) for role in spec.optimizer.state_roles}
 
 
 def content_crcs(spec: BankSpec, arrays: Mapping[Role, Array]) -> tuple[int, ...]:
-    """Return the CRC-32C of each role, in the order of the spec's roles."""
-    return tuple(crc32c(arrays[role]) for role in spec.roles)
+    """Return the CRC-32C of each role, in the order of the spec's roles.
+
+    Optimizer state that is not there counts as zeros.
+    """
+    state_bytes = arrays[Role.WEIGHT].size * _STATE_DTYPE.itemsize
+    return tuple(
+        crc32c(arrays[role]) if role in arrays else zeros_crc32c(state_bytes) for role in spec.roles
+    )
 
 
 def read_only(array: Array) -> Array:

@@ -52,6 +52,8 @@ class SetContent:
     """Gradient steps that the optimizer state stands for."""
     expected_version: int | None = None
     """Version that the block must have; None = any."""
+    is_given: bool = False
+    """Whether the arrays are the shard's to keep: made by `kept`, and nobody else has them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

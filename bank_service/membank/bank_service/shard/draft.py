@@ -6,8 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from membank.bank_service.shard.combining import combined_weight
 from membank.bank_service.shard.content import (
     INITIAL_ENTRY,
@@ -15,7 +13,6 @@ from membank.bank_service.shard.content import (
     Content,
     content_crcs,
     kept,
-    zero_state,
 )
 from membank.bank_service.shard.contract import (
     BlockOperation,
@@ -25,6 +22,7 @@ from membank.bank_service.shard.contract import (
     SetContent,
     SetState,
 )
+from membank.bank_service.shard.optimizer import is_finite
 from membank.wire.errors import (
     ConflictError,
     FailedPreconditionError,
@@ -192,10 +190,9 @@ def _check_version(operation: BlockOperation, entry: Entry) -> None:
 
 
 def _set_content(spec: BankSpec, operation: SetContent, entry: Entry) -> BlockRecord:
-    arrays: dict[Role, Array] = {Role.WEIGHT: kept(operation.weight)}
-    arrays |= {role: kept(array) for role, array in operation.optimizer_state.items()}
-    if len(arrays) == 1:
-        arrays |= zero_state(spec, operation.ref)
+    arrays: dict[Role, Array] = {Role.WEIGHT: operation.weight, **operation.optimizer_state}
+    if not operation.is_given:
+        arrays = {role: kept(array) for role, array in arrays.items()}
     return _new_content(spec, entry, arrays, BlockState.ACTIVE, operation.step)
 
 
@@ -214,13 +211,13 @@ def _combine(
             )
         state = BlockState.ACTIVE
     weight = combined_weight(spec, operation, lambda: now.weight(ref, before))
-    arrays = {Role.WEIGHT: weight, **zero_state(spec, ref)}
-    return _new_content(spec, entry, arrays, state, step=0)
+    return _new_content(spec, entry, {Role.WEIGHT: weight}, state, step=0)
 
 
 def _new_content(
     spec: BankSpec, entry: Entry, arrays: dict[Role, Array], state: BlockState, step: int
 ) -> BlockRecord:
+    # A state of zeros is neither kept nor stored: it is several times as large as the weight.
     crcs = content_crcs(spec, arrays)
     after = Entry(slot=NO_SLOT, version=entry.version + 1, state=state, step=step, crcs=crcs)
     return BlockRecord(after, Content(arrays, crcs[0]))
@@ -270,7 +267,7 @@ def _check_content(spec: BankSpec, operation: SetContent) -> None:
     for role, array in {Role.WEIGHT: operation.weight, **state}.items():
         what = f"{role} of block {ref}"
         check_array(array, spec.block_shape(ref.level), {spec.role_dtype(role).name}, what)
-        if not np.isfinite(array.astype(np.float32, copy=False)).all():
+        if not is_finite(array):
             raise InvalidArgumentError(
                 f"{what} holds a number that is not finite", reason=Reason.NOT_FINITE
             )

@@ -292,6 +292,11 @@ def convert(array: Array, dtype: np.dtype[np.generic]) -> Array:
     return as_array(as_tensor(array).to(TORCH_DTYPES[dtype.name]), dtype)
 
 
+def is_finite(array: Array) -> bool:
+    """Say whether every number of a block's array is finite; looks without a copy."""
+    return _is_finite(as_tensor(array.reshape(-1)))
+
+
 def _is_finite(tensor: torch.Tensor) -> bool:
     # No sum of a number that is infinite, or none, is finite again, and to add is what a processor
     # does fastest. A sum may also overflow, or its type be too narrow: then each has to be looked at.

@@ -130,7 +130,10 @@ class PartitionStore:
         try:
             if errors:
                 raise errors[0]
-            self._arrays.sync((ref.level, slot) for ref, slot in slots.items())
+            self._arrays.sync(
+                (ref.level, slot, _stored(records[ref]))
+                for ref, slot in slots.items()
+            )
         except MembankError:
             with suppress(MembankError):
                 self.release((ref.level, slot) for ref, slot in slots.items())
@@ -142,14 +145,16 @@ class PartitionStore:
         return max(1, min(_MAX_WRITERS, _IN_FLIGHT_BYTES // largest))
 
     def _write_block(self, ref: BlockRef, record: BlockRecord) -> int:
-        assert record.content is not None
+        arrays = _stored(record)
         while True:
             slot = self._take_slot(ref.level)
             written: list[Role] = []
             try:
+                # The weight first: a slot that has any role has that, so that it is seen as taken.
                 for role, crc in zip(self._bank.spec.roles, record.entry.crcs, strict=True):
-                    self._arrays.write(ref.level, slot, role, record.content.arrays[role], crc)
-                    written.append(role)
+                    if role in arrays:
+                        self._arrays.write(ref.level, slot, role, arrays[role], crc)
+                        written.append(role)
             except MembankError as err:
                 self._arrays.delete(ref.level, slot, written)
                 self._unpublished.discard((ref.level, slot))
@@ -295,3 +300,9 @@ class PartitionStore:
             if manifest.number in self.manifests.numbers:
                 entries = without_content(manifest.entries, deleted)
                 self.manifests.put_in_place(replace(manifest, entries=entries))
+
+
+def _stored(record: BlockRecord) -> Mapping[Role, Array]:
+    """Return what of a block is written: all roles but a state of zeros that was never made."""
+    assert record.content is not None
+    return record.content.arrays

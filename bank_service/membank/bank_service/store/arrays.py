@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterable, Sequence
 from threading import Lock
 from typing import NamedTuple
 
+import numpy as np
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
 from membank.bank_service.store.checked_read import pooled
 from membank.bank_service.store.objects import Checking, ObjectStore, Viewable
+from membank.wire.crc import zeros_crc32c
 from membank.wire.errors import CorruptionError, NotFoundError, Reason
 from membank.wire.format import NO_SLOT, decode_slot, encode_slot
 from membank.wire.format.layout import array_prefix, slot_key
@@ -119,13 +121,13 @@ class SlotArrays:
         key = slot_key(self._partition, level, role, slot)
         self._objects.put_if_absent(key, encode_slot(array, crc))
 
-    def sync(self, slots: Iterable[tuple[int, int]]) -> None:
-        """Make slots, given as (level, slot), survive the loss of power."""
+    def sync(self, slots: Iterable[tuple[int, int, Iterable[Role]]]) -> None:
+        """Make slots, given as (level, slot, roles that were written), survive the loss of power."""
         self._objects.sync(
             [
                 slot_key(self._partition, level, role, slot)
-                for level, slot in slots
-                for role in self._spec.roles
+                for level, slot, roles in slots
+                for role in roles
             ]
         )
 
@@ -135,13 +137,21 @@ class SlotArrays:
         Returns
         -------
         Array
-            (L, P, R, D), read-only.
+            (L, P, R, D), read-only. Optimizer state with the CRC of zeros is zeros, stored or not.
 
         Raises
         ------
         CorruptionError
             If the slot is missing or not what the manifest names.
         """
+        try:
+            return self._read(level, slot, role, crc)
+        except CorruptionError:
+            if not is_zero_state(self._spec, level, role, crc):
+                raise
+            return np.zeros(self._spec.block_shape(level), self._spec.role_dtype(role))
+
+    def _read(self, level: int, slot: int, role: Role, crc: int) -> Array:
         key = slot_key(self._partition, level, role, slot)
         dtype, shape = self._spec.role_dtype(role), self._spec.block_shape(level)
         try:
@@ -156,7 +166,9 @@ class SlotArrays:
 
     def delete(self, level: int, slot: int, roles: Sequence[Role] = tuple(Role)) -> None:
         """Remove `roles` of a slot; no effect where they are not stored."""
-        for role in roles:
+        # The weight last: what a crash leaves keeps the slot's number from being taken again, by a
+        # block whose state is not stored and would be found here.
+        for role in reversed(roles):
             if role not in self._spec.roles:
                 continue
             self._objects.delete(slot_key(self._partition, level, role, slot))
@@ -164,7 +176,8 @@ class SlotArrays:
     def stored_chunks(self, level: int) -> list[Chunk]:
         """Return the chunks that are stored, whether or not a manifest names their slots."""
         chunks = []
-        for role in self._spec.roles:
+        # The weight last, for the reason that `delete` gives.
+        for role in reversed(self._spec.roles):
             num_bytes = self._spec.block_params(level) * self._spec.role_dtype(role).itemsize
             for key in self._objects.list(array_prefix(self._partition, level, role)):
                 slot = self._slot_in(key, level, role)
@@ -210,6 +223,13 @@ class SlotArrays:
             dimension_names=("slot", "layer", "part", "row", "column"),
         )
         return documents["zarr.json"].to_bytes()
+
+
+def is_zero_state(spec: BankSpec, level: int, role: Role, crc: int) -> bool:
+    """Say whether a role with this CRC is an optimizer state of zeros, which need not be stored."""
+    if role is Role.WEIGHT:
+        return False
+    return crc == zeros_crc32c(spec.block_params(level) * spec.role_dtype(role).itemsize)
 
 
 def _checked_read(objects: ObjectStore) -> Callable[[str, int], tuple[bytes | memoryview, int]]:
