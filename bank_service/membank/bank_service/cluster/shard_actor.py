@@ -16,6 +16,8 @@ from membank.bank_service.cluster.shard_keeper import ShardKeeper
 from membank.bank_service.cluster.staging import (
     StagedOperations,
     batches,
+    carried_content,
+    carried_operation,
     operation_bytes,
     own_content,
 )
@@ -112,7 +114,7 @@ class ShardActor:
 
     def read(self, refs: Sequence[BlockRef]) -> tuple[BlockContent, ...]:
         """Read blocks with their optimizer state."""
-        return tuple(self._open_server().shard.read(refs))
+        return tuple(map(carried_content, self._open_server().shard.read(refs)))
 
     def history(self) -> tuple[PartitionHistory, ...]:
         """Return what each partition can be returned to."""
@@ -206,7 +208,8 @@ class ShardActorHandle:
     ) -> Prepared:
         # docstring inherited
         attempt = uuid.uuid4().hex
-        *pieces, last = batches(operations, operation_bytes) or [()]
+        travelling = [carried_operation(operation) for operation in operations]
+        *pieces, last = batches(travelling, operation_bytes) or [()]
         for piece in pieces:
             self._call("stage", attempt, piece)
         answer = self._call(
