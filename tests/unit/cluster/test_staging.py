@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 
 from membank.bank_service.cluster.staging import (
     StagedOperations,
     batches,
+    carried_content,
+    carried_operation,
     operation_bytes,
     own_content,
     own_operation,
 )
 from membank.bank_service.shard.contract import BlockContent, Combine, Erase, SetContent
 from membank.wire.errors import UnavailableError
-from membank.wire.spec import BlockRef, Role
+from membank.wire.spec import BlockRef, Role, dtype_of
 
 
 def content(cluster: int) -> SetContent:
@@ -102,3 +106,25 @@ def test_what_arrives_is_copied_out_of_shared_memory() -> None:
     assert (read.weight == 9).all()
     assert not read.weight.flags.writeable
     assert not read.optimizer_state[Role.EXP_AVG].flags.writeable
+
+
+def test_bfloat16_travels_beside_the_pickle_and_arrives_as_it_was() -> None:
+    # In the pickle it would be copied in and out under the interpreter's lock.
+    weight = np.linspace(-1, 1, 1 << 16, dtype=np.float32).astype(dtype_of("bfloat16"))
+    swap = SetContent(ref=BlockRef(1, 0), weight=weight, expected_version=3)
+    block = BlockContent(ref=BlockRef(1, 0), version=1, step=1, weight=weight, optimizer_state={})
+    for sent in (carried_operation(swap), carried_content(block)):
+        beside: list[pickle.PickleBuffer] = []
+        data = pickle.dumps(sent, protocol=5, buffer_callback=beside.append)
+        assert len(data) < 1000
+        arrived = pickle.loads(data, buffers=beside)
+        if isinstance(arrived, BlockContent):
+            owned = own_content(arrived).weight
+        else:
+            operation = own_operation(arrived)
+            assert isinstance(operation, SetContent)
+            assert operation.expected_version == 3
+            owned = operation.weight
+        assert owned.dtype == weight.dtype
+        assert owned.tobytes() == weight.tobytes()
+        assert not np.shares_memory(owned.view(np.uint16), weight.view(np.uint16))

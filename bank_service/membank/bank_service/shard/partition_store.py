@@ -131,8 +131,7 @@ class PartitionStore:
             if errors:
                 raise errors[0]
             self._arrays.sync(
-                (ref.level, slot, _stored(records[ref]))
-                for ref, slot in slots.items()
+                (ref.level, slot, _stored(records[ref])) for ref, slot in slots.items()
             )
         except MembankError:
             with suppress(MembankError):

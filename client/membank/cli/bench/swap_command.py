@@ -42,7 +42,9 @@ class SwapOptions(CommandOptions):
 
     preset: Annotated[
         str | None,
-        typer.Option("--preset", metavar="NAME", help="The bank, as of fetch; default: paper_160m."),
+        typer.Option(
+            "--preset", metavar="NAME", help="The bank, as of fetch; default: paper_160m."
+        ),
     ] = None
     clients: Annotated[
         int, typer.Option("--clients", min=1, max=64, help="Processes that fetch.")
@@ -166,7 +168,9 @@ def _row(options: SwapOptions, config: SwapLoadConfig, run: SwapRun) -> SwapRow:
     beside = f", beside {config.num_pushers} processes that push to other topics"
     name = f"swap-{options.preset_name}-{config.num_readers}-clients-{config.num_leaves}-leaves"
     return SwapRow(
-        name=name + ("" if options.same_host else "-network") + ("-pushes" * bool(config.num_pushers)),
+        name=name
+        + ("" if options.same_host else "-network")
+        + ("-pushes" * bool(config.num_pushers)),
         what=f"fetches {way} of {config.num_leaves} paths of {len(sizes)} blocks "
         f"({', '.join(map(str, sizes))} bytes as {spec.dtype}), Zipf exponent {config.zipf:g}, by "
         f"{config.num_readers} processes from {options.shards} shards, while the first path is "

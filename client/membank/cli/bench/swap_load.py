@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
@@ -20,6 +20,7 @@ _START_TIMEOUT_S = 120.0
 # Between the word to stop and the report lies at most one call, which has a deadline.
 _GRACE_S = 60.0
 _WARM_UP_S = 1.0
+_MOST_LEAVES_LOOKED_AT = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,7 +151,8 @@ def run_swap_load(
     """
     with ExitStack() as stack:
         bank = stack.enter_context(BankClient.connect(endpoint, config=client_config))
-        leaves = spread_leaves(bank.spec, config.num_leaves)
+        owners = {o.partition: o.endpoint for o in bank.info().placement.owners}
+        leaves = spread_leaves(bank.spec, owners, config.num_leaves)
         swapper = Swapper(bank, leaves[0], config.seed)
         swapper.swap()
         for leaf in leaves:
@@ -181,11 +183,37 @@ def run_swap_load(
     return run
 
 
-def spread_leaves(spec: BankSpec, num_leaves: int) -> tuple[BlockRef, ...]:
-    """Return leaves spread evenly over the bank, at most as many as it has."""
+def spread_leaves(
+    spec: BankSpec, owners: Mapping[int, str], num_leaves: int
+) -> tuple[BlockRef, ...]:
+    """Return leaves spread evenly over the bank, the first one's path over many shards.
+
+    A swap that is one shard's alone would not show whether several agree.
+
+    Parameters
+    ----------
+    spec
+        The bank.
+    owners
+        Shard of each partition.
+    num_leaves
+        Leaves that are wanted, >= 1.
+
+    Returns
+    -------
+    tuple of BlockRef
+        At most as many as the bank has.
+    """
     there = spec.num_clusters(spec.num_levels)
     count = min(num_leaves, there)
-    return tuple(BlockRef(spec.num_levels, index * there // count) for index in range(count))
+
+    def num_shards(cluster: int) -> int:
+        path = spec.path_to(BlockRef(spec.num_levels, cluster))
+        return len({owners.get(spec.partition_of(ref)) for ref in path})
+
+    first = max(range(min(there, _MOST_LEAVES_LOOKED_AT)), key=num_shards)
+    clusters = ((first + index * there // count) % there for index in range(count))
+    return tuple(BlockRef(spec.num_levels, cluster) for cluster in clusters)
 
 
 def apart_leaves(spec: BankSpec, leaf: BlockRef, num_leaves: int) -> tuple[BlockRef, ...]:

@@ -80,10 +80,7 @@ class SwapRow:
         """Whether the ratio is reached, nothing failed and nothing was mixed."""
         ratio = self.ratio
         return (
-            ratio is not None
-            and ratio <= TARGET_RATIO
-            and not self.errors
-            and not self.num_mixed
+            ratio is not None and ratio <= TARGET_RATIO and not self.errors and not self.num_mixed
         )
 
     @property
@@ -92,7 +89,7 @@ class SwapRow:
         swap_ms = Latencies(seconds=np.array([swap.seconds for swap in self.run.swaps]))
         found: dict[str, float | None] = {
             "p99_ratio": self.ratio,
-            "p99_ratio_median_of_pairs": statistics.median(self.pair_ratios or (np.nan,)),
+            "p99_ratio_median_of_pairs": _median(self.pair_ratios),
             **{f"quiet_{name}": value for name, value in _named(self.quiet).items()},
             **{f"swapping_{name}": value for name, value in _named(self.swapping).items()},
             **{f"beside_{name}": value for name, value in _named(self.beside).items()},
@@ -144,6 +141,10 @@ def _latency_row(name: str, what: str, latencies: Latencies) -> dict[str, object
 
 def _named(latencies: Latencies) -> dict[str, float | None]:
     return {f"p{100 * share:g}_ms": latencies.quantile_ms(share) for share in _NAMED}
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def _ratio(ours: Latencies, raw: Latencies, share: float) -> float | None:
