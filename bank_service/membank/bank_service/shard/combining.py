@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from membank.bank_service.shard.content import new_array
 from membank.bank_service.shard.contract import Combine
+from membank.bank_service.shard.optimizer import is_finite
 from membank.wire.errors import InvalidArgumentError, Reason
 from membank.wire.spec import Array, BankSpec
 
@@ -43,7 +44,7 @@ def combined_weight(spec: BankSpec, operation: Combine, own_weight: Callable[[],
     # What overflows is found below, in the bank's dtype.
     with np.errstate(over="ignore", invalid="ignore"):
         result[...] = _sum(operation, own_weight)
-    if not np.isfinite(result.astype(np.float32, copy=False)).all():
+    if not is_finite(result):
         raise InvalidArgumentError(
             f"block {operation.ref}: {operation.keep:g} times its content plus {operation.add:g} "
             f"times the other's is not finite in {spec.dtype}; take smaller factors",
