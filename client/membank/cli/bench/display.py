@@ -62,7 +62,7 @@ def load_table(rows: Sequence[LoadRow]) -> Table:
 def swap_table(rows: Sequence[SwapRow]) -> Table:
     """Return the table of runs of swaps under load."""
     columns = (
-        "benchmark", "fetches>", "p50 ms>\nwithout", "with>", "p99 ms>\nwithout", "with>",
+        "benchmark", "fetches>", "p50 ms\nwithout>", "with>", "p99 ms\nwithout>", "with>",
         "ratio>", "by pairs>", "swaps>", "swap ms>", "failed>", "mixed>", "",
     )  # fmt: skip
     return table(columns, (_swap_cells(row) for row in rows))
