@@ -78,7 +78,7 @@ def test_steps_after_a_swap_are_the_same_whether_the_state_was_stored(
     shard: Shard, bank: Bank
 ) -> None:
     zeros = {role: np.zeros(tiny_spec().block_shape(1), np.float32) for role in STATE}
-    results = []
+    results: list[tuple[bytes, dict[Role, Array]]] = []
     for state in ({}, zeros):
         content = SetContent(ref=A, weight=swap().weight, optimizer_state=state)
         transact(shard, bank, [content])

@@ -165,17 +165,28 @@ def _row(options: SwapOptions, config: SwapLoadConfig, run: SwapRun) -> SwapRow:
     spec = preset_spec(options.preset_name)
     sizes = [spec.weight_bytes(level) for level in range(1, spec.num_levels + 1)]
     way = "through shared memory" if options.same_host else "over the network"
-    beside = f", beside {config.num_pushers} processes that push to other topics"
-    name = f"swap-{options.preset_name}-{config.num_readers}-clients-{config.num_leaves}-leaves"
-    return SwapRow(
-        name=name
-        + ("" if options.same_host else "-network")
-        + ("-pushes" * bool(config.num_pushers)),
-        what=f"fetches {way} of {config.num_leaves} paths of {len(sizes)} blocks "
-        f"({', '.join(map(str, sizes))} bytes as {spec.dtype}), Zipf exponent {config.zipf:g}, by "
-        f"{config.num_readers} processes from {options.shards} shards, while the first path is "
-        f"swapped every {config.every_s:g} s / while it is not"
-        + (beside if config.num_pushers else ""),
-        run=run,
-        path_bytes=sum(sizes),
+    what = (
+        f"fetches {way} of paths of {len(sizes)} blocks ({', '.join(map(str, sizes))} bytes as "
+        f"{spec.dtype}) to {_counted(config.num_leaves, 'leaf', 'leaves')}, Zipf exponent "
+        f"{config.zipf:g}, by {_counted(config.num_readers, 'process', 'processes')} from "
+        f"{_counted(options.shards, 'shard', 'shards')}, while the first leaf's path is swapped "
+        f"every {config.every_s:g} s / while it is not"
     )
+    if config.num_pushers:
+        pushers = _counted(config.num_pushers, "process pushes", "processes push")
+        what += f"; {pushers} to other topics meanwhile"
+    name = "-".join(
+        (
+            "swap",
+            options.preset_name,
+            _counted(config.num_readers, "client", "clients", by="-"),
+            _counted(config.num_leaves, "leaf", "leaves", by="-"),
+            *(["network"] if not options.same_host else []),
+            *(["pushes"] if config.num_pushers else []),
+        )
+    )
+    return SwapRow(name=name, what=what, run=run, path_bytes=sum(sizes))
+
+
+def _counted(count: int, one: str, several: str, *, by: str = " ") -> str:
+    return f"{count}{by}{one if count == 1 else several}"
