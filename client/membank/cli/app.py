@@ -15,6 +15,7 @@ _COMMAND_MODULES = (
     "serve",
     "train",
     "query",
+    "find_command",
     "operate",
     "transact",
     "history",

@@ -30,7 +30,7 @@ from membank.trainer.training.progress import (
     read_losses,
 )
 from membank.trainer.training.sequences import load_sequences, save_sequences
-from membank.trainer.training.served import ServedMemory
+from membank.trainer.training.served import ServedMemory, as_fetched
 from membank.trainer.training.source import Acknowledged, Fetched, MemorySource
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "StageCheckpoint",
     "StageResult",
     "anchor_fingerprint",
+    "as_fetched",
     "distinct_blocks",
     "generic_spec",
     "join",

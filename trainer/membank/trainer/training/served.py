@@ -8,10 +8,20 @@ from functools import partial
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from membank.client import BankClient, CompressedPushes, Compression
+from membank.client import BankClient, CompressedPushes, Compression, FetchedBlocks
 from membank.trainer.training.source import Acknowledged, Fetched
 from membank.wire.records import UpdateResult
 from membank.wire.spec import BankSpec, BlockRef, BlockState
+
+
+def as_fetched(blocks: FetchedBlocks) -> Fetched:
+    """Return blocks that a client fetched as float32, as a training loop sees them."""
+    return Fetched(
+        # Through DLPack, which lets a read-only array be seen without a copy.
+        weights={ref: from_dlpack(weight) for ref, weight in blocks.weights.items()},
+        versions=blocks.versions,
+        absent={r: s for r, s in blocks.states.items() if s is not BlockState.ACTIVE},
+    )
 
 
 class ServedMemory:
@@ -58,12 +68,8 @@ class ServedMemory:
         # docstring inherited
         if not refs:
             return Fetched(weights={}, versions={}, absent={})
-        answer = self._client.fetch_blocks(refs, dtype="float32", timeout_s=self._patience_s)
-        return Fetched(
-            # Through DLPack, which lets a read-only array be seen without a copy.
-            weights={ref: from_dlpack(weight) for ref, weight in answer.weights.items()},
-            versions=answer.versions,
-            absent={r: s for r, s in answer.states.items() if s is not BlockState.ACTIVE},
+        return as_fetched(
+            self._client.fetch_blocks(refs, dtype="float32", timeout_s=self._patience_s)
         )
 
     def push(
