@@ -26,7 +26,7 @@ SEQ_LEN = 24
 
 
 def make_tiny_run(
-    folder: Path, world: World, *, stage2_tokens: int = 40 * 8 * SEQ_LEN
+    folder: Path, world: World, *, stage2_tokens: int = 40 * 4 * SEQ_LEN
 ) -> RunDirectory:
     """Write a run whose anchor is untrained and whose leaves are those of the world."""
     run = RunDirectory(folder)
@@ -52,7 +52,7 @@ def make_tiny_run(
         init_std=world.spec.init_std,
         stage1=AnchorStageConfig(num_tokens=1),
         stage2=MemoryStageConfig(
-            num_tokens=stage2_tokens, batch_size=8, run_length=2, prefetch=PrefetchConfig(depth=0)
+            num_tokens=stage2_tokens, batch_size=4, run_length=2, prefetch=PrefetchConfig(depth=0)
         ),
         num_partitions=4,
     )

@@ -6,11 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from membank.client import BankClient
 from membank.client.retriever import Retriever
-from membank.trainer.corpus import NO_LEAF
+from membank.trainer.corpus import NO_LEAF, Document
 from membank.trainer.finding.documents import NamedDocument
 from membank.trainer.finding.influence import (
     InfluenceConfig,
@@ -19,7 +17,7 @@ from membank.trainer.finding.influence import (
 )
 from membank.trainer.finding.matching import match_documents
 from membank.trainer.finding.routing import RoutingCount, count_routes
-from membank.trainer.run import RunDirectory, load_config, trained_leaves
+from membank.trainer.run import RunDirectory, RunMaterial, load_config
 from membank.trainer.training import as_fetched, leaf_path
 from membank.trainer.tree import embedder_from_config
 from membank.wire.errors import InvalidArgumentError, Reason
@@ -72,13 +70,8 @@ class Finder:
 
     def __init__(self, run: RunDirectory) -> None:
         self._run = run
-        config = load_config(run)
-        self._corpus = run.corpus()
         self._anchor = run.anchor()
-        self._tokenizer = run.tokenizer()
-        leaves = np.asarray(run.read_json(run.leaves_file), dtype=np.int64)
-        self._leaf_N, _ = trained_leaves(self._corpus, leaves, config)
-        self._config = InfluenceConfig(seq_len=config.seq_len)
+        self._config = InfluenceConfig(seq_len=load_config(run).seq_len)
 
     def find(self, client: BankClient, documents: Sequence[NamedDocument]) -> Found:
         """Route documents, count where they were trained, and measure every block concerned.
@@ -99,7 +92,8 @@ class Finder:
         """
         spec = client.info().spec
         self._run.check_fingerprint(spec.fingerprint)
-        texts, leaves, unknown = self._texts(documents)
+        material = RunMaterial(self._run, spec.bank_id)
+        texts, leaves, unknown = self._texts(documents, material)
         tree = client.tree()
         retriever = Retriever.from_tree(tree, embedder=embedder_from_config(tree))
         routing = count_routes(retriever, [text.embed_text or text.text for text in texts])
@@ -108,7 +102,7 @@ class Finder:
         answer = client.fetch_blocks(sorted({r for path in paths for r in path}), dtype="float32")
         influence = measure_influence(
             self._anchor,
-            self._tokenizer,
+            material.tokenizer,
             [text.text for text in texts],
             paths,
             as_fetched(answer),
@@ -126,20 +120,21 @@ class Finder:
         )
 
     def _texts(
-        self, documents: Sequence[NamedDocument]
+        self, documents: Sequence[NamedDocument], material: RunMaterial
     ) -> tuple[list[NamedDocument], list[int], tuple[str, ...]]:
         """Return what has a text, the leaf that each was trained on, and what has none."""
-        matched = match_documents(documents, self._corpus)
+        corpus, leaf_N = material.corpus, material.leaf_N
+        matched = match_documents(documents, corpus)
         texts: list[NamedDocument] = []
         leaves: list[int] = []
         unknown: list[str] = []
         for named, positions in zip(documents, matched.positions, strict=True):
             if not positions and not named.text:
-                unknown.append(f"{named.named}: corpus {self._corpus.name} has no such id")
+                unknown.append(f"{named.named}: corpus {corpus.name} has no such id")
                 continue
             # Of equal documents the first that was trained: any stands for the others.
-            trained = [int(self._leaf_N[p]) for p in positions if self._leaf_N[p] != NO_LEAF]
-            texts.append(self._with_text(named, positions))
+            trained = [int(leaf_N[p]) for p in positions if leaf_N[p] != NO_LEAF]
+            texts.append(_with_text(named, [corpus.documents[p] for p in positions]))
             leaves.append(trained[0] if trained else NO_LEAF)
         if not texts:
             raise InvalidArgumentError(
@@ -147,8 +142,8 @@ class Finder:
             )
         return texts, leaves, tuple(unknown)
 
-    def _with_text(self, named: NamedDocument, positions: Sequence[int]) -> NamedDocument:
-        if not positions:
-            return named
-        document = self._corpus.documents[positions[0]]
-        return replace(named, text=document.text, embed_text=document.embed_text)
+
+def _with_text(named: NamedDocument, found: Sequence[Document]) -> NamedDocument:
+    if not found:
+        return named
+    return replace(named, text=found[0].text, embed_text=found[0].embed_text)

@@ -142,13 +142,60 @@ def measure_influence(
     }
     anchor_N = scorer.losses(config.batch_size, with_memory=False)
     blocks = scorer.by_block(with_path_N, without_LN)
-    total = sum(scorer.num_scored(n) for n in range(len(scorer.pieces)))
+    total = scorer.total_scored
     return InfluenceReport(
         num_documents=len(texts),
         num_tokens=total,
         anchor_nats_per_token=sum(anchor_N) / total if total else None,
         memory_nats_per_token=sum(with_path_N) / total if total else None,
         blocks=tuple(sorted(blocks, key=lambda block: (-(block.nats or 0.0), block.ref))),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextLoss:
+    """How hard some texts are to predict."""
+
+    num_tokens: int
+    """Tokens scored; the first of each piece is not."""
+    anchor_nats_per_token: float | None
+    """Loss of the anchor alone; None where no token was scored."""
+    memory_nats_per_token: float | None
+    """Loss with the blocks of their paths."""
+
+
+def measure_loss(
+    anchor: Anchor,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    paths: Sequence[Path],
+    fetched: Fetched,
+    spec: BankSpec,
+    config: InfluenceConfig,
+) -> TextLoss:
+    """Measure how hard texts are to predict, with their blocks and without any.
+
+    Parameters
+    ----------
+    anchor, tokenizer
+        The model that the blocks belong to.
+    texts, paths
+        The texts, and the path of each.
+    fetched
+        Every block of the paths.
+    spec
+        What the bank is.
+    config
+        How texts are scored.
+    """
+    scorer = _Scorer(anchor, _pieces(tokenizer, texts, config.seq_len), paths, fetched, spec)
+    total = scorer.total_scored
+    with_path = sum(scorer.losses(config.batch_size))
+    alone = sum(scorer.losses(config.batch_size, with_memory=False))
+    return TextLoss(
+        num_tokens=total,
+        anchor_nats_per_token=alone / total if total else None,
+        memory_nats_per_token=with_path / total if total else None,
     )
 
 
@@ -188,6 +235,10 @@ class _Scorer:
         self._of_path: dict[Path, list[int]] = defaultdict(list)
         for n, piece in enumerate(pieces):
             self._of_path[paths[piece.document]].append(n)
+
+    @property
+    def total_scored(self) -> int:
+        return sum(self.num_scored(n) for n in range(len(self.pieces)))
 
     def num_scored(self, piece: int) -> int:
         return len(self.pieces[piece].ids) - 1

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from membank.trainer.corpus import Corpus, Tokenizer, load_corpus
 from membank.trainer.model import Anchor
+from membank.trainer.run.deleted import DeletedDocuments
 from membank.trainer.training import anchor_fingerprint, load_anchor
 from membank.trainer.training.files import write_atomically
 from membank.wire.errors import FailedPreconditionError, NotFoundError, Reason
@@ -85,6 +86,16 @@ class RunDirectory:
     def bank_dir(self) -> Path:
         """The bank, unless another URL was given."""
         return self.path / "bank"
+
+    @property
+    def deleted_documents(self) -> DeletedDocuments:
+        """Documents that were deleted from banks of this run."""
+        return DeletedDocuments(self.deletion_dir / "deleted.json")
+
+    @property
+    def deletion_dir(self) -> Path:
+        """Deletions of documents: those under way, and accounts of those that are done."""
+        return self.path / "deletion"
 
     @property
     def is_trained(self) -> bool:

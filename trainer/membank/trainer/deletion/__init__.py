@@ -1,0 +1,46 @@
+"""Deleting documents from a bank: leaves that they dominate go, blocks they share are trained anew."""
+
+from membank.trainer.deletion.config import DeletionConfig, Scope
+from membank.trainer.deletion.exchange import (
+    BlockExchange,
+    Destroyed,
+    ServedExchange,
+    TopicWords,
+)
+from membank.trainer.deletion.forecast import DeletionForecast, forecast_deletion
+from membank.trainer.deletion.job import DeletionReport, DocumentDeletion
+from membank.trainer.deletion.plan import (
+    BlockPart,
+    DeletionPlan,
+    TrainedDocuments,
+    plan_deletion,
+)
+from membank.trainer.deletion.retraining import (
+    Retraining,
+    plan_retraining,
+    retrain,
+    seconds_per_step,
+)
+from membank.trainer.deletion.staged import StagedMemory
+
+__all__ = [
+    "BlockExchange",
+    "BlockPart",
+    "DeletionConfig",
+    "DeletionForecast",
+    "DeletionPlan",
+    "DeletionReport",
+    "Destroyed",
+    "DocumentDeletion",
+    "Retraining",
+    "Scope",
+    "ServedExchange",
+    "StagedMemory",
+    "TopicWords",
+    "TrainedDocuments",
+    "forecast_deletion",
+    "plan_deletion",
+    "plan_retraining",
+    "retrain",
+    "seconds_per_step",
+]
