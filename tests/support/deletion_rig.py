@@ -8,8 +8,8 @@ from typing import Self
 
 import numpy as np
 
+from dying_exchange import DyingExchange
 from fake_bank import FakeBank
-from fake_exchange import FakeExchange
 from fake_service import FakeService
 from membank.client import BankClient
 from membank.trainer.corpus import NO_LEAF, pack_sequences
@@ -18,6 +18,7 @@ from membank.trainer.deletion import (
     DeletionForecast,
     DeletionReport,
     DocumentDeletion,
+    ServedExchange,
     forecast_deletion,
 )
 from membank.trainer.finding import NamedDocument
@@ -79,9 +80,9 @@ class DeletionRig:
         self.bank = FakeBank(spec=self.spec, tree=encode_tree(tiny_tree(world)))
         for ref, weight in trained.fetch(list(self.spec.blocks())).weights.items():
             self.bank.held(ref).weight = weight.numpy().copy()
-        self.exchange = FakeExchange(self.bank)
         self._service = FakeService(self.bank)
         self.client = BankClient.connect(self._service.endpoint)
+        self.exchange = DyingExchange(ServedExchange(self.client))
 
     @property
     def endpoint(self) -> str:

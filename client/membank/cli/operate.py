@@ -18,6 +18,14 @@ from membank.cli.connection import (
     connect,
     resolve_topic,
 )
+from membank.cli.delete_documents import (
+    DeletionRunOption,
+    DocumentsOption,
+    OptionalTopicArgument,
+    ScopeOption,
+    ThresholdOption,
+    delete_documents,
+)
 from membank.cli.output import JsonOption, console, emit, format_bytes, table
 from membank.cli.step_file import load_array
 from membank.wire.errors import InvalidArgumentError
@@ -96,7 +104,11 @@ def restore(
 
 
 def delete(
-    topic: TopicArgument,
+    topic: OptionalTopicArgument = None,
+    documents: DocumentsOption = None,
+    run: DeletionRunOption = None,
+    threshold: ThresholdOption = 0.5,
+    scope: ScopeOption = "paths",
     dry_run: DryRunOption = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     bank: BankOption = DEFAULT_ENDPOINT,
@@ -106,8 +118,18 @@ def delete(
 ) -> None:
     """Delete a topic and everything under it: weights, optimizer state, history, labels.
 
-    Examples: ``membank delete chemistry --dry-run``, then ``membank delete chemistry``.
+    With --documents: what some documents put into the bank. Leaves that they dominate go; blocks
+    that they share are trained anew without them.
+
+    Examples: ``membank delete chemistry --dry-run``, then ``membank delete chemistry``;
+    ``membank delete --documents takedown.jsonl --run runs/demo --dry-run``.
     """
+    if documents is not None or topic is None:
+        delete_documents(
+            topic, documents, run, threshold, scope, bank, token_file, ca_file,
+            dry_run=dry_run, yes=yes, as_json=as_json,
+        )  # fmt: skip
+        return
     with connect(bank, token_file, ca_file) as client:
         ref = resolve_topic(client, topic)
         if not (dry_run or yes):

@@ -48,7 +48,7 @@ def _refs(plan: DeletionPlan) -> list[BlockRef]:
 
 def test_shared_leaves_and_what_is_above_are_trained_anew_on_what_remains() -> None:
     plan = _plan(0, 1)
-    assert plan.topics == plan.deleted == ()
+    assert (plan.topics, plan.deleted) == ((), ())
     assert _refs(plan) == [TOP, LEAF_0]
     top, leaf = plan.retrained
     assert (leaf.num_documents, leaf.removed_documents) == (4, 2)
@@ -128,5 +128,4 @@ def test_a_plan_is_told_in_figures() -> None:
     assert told["deleted_topics"] == ["2/0"]
     assert told["removed_documents"] == 1
     assert told["collateral_documents"] == 3
-    (part,) = told["deleted"]  # type: ignore[misc]  # a list
-    assert (part["ref"], part["share"]) == ("2/0", 0.5)
+    assert [(part.ref, part.share) for part in _plan(3).deleted] == [(LEAF_0, 0.5)]

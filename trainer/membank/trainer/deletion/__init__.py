@@ -3,11 +3,10 @@
 from membank.trainer.deletion.config import DeletionConfig, Scope
 from membank.trainer.deletion.exchange import (
     BlockExchange,
-    Destroyed,
     ServedExchange,
     TopicWords,
 )
-from membank.trainer.deletion.forecast import DeletionForecast, forecast_deletion
+from membank.trainer.deletion.forecast import DeletionForecast, forecast_deletion, seconds_of
 from membank.trainer.deletion.job import DeletionReport, DocumentDeletion
 from membank.trainer.deletion.plan import (
     BlockPart,
@@ -19,7 +18,6 @@ from membank.trainer.deletion.retraining import (
     Retraining,
     plan_retraining,
     retrain,
-    seconds_per_step,
 )
 from membank.trainer.deletion.staged import StagedMemory
 
@@ -30,7 +28,6 @@ __all__ = [
     "DeletionForecast",
     "DeletionPlan",
     "DeletionReport",
-    "Destroyed",
     "DocumentDeletion",
     "Retraining",
     "Scope",
@@ -42,5 +39,5 @@ __all__ = [
     "plan_deletion",
     "plan_retraining",
     "retrain",
-    "seconds_per_step",
+    "seconds_of",
 ]

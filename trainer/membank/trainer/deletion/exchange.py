@@ -12,19 +12,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from membank.client import BankClient
-from membank.wire.records import TransactionReport
+from membank.client import BankClient, Transaction
+from membank.wire.records import Applied
 from membank.wire.spec import Array, BlockRef
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Destroyed:
-    """What the first transaction did, or would do."""
-
-    report: TransactionReport
-    """What changed, and how many stored versions were destroyed."""
-    receipt: bytes = b""
-    """Receipt of the deletion, where the service signs one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +37,7 @@ class BlockExchange(Protocol):
         *,
         request_id: str,
         dry_run: bool = False,
-    ) -> Destroyed:
+    ) -> Applied:
         """Delete topics with all under them, and single blocks, in every retained version."""
         ...
 
@@ -58,7 +48,7 @@ class BlockExchange(Protocol):
         *,
         expected: Mapping[BlockRef, int],
         request_id: str,
-    ) -> TransactionReport:
+    ) -> Applied:
         """Create deleted blocks anew, with what the tree says of them."""
         ...
 
@@ -74,3 +64,40 @@ class ServedExchange:
 
     def __init__(self, client: BankClient) -> None:
         self._client = client
+
+    def destroy(
+        self,
+        topics: Collection[BlockRef],
+        blocks: Collection[BlockRef],
+        *,
+        request_id: str,
+        dry_run: bool = False,
+    ) -> Applied:
+        # docstring inherited
+        with self._client.transaction(dry_run=dry_run, request_id=request_id) as transaction:
+            for topic in sorted(topics):
+                transaction.delete(topic)
+            for ref in sorted(blocks):
+                transaction.delete(ref, only_block=True)
+        return _applied(transaction)
+
+    def install(
+        self,
+        contents: Mapping[BlockRef, Array],
+        words: Mapping[BlockRef, TopicWords],
+        *,
+        expected: Mapping[BlockRef, int],
+        request_id: str,
+    ) -> Applied:
+        # docstring inherited
+        with self._client.transaction(request_id=request_id) as transaction:
+            for ref, weight in sorted(contents.items()):
+                transaction.swap(ref, weight, expected_version=expected.get(ref))
+            for ref, said in sorted(words.items()):
+                transaction.place(ref, label=said.label, num_documents=said.num_documents)
+        return _applied(transaction)
+
+
+def _applied(transaction: Transaction) -> Applied:
+    assert transaction.applied is not None  # it has steps, and its context ended well
+    return transaction.applied

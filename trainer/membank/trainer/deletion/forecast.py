@@ -7,12 +7,14 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from membank.client import BankClient
 from membank.trainer.corpus import NO_LEAF
 from membank.trainer.deletion.config import DeletionConfig
 from membank.trainer.deletion.folder import DeletionFolder, DeletionState, Phase
 from membank.trainer.deletion.plan import DeletionPlan, TrainedDocuments, plan_deletion
-from membank.trainer.deletion.retraining import Retraining, plan_retraining
+from membank.trainer.deletion.retraining import Retraining, plan_retraining, seconds_per_step
 from membank.trainer.finding import NamedDocument
 from membank.trainer.finding.matching import match_documents
 from membank.trainer.run import RunMaterial
@@ -122,6 +124,29 @@ def forecast_deletion(
         ),
         num_repeated=_num_repeated(material, named),
     )
+
+
+def seconds_of(
+    forecast: DeletionForecast, material: RunMaterial, spec: BankSpec, config: DeletionConfig
+) -> float:
+    """Return about how long the training of a forecast takes here, measured on a few steps.
+
+    Parameters
+    ----------
+    forecast
+        What is to be done.
+    material
+        The run.
+    spec
+        The bank.
+    config
+        How to delete.
+    """
+    if forecast.retraining is None:
+        return 0.0
+    torch.set_num_threads(config.num_threads)
+    pace = seconds_per_step(material.run.anchor(), spec, forecast.retraining)
+    return pace * forecast.retraining.num_steps
 
 
 def states_of(

@@ -190,7 +190,7 @@ class DocumentDeletion:
         return state if refs else self._with_loss_after(forecast, state)
 
     def _install(self, forecast: DeletionForecast, state: DeletionState) -> DeletionState:
-        report = self._exchange.install(
+        installed = self._exchange.install(
             self._staged(forecast),
             {BlockRef.parse(name): words for name, words in state.words.items()},
             expected={BlockRef.parse(name): v for name, v in state.versions.items()},
@@ -199,7 +199,7 @@ class DocumentDeletion:
         began = float(str(state.figures["destroy_began_s"]))
         figures = {
             **state.figures,
-            "installed": _summary(report),
+            "installed": _summary(installed.report),
             "short_paths_s": time.time() - began,
         }
         state = replace(state, phase=Phase.DONE, figures=figures)

@@ -1,0 +1,59 @@
+"""The two transactions of a deletion, the answer to one of which may be lost with its caller."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from membank.trainer.deletion import BlockExchange, TopicWords
+from membank.wire.records import Applied
+from membank.wire.spec import Array, BlockRef
+
+
+class DyingExchange:
+    """Hands transactions on, and dies after one of them if it is told to.
+
+    Parameters
+    ----------
+    exchange
+        Where they are made.
+    """
+
+    def __init__(self, exchange: BlockExchange) -> None:
+        self._exchange = exchange
+        self.die_after = ""
+        """Name of the transaction after which the caller dies, once."""
+        self.words: dict[BlockRef, TopicWords] = {}
+        """What the tree was told at last."""
+        self.calls: list[str] = []
+        """Transactions, in order."""
+
+    def destroy(
+        self,
+        topics: Collection[BlockRef],
+        blocks: Collection[BlockRef],
+        *,
+        request_id: str,
+        dry_run: bool = False,
+    ) -> Applied:
+        applied = self._exchange.destroy(topics, blocks, request_id=request_id, dry_run=dry_run)
+        self._note("destroy")
+        return applied
+
+    def install(
+        self,
+        contents: Mapping[BlockRef, Array],
+        words: Mapping[BlockRef, TopicWords],
+        *,
+        expected: Mapping[BlockRef, int],
+        request_id: str,
+    ) -> Applied:
+        applied = self._exchange.install(contents, words, expected=expected, request_id=request_id)
+        self.words = dict(words)
+        self._note("install")
+        return applied
+
+    def _note(self, name: str) -> None:
+        self.calls.append(name)
+        if self.die_after == name:
+            self.die_after = ""
+            raise KeyboardInterrupt(f"after {name}")
