@@ -234,6 +234,19 @@ def test_topics_are_told_anew_what_they_are(rig: DeletionRig) -> None:
     assert all(words.label for words in rig.exchange.words.values())
 
 
+def test_a_job_begins_anew_where_the_recipe_has_changed(
+    rig: DeletionRig, run: RunDirectory
+) -> None:
+    with pytest.raises(Killed):
+        rig.delete(ONE, CAREFUL, on_progress=_kill_at(3))
+    config = load_config(run)
+    longer = replace(config, stage2=replace(config.stage2, num_tokens=50 * 4 * SEQ_LEN))
+    run.write_json(run.config_file, longer.to_json())
+    steps: list[int] = []
+    rig.delete(ONE, CAREFUL, on_progress=lambda progress: steps.append(progress.step))
+    assert steps[0] == 1
+
+
 @pytest.mark.parametrize("name", ["deletion.json", "../deleted.json"])
 def test_a_damaged_account_is_said_and_not_guessed(rig: DeletionRig, name: str) -> None:
     forecast = rig.forecast(ONE)

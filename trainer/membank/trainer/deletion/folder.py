@@ -40,6 +40,8 @@ class DeletionState:
 
     plan: DeletionPlan
     """What is done."""
+    recipe: str
+    """Digest of what blocks are trained anew on, and how; empty where none is."""
     phase: Phase = Phase.TRAINING
     """How far it is."""
     job_id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -103,10 +105,10 @@ class DeletionFolder:
                 metadata={"path": str(self._state_file)},
             ) from err
 
-    def begin(self, plan: DeletionPlan) -> DeletionState:
+    def begin(self, plan: DeletionPlan, recipe: str) -> DeletionState:
         """Begin a job; what an earlier one left is removed."""
         self.discard_weights()
-        return self.save(DeletionState(plan=plan))
+        return self.save(DeletionState(plan=plan, recipe=recipe))
 
     def save(self, state: DeletionState) -> DeletionState:
         """Write how far the deletion is, and return it."""

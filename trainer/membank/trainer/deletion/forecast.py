@@ -45,6 +45,11 @@ class DeletionForecast:
     """Documents of the corpus with the same text that were not named."""
 
     @property
+    def recipe(self) -> str:
+        """Digest of the training; empty where there is none."""
+        return "" if self.retraining is None else self.retraining.fingerprint
+
+    @property
     def is_done(self) -> bool:
         """Whether all of it was done before."""
         return self.state is not None and self.state.phase is Phase.DONE
@@ -107,17 +112,18 @@ def forecast_deletion(
     folder = DeletionFolder(material.run.deletion_dir / _digest(spec, material, named, config))
     state = folder.load()
     if state is not None and state.phase is not Phase.TRAINING:
-        plan = state.plan  # the bank is not any more what it was planned for
+        plan, retraining = state.plan, None  # the bank is not any more what it was planned for
     else:
         plan = _plan(client, spec, material, named, config)
-        if state is not None and state.plan != plan:
-            state = None  # somebody has changed the blocks meanwhile
-    in_training = state is None or state.phase is Phase.TRAINING
+        retraining = _retraining(plan, material) if plan.retrained else None
+        recipe = "" if retraining is None else retraining.fingerprint
+        if state is not None and (state.plan, state.recipe) != (plan, recipe):
+            state = None  # the blocks or the run have changed meanwhile
     return DeletionForecast(
         folder=folder,
         state=state,
         plan=plan,
-        retraining=_retraining(plan, material) if in_training and plan.retrained else None,
+        retraining=retraining,
         unknown=matched.unknown,
         untrained=tuple(
             material.corpus.documents[row].doc_id for row in named if row not in plan.removed

@@ -106,7 +106,7 @@ class DocumentDeletion:
         MembankError
             The bank cannot answer; the same command goes on.
         """
-        state = forecast.state or forecast.folder.begin(forecast.plan)
+        state = forecast.state or forecast.folder.begin(forecast.plan, forecast.recipe)
         steps = {
             Phase.TRAINING: lambda: self._train(forecast, state, on_progress),
             Phase.DESTROYING: lambda: self._destroy(forecast, state),

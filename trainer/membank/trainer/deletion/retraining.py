@@ -30,6 +30,7 @@ from membank.trainer.training import (
     StageResult,
     train_memories,
 )
+from membank.trainer.training.anchor_stage import run_fingerprint
 from membank.wire.spec import BankSpec
 
 _PROBE_STEPS = 4
@@ -43,6 +44,11 @@ class Retraining:
     """The remaining documents, each sequence of one leaf."""
     config: MemoryStageConfig
     """The recipe of stage 2, at the length that these sequences take."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of both; equal means equal training."""
+        return run_fingerprint(self.config, self.sequences)
 
     @property
     def num_steps(self) -> int:
