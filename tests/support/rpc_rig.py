@@ -22,6 +22,7 @@ from membank.bank_service.shard import ShardApi
 from membank.v1.admin_service_pb2_grpc import AdminServiceStub, add_AdminServiceServicer_to_server
 from membank.v1.block_service_pb2_grpc import BlockServiceStub, add_BlockServiceServicer_to_server
 from membank.wire.errors import MembankError, NotFoundError, Reason, from_rpc_error
+from membank.wire.format import TreeDocument
 from membank.wire.records import BankInfo, PartitionOwner, Placement
 from membank.wire.spec import BankSpec
 from shard_rig import RIG_SPEC, ShardRig
@@ -47,6 +48,10 @@ class RpcRig:
         Most concurrent watchers.
     stall_s
         Patience of the data port.
+    spec
+        What the bank is.
+    tree
+        Its tree document; None = labels and centroids for every block.
     """
 
     def __init__(
@@ -58,8 +63,10 @@ class RpcRig:
         shard: ShardApi | None = None,
         max_watchers: int = 2,
         stall_s: float = 30.0,
+        spec: BankSpec = RIG_SPEC,
+        tree: TreeDocument | None = None,
     ) -> None:
-        self.bank = ShardRig(folder, num_shards=1)
+        self.bank = ShardRig(folder, spec=spec, tree=tree, num_shards=1)
         self.shard: ShardApi = shard or self.bank.shards["shard-0"]
         self.budget = ByteBudget(budget_bytes)
         self.has_bank = True
@@ -93,12 +100,14 @@ class RpcRig:
             raise NotFoundError("no bank yet", reason=Reason.UNKNOWN_BANK)
         owners = tuple(
             PartitionOwner(partition=n, shard_id="shard-0", endpoint=self.address)
-            for n in range(RIG_SPEC.num_partitions)
+            for n in range(self.bank.spec.num_partitions)
         )
         return BankInfo(
             spec=self.bank.spec,
             revision=self.shard.revision,
             placement=Placement(generation=1, owners=owners),
+            tree_revision=self.bank.log.committed.tree_revision,
+            removal_revision=self.bank.log.committed.removal_revision,
         )
 
     def tree(self) -> bytes:
