@@ -21,6 +21,7 @@ from membank.trainer.finding import NamedDocument
 from membank.trainer.finding.finder import Finder
 from membank.trainer.run import RunDirectory, RunMaterial, load_config
 from membank.trainer.training import ServedMemory, load_sequences, train_memories
+from membank.wire.errors import Reason
 from membank.wire.spec import BlockRef, BlockState
 from rpc_rig import RpcRig
 from tiny_bank import State, file_bytes, full_state
@@ -125,6 +126,19 @@ def test_no_rollback_brings_them_back(
     with BankClient.connect(rig.address) as reader:
         pinned = reader.fetch_blocks([TOP, LEAF], snapshot="before")
     assert pinned.weights == {}
+
+
+def test_a_gradient_that_was_computed_on_an_old_block_is_refused(
+    rig: RpcRig, client: BankClient, run: RunDirectory, world: World
+) -> None:
+    _train(client, run)
+    source = ServedMemory(client)
+    late = source.fetch([TOP, LEAF])
+    _delete(client, run, world)
+    after = _state(rig)
+    (pushed,) = source.push(dict(late.weights), late.versions, step=0)
+    assert [result.reason for result in pushed.results] == [Reason.STALE_VERSION] * 2
+    assert _state(rig) == after
 
 
 def test_the_tree_tells_anew_what_the_topics_are(
