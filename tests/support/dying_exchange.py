@@ -20,8 +20,8 @@ class DyingExchange:
 
     def __init__(self, exchange: BlockExchange) -> None:
         self._exchange = exchange
-        self.die_after = ""
-        """Name of the transaction after which the caller dies, once."""
+        self.die_at = ""
+        """Where the caller dies, once: ``before destroy``, ``after install`` and the like."""
         self.words: dict[BlockRef, TopicWords] = {}
         """What the tree was told at last."""
         self.calls: list[str] = []
@@ -35,6 +35,7 @@ class DyingExchange:
         request_id: str,
         dry_run: bool = False,
     ) -> Applied:
+        self._perhaps_die("before destroy")
         applied = self._exchange.destroy(topics, blocks, request_id=request_id, dry_run=dry_run)
         self._note("destroy")
         return applied
@@ -47,6 +48,7 @@ class DyingExchange:
         expected: Mapping[BlockRef, int],
         request_id: str,
     ) -> Applied:
+        self._perhaps_die("before install")
         applied = self._exchange.install(contents, words, expected=expected, request_id=request_id)
         self.words = dict(words)
         self._note("install")
@@ -54,6 +56,9 @@ class DyingExchange:
 
     def _note(self, name: str) -> None:
         self.calls.append(name)
-        if self.die_after == name:
-            self.die_after = ""
-            raise KeyboardInterrupt(f"after {name}")
+        self._perhaps_die(f"after {name}")
+
+    def _perhaps_die(self, where: str) -> None:
+        if self.die_at == where:
+            self.die_at = ""
+            raise KeyboardInterrupt(where)

@@ -14,7 +14,7 @@ from fake_bank import FakeBank
 from fake_service import FakeService
 from membank.trainer.run import RunDirectory, load_config
 from membank.wire.format import encode_tree
-from membank.wire.spec import BlockState
+from membank.wire.steps import Withhold
 from tiny_run import bank_spec, make_tiny_run, tiny_tree
 from tiny_world import World, make_world
 
@@ -104,7 +104,7 @@ def test_a_withheld_block_is_shown_without_influence(
     endpoint: str, bank: FakeBank, run: RunDirectory, world: World
 ) -> None:
     top = world.paths.holding[0][0]
-    bank.set_state("withhold", top, BlockState.WITHHELD, request_id="w", dry_run=False)
+    bank.apply([Withhold(topic=top)], request_id="w", dry_run=False)
     ended = membank("find", TEXT, "--run", str(run.path), "--bank", endpoint, "--json")
     blocks = {block["ref"]: block for block in json.loads(ended.out)["influence"]["blocks"]}
     assert (blocks[str(top)]["state"], blocks[str(top)]["nats_per_token"]) == ("withheld", None)

@@ -135,14 +135,16 @@ def test_an_interrupted_training_goes_on_and_gives_the_same_bits(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", ["destroy", "install"])
-def test_a_job_that_dies_between_its_transactions_goes_on(
-    world: World, rig: DeletionRig, trained: InProcessMemory, tmp_path: Path, lost: str
+@pytest.mark.parametrize(
+    "where", ["before destroy", "after destroy", "before install", "after install"]
+)
+def test_a_job_that_dies_around_its_transactions_goes_on(
+    world: World, rig: DeletionRig, trained: InProcessMemory, tmp_path: Path, where: str
 ) -> None:
     rig.delete(ONE)
     other = make_tiny_run(tmp_path / "other", world)
     with DeletionRig(world, other, trained) as stopped:
-        stopped.exchange.die_after = lost
+        stopped.exchange.die_at = where
         with pytest.raises(KeyboardInterrupt):
             stopped.delete(ONE)
         report = stopped.delete(ONE)
@@ -248,11 +250,14 @@ def test_a_job_begins_anew_where_the_recipe_has_changed(
 
 
 @pytest.mark.parametrize("name", ["deletion.json", "../deleted.json"])
-def test_a_damaged_account_is_said_and_not_guessed(rig: DeletionRig, name: str) -> None:
-    forecast = rig.forecast(ONE)
-    rig.delete(ONE)
-    (forecast.folder.path / name).write_text('{"phase": 3, "tiny-1": "x"}')
-    with pytest.raises(CorruptionError, match="damaged"):
+@pytest.mark.parametrize("content", ["{", '{"phase": 3, "tiny-1": "x"}'])
+def test_a_damaged_account_is_said_and_not_guessed(
+    rig: DeletionRig, name: str, content: str
+) -> None:
+    folder = rig.forecast(ONE).folder.path
+    folder.mkdir(parents=True)
+    (folder / name).write_text(content)
+    with pytest.raises(CorruptionError, match="restore it from a copy"):
         rig.forecast(ONE)
 
 

@@ -92,15 +92,14 @@ class DeletionFolder:
         CorruptionError
             The file is damaged.
         """
-        record = read_json(self._state_file)
-        if record is None:
-            return None
         try:
-            return _STATE.validate_python(record)
-        except ValidationError as err:
+            record = read_json(self._state_file)
+            return None if record is None else _STATE.validate_python(record)
+        except (ValidationError, CorruptionError) as err:
+            # Not "start afresh": its blocks may be deleted, and the staged ones all that there is.
             raise CorruptionError(
-                f"{self._state_file} is damaged ({err.error_count()} fields); if its blocks are "
-                "deleted, import or swap them, then remove the folder",
+                f"{self._state_file} is damaged; restore it from a copy. Without one, remove its "
+                "folder, and import or swap the blocks that are deleted",
                 reason=Reason.CHECKSUM_MISMATCH,
                 metadata={"path": str(self._state_file)},
             ) from err

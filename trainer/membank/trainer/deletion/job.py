@@ -157,13 +157,14 @@ class DocumentDeletion:
             figures |= {"trained": result.to_json(), "num_fixed": len(fixed.weights)}
         self._check_unchanged(forecast, deleted_is_fine=False)
         words = self._words(forecast)
-        # Before anything is destroyed: a later training must not bring back what goes now.
-        names = [self._material.corpus.documents[row].doc_id for row in forecast.plan.removed]
-        self._material.run.deleted_documents.add(self._spec.bank_id, names)
         return replace(state, phase=Phase.DESTROYING, words=words, figures=figures)
 
     def _destroy(self, forecast: DeletionForecast, state: DeletionState) -> DeletionState:
         self._check_unchanged(forecast, deleted_is_fine=True)
+        # Before anything is destroyed, as a later training must not bring back what goes now; and
+        # after the plan was kept, as no plan can be made of documents that are in this list.
+        names = [self._material.corpus.documents[row].doc_id for row in state.plan.removed]
+        self._material.run.deleted_documents.add(self._spec.bank_id, names)
         began = time.time()
         refs = sorted(state.plan.retrained_refs)
         destroyed = self._exchange.destroy(

@@ -44,10 +44,9 @@ class DeletedDocuments:
     def _read(self) -> dict[str, list[str]]:
         try:
             return _LISTS.validate_python(read_json(self._file) or {})
-        except ValidationError as err:
+        except (ValidationError, CorruptionError) as err:
             raise CorruptionError(
-                f"{self._file} is damaged ({err.error_count()} entries); it says what was deleted, "
-                "so restore it from a copy",
+                f"{self._file} is damaged; it says what was deleted, so restore it from a copy",
                 reason=Reason.CHECKSUM_MISMATCH,
                 metadata={"path": str(self._file)},
             ) from err
