@@ -14,6 +14,7 @@ _COMMAND_MODULES = (
     "build",
     "serve",
     "train",
+    "eval_command",
     "query",
     "find_command",
     "operate",

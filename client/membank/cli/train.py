@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 def register(app: typer.Typer) -> None:
     """Add this module's commands to `app`."""
     app.command("train")(train)
-    app.command("eval")(evaluate)
     app.command("ask")(ask)
 
 
@@ -95,6 +94,7 @@ def train(
 
 
 def evaluate(
+    context: typer.Context,
     run: RunOption = DEFAULT_RUN,
     perplexity: Annotated[bool, typer.Option(help="Also perplexity per topic.")] = False,
     bank: BankOption = DEFAULT_ENDPOINT,
@@ -106,6 +106,8 @@ def evaluate(
 
     Example: ``membank eval --run runs/mine --bank localhost:7600``.
     """
+    if context.invoked_subcommand is not None:
+        return
     with needs_extra("trainer"):
         from membank.trainer.run import RunDirectory, load_config
         from membank.trainer.run.stages import Evaluator
