@@ -1,7 +1,8 @@
 # One verb for each thing; every verb makes what it needs. `make help` lists them.
 # Variables: PYTHON (the interpreter of new environments), PYTEST_ARGS, FAST=1 (a smaller demo), BANK (where the
 # demo keeps its bank, such as s3://bucket/demo), JOBS (test processes),
-# COUNT and SEED (of `make faults`), QUICK=1 (of `make bench-peers` and `bench-questions`), OUT (of `bench-peers`).
+# COUNT and SEED (of `make faults`), QUICK=1 (of `make bench-peers`, `bench-questions` and `removal`), OUT (of `bench-peers`),
+# SEEDS (of `make removal`).
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -9,6 +10,7 @@ PYTEST_ARGS ?=
 PROGRAMS ?= 1000
 COUNT ?= 200
 SEED ?=
+SEEDS ?= 1
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,7 +28,7 @@ QUICK_SUITE := -m "not slow and not ray" -n $(JOBS)
 SLOW_SUITE := -m "slow or ray"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup s3-server bench-peers bench-questions fmt lint type test test-slow test-all faults proto proto-check wheel demo study clean ci
+.PHONY: help setup s3-server bench-peers bench-questions fmt lint type test test-slow test-all faults proto proto-check wheel demo study removal clean ci
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -104,6 +106,9 @@ demo: setup ## the whole story on this machine, report in runs/demo (FAST=1: sma
 
 study: setup ## the demo's questions at length, with the longer-trained controls; report in runs/study
 	$(BIN)/membank demo --study --out runs/study
+
+removal: setup ## what a deletion leaves, beside retraining and unlearning; report in runs/removal (SEEDS=3; QUICK=1: tiny, in runs/removal-quick)
+	$(BIN)/membank eval removal --seeds $(SEEDS) $(if $(QUICK),--quick --run runs/removal-quick,--run runs/removal)
 
 ci: ## what continuous integration runs
 	.ci/run

@@ -55,12 +55,14 @@ class RelearningConfig:
     share: float = 0.2
     """Part of the forgotten facts whose documents are trained on, in (0, 1); the curve is of the
     other facts."""
-    steps: tuple[int, ...] = (0, 5, 10, 20, 40, 60)
+    steps: tuple[int, ...] = (0, 5, 15, 30, 60)
     """Steps at which the curve is measured, ascending, from 0."""
     learning_rate: float = 1e-3
     """Learning rate of AdamW, constant, > 0."""
     batch_size: int = 16
     """Documents of a step."""
+    max_facts: int = 100
+    """Facts that a curve is measured on at most, at least 1."""
 
     def __post_init__(self) -> None:
         check_range("share", self.share, 1e-6, 1, open_high=True)

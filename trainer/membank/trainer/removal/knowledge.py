@@ -62,11 +62,6 @@ class Knowledge:
         """Return the fields as JSON-able values."""
         return asdict(self)
 
-    @property
-    def utility_parts(self) -> tuple[float, float, float]:
-        """Probability, ROUGE-L and truth of facts that are to be kept."""
-        return self.probability, self.rouge, metrics.known_truth(self.truth_ratios)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Utility:
@@ -102,9 +97,7 @@ class Examiner:
             for topic in material.topics
         }
 
-    def examine(
-        self, model: Model, router: Router | None, label: str, *, limit: int | None = None
-    ) -> Knowledge:
+    def examine(self, model: Model, router: Router | None, label: str) -> Knowledge:
         """Return what a model knows of a topic.
 
         Parameters
@@ -116,54 +109,50 @@ class Examiner:
             with; None = no memory.
         label
             The topic.
-        limit
-            Facts that are asked at most; None = all.
         """
-        paper = self._papers[label].shortened(limit)
-        facts = [question.fact for question in paper.questions]
-        paths = None if router is None else router([fact.prompt for fact in facts])
-        answers = _score_answers(model, paper, paths)
-        right = [scores[0] for scores in answers]
-        losses = [[one.loss for one in scores] for scores in answers]
-        texts = self._completions(model, paper, paths)
-        stated = [states(text, fact.answer) for text, fact in zip(texts, facts, strict=True)]
-        rouge = [
-            metrics.rouge_l_recall(normalised_words(text), normalised_words(fact.answer))
-            for text, fact in zip(texts, facts, strict=True)
-        ]
+        paper = self._papers[label]
+        facts = self._facts(model, router, paper)
         members, held_out = (
             score(model, part.tokens, None if router is None else router(part.raw))
             for part in (paper.members, paper.held_out)
         )
         return Knowledge(
-            truth_ratios=tuple(metrics.truth_ratio(row[0], row[1:]) for row in losses),
-            probability=_mean(metrics.choice_probability(row[0], row[1:]) for row in losses),
-            rouge=_mean(rouge),
-            recall=_mean(stated),
-            answer_loss=_token_loss(right),
-            answer_em=_mean(metrics.exact_memorization(scores.hits) for scores in right),
-            answer_es=_mean(metrics.extraction_strength(scores.hits) for scores in right),
+            truth_ratios=facts.truth_ratios,
+            probability=facts.probability,
+            rouge=facts.rouge,
+            recall=facts.recall,
+            answer_loss=_token_loss(facts.right),
+            answer_em=_mean(metrics.exact_memorization(one.hits) for one in facts.right),
+            answer_es=_mean(metrics.extraction_strength(one.hits) for one in facts.right),
             member_loss=_token_loss(members),
             held_out_loss=_token_loss(held_out),
-            member_em=_mean(metrics.exact_memorization(scores.hits) for scores in members),
-            member_es=_mean(metrics.extraction_strength(scores.hits) for scores in members),
+            member_em=_mean(metrics.exact_memorization(one.hits) for one in members),
+            member_es=_mean(metrics.extraction_strength(one.hits) for one in members),
             auc=metrics.membership_auc(
-                [metrics.min_k_score(scores.log_probs) for scores in members],
-                [metrics.min_k_score(scores.log_probs) for scores in held_out],
+                [metrics.min_k_score(one.log_probs) for one in members],
+                [metrics.min_k_score(one.log_probs) for one in held_out],
             ),
         )
 
     def utility(self, model: Model, router: Router | None, forgotten: str) -> Utility:
         """Return what a model still can where a topic was removed."""
-        others = [
-            self.examine(model, router, topic.label, limit=self._config.max_retained_facts)
-            for topic in self._material.topics
-            if topic.label != forgotten
-        ]
+        parts: list[float] = []
+        recalls: list[float] = []
+        losses: list[float] = []
+        for label, whole in self._papers.items():
+            if label == forgotten:
+                continue
+            paper = whole.shortened(self._config.max_retained_facts)
+            facts = self._facts(model, router, paper)
+            parts += [facts.probability, facts.rouge, metrics.known_truth(facts.truth_ratios)]
+            recalls.append(facts.recall)
+            texts = paper.held_out
+            paths = None if router is None else router(texts.raw)
+            losses.append(_token_loss(score(model, texts.tokens, paths)))
         return Utility(
-            utility=metrics.model_utility([part for one in others for part in one.utility_parts]),
-            recall=_mean(one.recall for one in others),
-            held_out_loss=_mean(one.held_out_loss for one in others),
+            utility=metrics.model_utility(parts),
+            recall=_mean(recalls),
+            held_out_loss=_mean(losses),
         )
 
     def answers_of(self, model: Model, label: str, rows: Sequence[int]) -> tuple[float, float]:
@@ -192,6 +181,24 @@ class Examiner:
         ]
         return _mean(stated), _token_loss(scores)
 
+    def _facts(self, model: Model, router: Router | None, paper: Paper) -> _Facts:
+        facts = [question.fact for question in paper.questions]
+        paths = None if router is None else router([fact.prompt for fact in facts])
+        answers = _score_answers(model, paper, paths)
+        losses = [[one.loss for one in scores] for scores in answers]
+        texts = self._completions(model, paper, paths)
+        pairs = list(zip(texts, facts, strict=True))
+        return _Facts(
+            right=[scores[0] for scores in answers],
+            truth_ratios=tuple(metrics.truth_ratio(row[0], row[1:]) for row in losses),
+            probability=_mean(metrics.choice_probability(row[0], row[1:]) for row in losses),
+            rouge=_mean(
+                metrics.rouge_l_recall(normalised_words(text), normalised_words(fact.answer))
+                for text, fact in pairs
+            ),
+            recall=_mean(states(text, fact.answer) for text, fact in pairs),
+        )
+
     def _completions(self, model: Model, paper: Paper, paths: Sequence[Path] | None) -> list[str]:
         lengths = [len(answers[0].tokens) + _SPARE_TOKENS for answers in paper.answers]
         found = complete(
@@ -203,6 +210,17 @@ class Examiner:
             self._tokenizer.decode(tokens[:length])
             for tokens, length in zip(found, lengths, strict=True)
         ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What a model knows of some facts; fields as in `Knowledge`."""
+
+    right: list[TokenScores]
+    truth_ratios: tuple[float, ...]
+    probability: float
+    rouge: float
+    recall: float
 
 
 def _score_answers(
@@ -246,10 +264,9 @@ class Paper:
     held_out: Texts
     """Documents that no model was trained on."""
 
-    def shortened(self, limit: int | None) -> Paper:
+    def shortened(self, limit: int) -> Paper:
         """Return the paper with so many questions at most, spread over all."""
-        count = len(self.questions)
-        return self.chosen(_spread(np.arange(count), limit or count).tolist())
+        return self.chosen(_spread(np.arange(len(self.questions)), limit).tolist())
 
     def chosen(self, rows: Sequence[int]) -> Paper:
         """Return the paper with some of the questions."""

@@ -61,6 +61,13 @@ class Material:
         """Return a topic by its label."""
         return next(topic for topic in self.topics if topic.label == label)
 
+    def blind(self) -> NDArray[np.bool_]:
+        """Return what an anchor is trained on that never sees any of the topics, (documents,)."""
+        kept = self.trained.copy()
+        for topic in self.topics:
+            kept[topic.members] = False
+        return kept
+
     def without(self, label: str) -> NDArray[np.bool_]:
         """Return what is trained on where a topic is left out, (documents,)."""
         kept = self.trained.copy()

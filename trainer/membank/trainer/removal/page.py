@@ -17,9 +17,8 @@ from membank.trainer.removal.metrics import log10_p
 from membank.trainer.removal.report import PASS_P, mean_of
 from membank.trainer.training.files import write_atomically
 
-_COLOURS = (
-    "#1b6ca8", "#111111", "#8a8a8a", "#c8553d", "#e0a030", "#5a8f4c",
-)  # fmt: skip
+_COLOURS = [matplotlib.colors.to_hex(matplotlib.colormaps["tab20"](n)) for n in range(20)]
+_MARKERS = {"bank": "o", "blind bank": "s", "dense": "^"}
 
 
 def write_report(folder: Path, document: Mapping[str, Any]) -> None:
@@ -85,7 +84,7 @@ def quality_figure(document: Mapping[str, Any]) -> Figure:
                 row["log10_p"],
                 label=row["model"],
                 color=_COLOURS[place % len(_COLOURS)],
-                marker="o" if row["model"].startswith("bank") else "^",
+                marker=_MARKERS[row["model"].partition(",")[0]],
                 facecolors="none" if "before" in row["model"] else None,
             )
         axes.axhline(log10_p(PASS_P), color="#999999", linewidth=0.8, linestyle="--")

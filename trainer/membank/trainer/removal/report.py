@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -17,8 +17,11 @@ Results = Mapping[int, Mapping[str, Any]]
 PASS_P = 0.05
 """Forget quality above which two models count as not to be told apart."""
 
-BANK_REFERENCE = "bank, retrained without"
-DENSE_REFERENCE = "dense, retrained without"
+_SECONDS = 30.0
+"""What still counts as seconds."""
+
+DELETED = "topic deleted"
+RETRAINED = "retrained without it"
 
 _SHOWN = (
     "recall", "probability", "answer_loss", "answer_em", "answer_es", "member_loss",
@@ -57,69 +60,103 @@ def mean_of(values: Sequence[float]) -> float:
 
 
 def _topic(label: str, results: Results) -> dict[str, Any]:
-    seeds = [results[seed] for seed in sorted(results)]
-    known = [seed["before"]["topics"][label] for seed in seeds]
-    stages = [seed["topics"][label] for seed in seeds]
-    retrained = [stage["retrained"] for stage in stages]
-    bank_reference = [one["served"] for one in retrained]
-    bank_ended = [one["ended"] for one in retrained]
-    dense_reference = [one["dense"] for one in retrained]
-    deletions = [stage["delete"]["report"] for stage in stages]
-    rows = [
+    found = [results[seed][label] for seed in sorted(results)]
+    shared, blind = ([one[kind] for one in found] for kind in ("shared", "blind"))
+    return {
+        **{
+            name: [one[name] for one in found]
+            for name in ("num_facts", "num_members", "num_held_out")
+        },
+        "clusters": found[0]["clusters"],
+        "rows": [
+            *_bank_rows("bank", shared),
+            *_dense_rows([one["dense"] for one in found]),
+            *_bank_rows("blind bank", blind),
+        ],
+        "deletion": {
+            name: [one["delete"]["report"] for one in stages]
+            for name, stages in (("bank", shared), ("blind bank", blind))
+        },
+        "leak": {"bank": _leak(shared), "blind bank": _leak(blind)},
+        "residue": {"bank": _residue(shared), "blind bank": _residue(blind)},
+        "relearning": _curves(found),
+        "between_seeds": _between_seeds([one["retrained"]["served"] for one in shared]),
+    }
+
+
+def _bank_rows(name: str, stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of one kind of bank: before, deleted as served and alone, retrained."""
+    before, deleted, retrained = (
+        [one[stage] for one in stages] for stage in ("before", "delete", "retrained")
+    )
+    served, ended = ([one[way] for one in retrained] for way in ("served", "ended"))
+    took = [one["report"]["seconds"] for one in deleted]
+
+    def utility(of: Sequence[Mapping[str, Any]]) -> list[Mapping[str, float]]:
+        return [one["utility"] for one in of]
+
+    return [
+        _row(f"{name}, before", [one["served"] for one in before], served, utility(before)),
         _row(
-            "bank, before",
-            [one["bank"] for one in known],
-            bank_reference,
-            [one["bank_utility"] for one in known],
+            f"{name}, {DELETED}", [one["served"] for one in deleted], served, utility(deleted), took
         ),
         _row(
-            "bank, topic deleted",
-            [stage["delete"]["served"] for stage in stages],
-            bank_reference,
-            [stage["delete"]["utility"] for stage in stages],
-            [one["seconds"] for one in deletions],
+            f"{name}, {DELETED}, anchor alone",
+            [one["ended"] for one in deleted],
+            ended,
+            utility(deleted),
+            took,
         ),
         _row(
-            "bank, topic deleted, no other blocks",
-            [stage["delete"]["ended"] for stage in stages],
-            bank_ended,
-            [stage["delete"]["utility"] for stage in stages],
-            [one["seconds"] for one in deletions],
-        ),
-        _row(
-            BANK_REFERENCE,
-            bank_reference,
-            bank_reference,
-            [one["utility"] for one in retrained],
-            [one["seconds"]["anchor"] + one["seconds"]["bank"] for one in retrained],
-        ),
-        _row(
-            "dense, before",
-            [one["dense"] for one in known],
-            dense_reference,
-            [one["dense_utility"] for one in known],
-        ),
-        *_method_rows(stages, dense_reference),
-        _row(
-            DENSE_REFERENCE,
-            dense_reference,
-            dense_reference,
-            [one["dense_utility"] for one in retrained],
-            [one["seconds"]["anchor"] + one["seconds"]["dense"] for one in retrained],
+            f"{name}, {RETRAINED}",
+            served,
+            served,
+            utility(retrained),
+            [sum(one["seconds"].values()) for one in retrained],
         ),
     ]
-    return {
-        "num_facts": [one["num_facts"] for one in known],
-        "num_members": [one["num_members"] for one in known],
-        "num_held_out": [one["num_held_out"] for one in known],
-        "clusters": known[0]["clusters"],
-        "rows": rows,
-        "deletion": deletions,
-        "leak": _leak([stage["leak"] for stage in stages]),
-        "residue": _residue([stage["leak"] for stage in stages]),
-        "relearning": _curves(stages),
-        "retrained_seeds": _between_seeds(bank_reference),
-    }
+
+
+def _dense_rows(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of the dense model: before, after each method, retrained."""
+    before, retrained = ([one[stage] for one in stages] for stage in ("before", "retrained"))
+    reference = [one["served"] for one in retrained]
+    rows = [
+        _row(
+            "dense, before",
+            [one["served"] for one in before],
+            reference,
+            [one["utility"] for one in before],
+        )
+    ]
+    for method in stages[0]["methods"]:
+        by_epoch = list(zip(*(one["methods"][method]["epochs"] for one in stages), strict=True))
+        epochs = [
+            {
+                **_row(
+                    f"dense, {method}",
+                    [one["served"] for one in at],
+                    reference,
+                    [one["utility"] for one in at],
+                    [one["seconds"] for one in at],
+                ),
+                "epoch": at[0]["epoch"],
+            }
+            for at in by_epoch
+        ]
+        # TOFU reports the last epoch; the way there shows whether another would have been better.
+        way = [{name: e[name] for name in ("epoch", "p", "log10_p", "utility")} for e in epochs]
+        rows.append({**epochs[-1], "epochs": way})
+    rows.append(
+        _row(
+            f"dense, {RETRAINED}",
+            reference,
+            reference,
+            [one["utility"] for one in retrained],
+            [one["seconds"] for one in retrained],
+        )
+    )
+    return rows
 
 
 def _row(
@@ -146,63 +183,50 @@ def _row(
     }
 
 
-def _method_rows(
-    stages: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    rows = []
-    for method in stages[0]["methods"]:
-        by_epoch = list(zip(*(stage["methods"][method]["epochs"] for stage in stages), strict=True))
-        epochs = [
-            {
-                **_row(
-                    method,
-                    [one["dense"] for one in at],
-                    reference,
-                    [one["utility"] for one in at],
-                    [one["seconds"] for one in at],
-                ),
-                "epoch": at[0]["epoch"],
-            }
-            for at in by_epoch
-        ]
-        # TOFU reports the last epoch; the way there shows whether another would have been better.
-        way = [{name: e[name] for name in ("epoch", "p", "log10_p", "utility")} for e in epochs]
-        rows.append({**epochs[-1], "epochs": way})
-    return rows
+_LEAK_WAYS = {
+    "fetched, before": ("before", "served"),
+    "parent's block alone": ("leak", "parent"),
+    "neighbour's blocks (as served afterwards)": ("delete", "served"),
+    "zeroed blocks": ("leak", "zeroed"),
+    "anchor alone": ("delete", "ended"),
+    "retrained, neighbour's blocks": ("retrained", "served"),
+    "retrained, anchor alone": ("retrained", "ended"),
+}
+"""What is asked for a deleted topic's facts, and which stage measured it."""
 
 
-def _leak(leaks: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
+def _leak(stages: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
     names = ("recall", "answer_loss", "member_loss", "held_out_loss")
     return {
-        condition: {name: [leak[condition][name] for leak in leaks] for name in names}
-        for condition in leaks[0]
+        condition: {name: [one[stage][way][name] for one in stages] for name in names}
+        for condition, (stage, way) in _LEAK_WAYS.items()
     }
 
 
-def _residue(leaks: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Return loss of the anchor with an empty block, minus that of the anchor trained without.
+def _residue(stages: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Return loss of the anchor with empty blocks, minus that of the anchor trained without.
 
     Below 0, the shared weights still know something of the topic, in nats per token.
     """
     return {
-        name: [
-            leak["zeroed blocks"][name] - leak["retrained, anchor alone"][name] for leak in leaks
-        ]
+        name: [one["leak"]["zeroed"][name] - one["retrained"]["ended"][name] for one in stages]
         for name in ("answer_loss", "member_loss", "held_out_loss")
     }
 
 
-def _curves(stages: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def _curves(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return every relearning curve, a list per seed, and how far it runs below its reference's."""
     curves: dict[str, list[Mapping[str, Any]]] = {
-        name: [stage["relearning"][name] for stage in stages] for name in stages[0]["relearning"]
+        name: [one["relearning"][name] for one in found] for name in found[0]["relearning"]
     }
-    for method in stages[0]["methods"]:
-        curves[method] = [stage["methods"][method]["relearning"] for stage in stages]
-    found = {}
+    dense = [one["dense"] for one in found]
+    for method in dense[0]["methods"]:
+        curves[f"dense, {method}"] = [one["methods"][method]["relearning"] for one in dense]
+    curves["dense, retrained"] = [one["retrained"]["relearning"] for one in dense]
+    shown = {}
     for name, by_seed in curves.items():
-        reference = "bank, retrained" if name.startswith("bank") else "dense, retrained"
-        found[name] = {
+        reference = f"{name.partition(',')[0]}, retrained"
+        shown[name] = {
             "reference": reference,
             "steps": by_seed[0]["steps"],
             "recall": [one["recall"] for one in by_seed],
@@ -212,7 +236,7 @@ def _curves(stages: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
                 for one, other in zip(by_seed, curves[reference], strict=True)
             ],
         }
-    return found
+    return shown
 
 
 def _between_seeds(reference: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -224,40 +248,40 @@ def _between_seeds(reference: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def _goals(topics: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    goals: list[dict[str, Any]] = []
+    return [goal for label, topic in topics.items() for goal in _goals_of(label, topic)]
 
-    def add(what: str, label: str, ok: bool, seen: str) -> None:
-        goals.append({"what": what, "topic": label, "ok": bool(ok), "seen": seen})
 
-    for label, topic in topics.items():
-        row = {row["model"]: row for row in topic["rows"]}
-        deleted, reference = row["bank, topic deleted"], row[BANK_REFERENCE]
-        p_values = deleted["p"]
-        add(
-            f"forget quality above {PASS_P} in every seed",
-            label,
-            min(p_values) > PASS_P,
-            "p " + ", ".join(f"{p:.2g}" for p in p_values),
-        )
-        changed = _total(topic["deletion"], lambda d: d["prompts_changed"] + d["blocks_changed"])
-        rerouted = _total(topic["deletion"], lambda d: d["prompts_rerouted"])
-        prompts = _total(topic["deletion"], lambda d: d["prompts_elsewhere"])
-        blocks = _total(topic["deletion"], lambda d: d["blocks_elsewhere"])
-        add(
-            "other topics bit-identical",
-            label,
-            changed == rerouted == 0,
-            f"{prompts} prompts and {blocks} blocks looked at, {changed} changed, {rerouted} rerouted",
-        )
-        took, would = mean_of(deleted["seconds"]), mean_of(reference["seconds"])
-        add(
-            "seconds instead of retraining",
-            label,
-            took < min(30.0, would),
-            f"{took:.2f} s; retraining took {would:.0f} s",
-        )
+def _goals_of(label: str, topic: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = {row["model"]: row for row in topic["rows"]}
+    goals = []
+    for bank, deletions in topic["deletion"].items():
+        deleted = rows[f"{bank}, {DELETED}"]
+        took, would = mean_of(deleted["seconds"]), mean_of(rows[f"{bank}, {RETRAINED}"]["seconds"])
+        total = {name: sum(int(one[name]) for one in deletions) for name in deletions[0]}
+        changed = total["prompts_changed"] + total["blocks_changed"] + total["prompts_rerouted"]
+        goals += [
+            _goal(
+                f"{bank}: forget quality above {PASS_P} in every seed",
+                label,
+                min(deleted["p"]) > PASS_P,
+                "p " + ", ".join(f"{p:.2g}" for p in deleted["p"]),
+            ),
+            _goal(
+                f"{bank}: other topics bit-identical",
+                label,
+                changed == 0,
+                f"{total['prompts_elsewhere']} prompts and {total['blocks_elsewhere']} blocks "
+                f"looked at, {changed} changed",
+            ),
+            _goal(
+                f"{bank}: seconds instead of retraining",
+                label,
+                took < min(_SECONDS, would),
+                f"{took:.2f} s, retraining {would:.0f} s",
+            ),
+        ]
     return goals
 
 
-def _total(reports: Sequence[Mapping[str, Any]], count: Callable[[Mapping[str, Any]], int]) -> int:
-    return sum(count(report) for report in reports)
+def _goal(what: str, label: str, ok: bool, seen: str) -> dict[str, Any]:
+    return {"what": what, "topic": label, "ok": bool(ok), "seen": seen}

@@ -42,6 +42,10 @@ from membank.trainer.training.files import read_json, write_json
 ProgressOf = Callable[[str], AbstractContextManager[ProgressCallback]]
 """Gives, for the name of a training, what it reports to while the context lasts."""
 
+_ANCHOR = "anchor.safetensors"
+_BANK = "bank.safetensors"
+_DENSE = "dense.safetensors"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Models:
@@ -51,10 +55,8 @@ class Models:
     """The anchor."""
     bank: InProcessMemory
     """The memories."""
-    dense: Anchor
-    """The dense model."""
     seconds: dict[str, float]
-    """Time of each training: anchor, bank, dense."""
+    """Time of each training: anchor, bank; 0 where an anchor was given."""
 
 
 class ModelTrainer:
@@ -96,48 +98,78 @@ class ModelTrainer:
             self._run_config.bank_spec(fingerprint=""), init_seed=seed, name=config.run.name
         )
 
-    def train(self, folder: Path, included: NDArray[np.bool_], title: str) -> Models:
-        """Return the models that know the included documents.
+    def anchor(self, folder: Path, included: NDArray[np.bool_], title: str) -> float:
+        """Train the anchor of a folder, and return the time that took, in seconds.
+
+        Parameters
+        ----------
+        folder
+            Where it is kept, and gone on from.
+        included
+            (documents,) what it is trained on.
+        title
+            Name for the progress.
+        """
+        sequences = self._packed(included, None)
+        return self._once(
+            folder, "anchor", lambda: self._anchor(folder, sequences, f"{title}: anchor")
+        )
+
+    def bank(
+        self, folder: Path, included: NDArray[np.bool_], title: str, *, anchor: Path | None = None
+    ) -> Models:
+        """Return anchor and memories that know the included documents.
 
         Parameters
         ----------
         folder
             Where they are kept, and gone on from.
         included
-            (documents,) what is trained on.
+            (documents,) what they are trained on.
         title
             Name for the progress.
+        anchor
+            Folder of an anchor that is taken as it is; None = one is trained on the same documents.
         """
-        anchor_passed = self._passed(included, None)
-        leaf_N = np.where(included & self._in_topics(), self._material.leaves, NO_LEAF)
-        memory_passed = self._passed(leaf_N != NO_LEAF, leaf_N)
-        seconds = read_json(folder / "seconds.json") or {}
-        stages: dict[str, Callable[[], None]] = {
-            "anchor": lambda: self._anchor(folder, anchor_passed, f"{title}: anchor"),
-            "bank": lambda: self._bank(folder, memory_passed, f"{title}: memories"),
-            "dense": lambda: self._dense(folder, memory_passed, f"{title}: dense"),
-        }
-        for name, train in stages.items():
-            if name not in seconds:
-                start = time.perf_counter()
-                train()
-                seconds[name] = time.perf_counter() - start
-                write_json(folder / "seconds.json", seconds)
-        return Models(
-            anchor=load_anchor(folder / "anchor.safetensors"),
-            bank=InProcessMemory.load(folder / "bank.safetensors"),
-            dense=load_anchor(folder / "dense.safetensors"),
-            seconds={name: float(str(value)) for name, value in seconds.items()},
+        took = self.anchor(folder, included, title) if anchor is None else 0.0
+        file = (anchor or folder) / _ANCHOR
+        sequences = self._topics_packed(included)
+        seconds = self._once(
+            folder, "bank", lambda: self._bank(folder, file, sequences, f"{title}: memories")
         )
+        return Models(
+            anchor=load_anchor(file),
+            bank=InProcessMemory.load(folder / _BANK),
+            seconds={"anchor": took, "bank": seconds},
+        )
+
+    def dense(self, folder: Path, included: NDArray[np.bool_], title: str) -> tuple[Anchor, float]:
+        """Return the dense model that goes on from the folder's anchor, and the time it took in s."""
+        sequences = self._topics_packed(included)
+        seconds = self._once(
+            folder, "dense", lambda: self._dense(folder, sequences, f"{title}: dense")
+        )
+        return load_anchor(folder / _DENSE), seconds
+
+    def _once(self, folder: Path, name: str, train: Callable[[], None]) -> float:
+        """Train unless an earlier run did, and return the seconds that it took, or took then."""
+        file = folder / "seconds.json"
+        seconds = read_json(file) or {}
+        if name not in seconds:
+            start = time.perf_counter()
+            train()
+            seconds = {**seconds, name: time.perf_counter() - start}
+            write_json(file, seconds)
+        return float(str(seconds[name]))
 
     def _anchor(self, folder: Path, sequences: PackedSequences, title: str) -> None:
         torch.manual_seed(self._seed)
         anchor = Anchor(self._run_config.anchor)
         self._train_all_weights(
-            anchor, sequences, self._config.anchor_passes, folder / "anchor.safetensors", title
+            anchor, sequences, self._config.anchor_passes, folder / _ANCHOR, title
         )
 
-    def _bank(self, folder: Path, sequences: PackedSequences, title: str) -> None:
+    def _bank(self, folder: Path, anchor: Path, sequences: PackedSequences, title: str) -> None:
         memory = InProcessMemory(self.spec)
         stage = replace(
             self._run_config.stage2,
@@ -148,21 +180,19 @@ class ModelTrainer:
         )
         with self._progress(title) as on_progress:
             train_memories(
-                load_anchor(folder / "anchor.safetensors"),
+                load_anchor(anchor),
                 memory,
                 sequences,
                 stage,
-                checkpoint=InProcessCheckpoint(folder / "bank.safetensors", memory),
+                checkpoint=InProcessCheckpoint(folder / _BANK, memory),
                 on_progress=on_progress,
             )
 
     def _dense(self, folder: Path, sequences: PackedSequences, title: str) -> None:
         torch.manual_seed(self._seed)
-        dense = widened(
-            load_anchor(folder / "anchor.safetensors"), sum(self._config.run.block_widths)
-        )
+        dense = widened(load_anchor(folder / _ANCHOR), sum(self._config.run.block_widths))
         self._train_all_weights(
-            dense, sequences, self._config.memory_passes, folder / "dense.safetensors", title
+            dense, sequences, self._config.memory_passes, folder / _DENSE, title
         )
 
     def _train_all_weights(
@@ -183,7 +213,11 @@ class ModelTrainer:
         save_anchor(file, model)
         checkpoint.unlink(missing_ok=True)
 
-    def _passed(
+    def _topics_packed(self, included: NDArray[np.bool_]) -> PackedSequences:
+        leaf_N = np.where(included & self._in_topics(), self._material.leaves, NO_LEAF)
+        return self._packed(leaf_N != NO_LEAF, leaf_N)
+
+    def _packed(
         self, included: NDArray[np.bool_], leaf_N: NDArray[np.int64] | None
     ) -> PackedSequences:
         rows = np.flatnonzero(included)
