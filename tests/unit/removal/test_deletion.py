@@ -68,7 +68,7 @@ class Meddler(BankClient):
         if not dry_run:
             weight = self.fetch_blocks([self.also])[self.also].weight
             assert weight is not None
-            self.swap({self.also: weight + np.float32(1e-3)})
+            self.swap({self.also: np.asarray(weight, np.float32) + np.float32(1e-3)})
         return report
 
 
