@@ -10,7 +10,6 @@ from typing import Any
 
 import jinja2
 import matplotlib
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from membank.trainer.removal.metrics import log10_p
@@ -55,9 +54,7 @@ def write_report(folder: Path, document: Mapping[str, Any]) -> None:
             lstrip_blocks=True,
         )
         environment.filters["mean"] = mean_text
-        page = environment.get_template(f"report.{name}.j2").render(
-            **content, plots={plot: Markup(svg) for plot, svg in plots.items()}
-        )
+        page = environment.get_template(f"report.{name}.j2").render(**content, plots=plots)
         write_atomically(folder / f"report.{name}", page.encode())
     write_atomically(folder / "report.json", json.dumps(document, indent=1, default=str).encode())
 
