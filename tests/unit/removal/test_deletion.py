@@ -14,7 +14,12 @@ from fake_service import FakeService
 from membank.client import BankClient
 from membank.client.retriever import Retriever
 from membank.trainer.corpus import Corpus
-from membank.trainer.removal.deletion import DeletionReport, delete_topic, install
+from membank.trainer.removal.deletion import (
+    DeletionReport,
+    delete_topic,
+    install,
+    router_among,
+)
 from membank.trainer.training import InProcessMemory
 from membank.trainer.tree import TreeConfig, build_tree
 from membank.wire.format import TreeDocument, encode_tree
@@ -60,11 +65,18 @@ class Meddler(BankClient):
         self,
         topic: BlockRef,
         *,
+        only_block: bool = False,
         dry_run: bool = False,
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> TransactionReport:
-        report = super().delete(topic, dry_run=dry_run, request_id=request_id, timeout_s=timeout_s)
+        report = super().delete(
+            topic,
+            only_block=only_block,
+            dry_run=dry_run,
+            request_id=request_id,
+            timeout_s=timeout_s,
+        )
         if not dry_run:
             weight = self.fetch_blocks([self.also])[self.also].weight
             assert weight is not None
@@ -135,6 +147,7 @@ def test_files_that_go_and_come_are_counted(
             self,
             topic: BlockRef,
             *,
+            only_block: bool = False,
             dry_run: bool = False,
             request_id: str | None = None,
             timeout_s: float | None = None,
@@ -144,7 +157,11 @@ def test_files_that_go_and_come_are_counted(
                 (tmp_path / "new").write_bytes(b"12")
                 kept.write_bytes(b"12345")
             return super().delete(
-                topic, dry_run=dry_run, request_id=request_id, timeout_s=timeout_s
+                topic,
+                only_block=only_block,
+                dry_run=dry_run,
+                request_id=request_id,
+                timeout_s=timeout_s,
             )
 
     with Files.connect(service.endpoint) as client:
@@ -169,3 +186,15 @@ def test_installed_blocks_are_those_that_were_trained(
     for ref in refs:
         np.testing.assert_array_equal(bank.held(ref).weight, trained.fetch([ref]).weights[ref])
     np.testing.assert_array_equal(bank.held(BlockRef(1, 0)).weight, untouched)
+
+
+def test_texts_go_to_the_nearest_of_some_topics_as_if_there_were_no_others(
+    world: World, tree: TreeDocument
+) -> None:
+    prompts = list(routed(world, tree))
+    for cluster in range(2):
+        paths = router_among(tree, [BlockRef(1, cluster)])(prompts)
+        assert {path[0] for path in paths} == {BlockRef(1, cluster)}
+        assert all(len(path) == 2 for path in paths)
+    both = router_among(tree, [BlockRef(1, 0), BlockRef(1, 1)])(prompts)
+    assert [path[0] for path in both] == list(routed(world, tree).values())

@@ -41,12 +41,12 @@ def bank(*, deleted: float = 1.0, retrained: float = 1.0) -> dict[str, Any]:
         "delete": {
             "report": dict(DELETION),
             "served": knowledge(deleted),
-            "ended": knowledge(deleted),
+            "neighbour": knowledge(deleted),
             "utility": UTILITY,
         },
         "retrained": {
-            "served": knowledge(retrained),
-            "ended": knowledge(retrained, loss=2.25),
+            "served": knowledge(retrained, loss=2.25),
+            "neighbour": knowledge(retrained),
             "utility": UTILITY,
             "seconds": {"anchor": 60.0, "bank": 90.0},
         },

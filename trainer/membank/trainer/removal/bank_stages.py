@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from membank.trainer.removal.deletion import delete_topic, install, router_of
+from membank.trainer.removal.deletion import delete_topic, install, router_among, router_of
 from membank.trainer.removal.knowledge import Router
 from membank.trainer.removal.scoring import Model, ZeroedBlocks
 from membank.trainer.removal.training import Models
@@ -94,29 +94,14 @@ class BankStages:
                 prompts=world.prompts(),
             )
             tree = client.tree()
+            # What the service routes by afterwards; the retrained bank is asked by the same.
+            write_atomically(self._tree_file(label), encode_tree(tree))
             model = Model(anchor=self.models.anchor, bank=ServedMemory(client))
-            served = world.examiner.examine(model, router_of(tree), label)
-            utility = world.examiner.utility(model, router_of(tree), label)
-        # What the service routes by afterwards; the retrained bank is asked by the same.
-        write_atomically(self._tree_file(label), encode_tree(tree))
-        ended = world.examiner.examine(Model(anchor=self.models.anchor), None, label)
-        return {
-            "report": asdict(report),
-            "served": served.to_json(),
-            "ended": ended.to_json(),
-            "utility": asdict(utility),
-        }
+            return {"report": asdict(report), **self._asked_afterwards(model, label)}
 
     def _retrain(self, label: str) -> Mapping[str, object]:
-        examiner, router = self._world.examiner, self._router_after(label)
         models = self.without(label)
-        model = _model(models)
-        return {
-            "seconds": models.seconds,
-            "served": examiner.examine(model, router, label).to_json(),
-            "ended": examiner.examine(Model(anchor=models.anchor), None, label).to_json(),
-            "utility": asdict(examiner.utility(model, router, label)),
-        }
+        return {"seconds": models.seconds, **self._asked_afterwards(_model(models), label)}
 
     def _leak(self, label: str) -> Mapping[str, object]:
         """Ask with what lies in other places than the deleted blocks; other ways are measured above."""
@@ -134,6 +119,23 @@ class BankStages:
         }
 
     # What they share.
+
+    def _asked_afterwards(self, model: Model, label: str) -> dict[str, object]:
+        """Ask by the tree that a deletion leaves, and as if texts went to the nearest other topic."""
+        examiner, file = self._world.examiner, self._tree_file(label)
+        router = router_of(decode_tree(file.read_bytes(), key=str(file)))
+        others = [
+            cluster
+            for topic in self._world.material.topics
+            if topic.label != label
+            for cluster in topic.clusters
+        ]
+        neighbour = router_among(self._world.tree, others)
+        return {
+            "served": examiner.examine(model, router, label).to_json(),
+            "neighbour": examiner.examine(model, neighbour, label).to_json(),
+            "utility": asdict(examiner.utility(model, router, label)),
+        }
 
     def _train(self, folder: Path, label: str | None) -> Models:
         world = self._world
@@ -157,10 +159,6 @@ class BankStages:
 
     def _tree_file(self, label: str) -> Path:
         return self._folder / f"tree-without-{label}.safetensors"
-
-    def _router_after(self, label: str) -> Router:
-        file = self._tree_file(label)
-        return router_of(decode_tree(file.read_bytes(), key=str(file)))
 
 
 def _model(models: Models) -> Model:

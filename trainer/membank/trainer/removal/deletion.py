@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,6 +78,14 @@ class DeletionReport:
 def router_of(tree: TreeDocument) -> Router:
     """Return what routes texts by a tree document, as a client of a bank with that tree does."""
     return Retriever.from_tree(tree, embedder=embedder_from_config(tree)).route_all
+
+
+def router_among(tree: TreeDocument, topics: Sequence[BlockRef]) -> Router:
+    """Return what routes texts to the nearest of some level-1 topics, as if there were no others."""
+    level_1 = np.full_like(tree.centroids[0], np.nan)
+    rows = [topic.cluster for topic in topics]
+    level_1[rows] = tree.centroids[0][rows]
+    return router_of(replace(tree, centroids=(level_1, *tree.centroids[1:])))
 
 
 def install(client: BankClient, trained: InProcessMemory) -> int:

@@ -89,7 +89,7 @@ def _bank_rows(name: str, stages: Sequence[Mapping[str, Any]]) -> list[dict[str,
     before, deleted, retrained = (
         [one[stage] for one in stages] for stage in ("before", "delete", "retrained")
     )
-    served, ended = ([one[way] for one in retrained] for way in ("served", "ended"))
+    served, neighbour = ([one[way] for one in retrained] for way in ("served", "neighbour"))
     took = [one["report"]["seconds"] for one in deleted]
 
     def utility(of: Sequence[Mapping[str, Any]]) -> list[Mapping[str, float]]:
@@ -101,9 +101,9 @@ def _bank_rows(name: str, stages: Sequence[Mapping[str, Any]]) -> list[dict[str,
             f"{name}, {DELETED}", [one["served"] for one in deleted], served, utility(deleted), took
         ),
         _row(
-            f"{name}, {DELETED}, anchor alone",
-            [one["ended"] for one in deleted],
-            ended,
+            f"{name}, {DELETED}, sent to a neighbour",
+            [one["neighbour"] for one in deleted],
+            neighbour,
             utility(deleted),
             took,
         ),
@@ -186,11 +186,11 @@ def _row(
 _LEAK_WAYS = {
     "fetched, before": ("before", "served"),
     "parent's block alone": ("leak", "parent"),
-    "neighbour's blocks (as served afterwards)": ("delete", "served"),
+    "neighbour's blocks": ("delete", "neighbour"),
     "zeroed blocks": ("leak", "zeroed"),
-    "anchor alone": ("delete", "ended"),
-    "retrained, neighbour's blocks": ("retrained", "served"),
-    "retrained, anchor alone": ("retrained", "ended"),
+    "nothing: as served afterwards": ("delete", "served"),
+    "retrained, neighbour's blocks": ("retrained", "neighbour"),
+    "retrained, as served": ("retrained", "served"),
 }
 """What is asked for a deleted topic's facts, and which stage measured it."""
 
@@ -204,12 +204,12 @@ def _leak(stages: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float
 
 
 def _residue(stages: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Return loss of the anchor with empty blocks, minus that of the anchor trained without.
+    """Return loss of the anchor with zeroed blocks, minus that of the bank trained without.
 
     Below 0, the shared weights still know something of the topic, in nats per token.
     """
     return {
-        name: [one["leak"]["zeroed"][name] - one["retrained"]["ended"][name] for one in stages]
+        name: [one["leak"]["zeroed"][name] - one["retrained"]["served"][name] for one in stages]
         for name in ("answer_loss", "member_loss", "held_out_loss")
     }
 
