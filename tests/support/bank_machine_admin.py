@@ -172,7 +172,8 @@ class AdminRules(BankMachineCore):
     def export(self, topic: BlockRef, weights_only: bool) -> None:
         """Take a topic out as a pack."""
         try:
-            data = self.rig.operations.export_topic(topic, weights_only=weights_only).data
+            with self.rig.operations.export_topic(topic, weights_only=weights_only) as exported:
+                data = exported.data
             pack = self.model.export(topic, data, weights_only=weights_only)
         except MembankError as err:
             if err.reason is not Reason.BLOCK_DELETED or self.model.is_present(topic):

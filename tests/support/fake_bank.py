@@ -35,6 +35,7 @@ from membank.wire.records import (
     Placement,
     ShardStats,
     Snapshot,
+    StoredPack,
     Topic,
     TransactionReport,
     TreeChange,
@@ -88,6 +89,7 @@ class FakeBank:
         self.labels: dict[BlockRef, str] = {}
         self.reports: dict[str, TransactionReport] = {}
         self.snapshots: dict[str, Pinned] = {}
+        self.packs: dict[str, bytes] = {}
         self.given_up: dict[str, tuple[Snapshot, int]] = {}
         self.ends: dict[int, dict[BlockRef, Held]] = {}
         self.garbage: tuple[Garbage, ...] = ()
@@ -257,19 +259,51 @@ class FakeBank:
         body = [self.held(BlockRef.parse(ref)).weight.tolist() for ref in refs]
         return json.dumps({"topic": str(topic), "refs": refs, "weights": body}).encode()
 
+    def store_pack(self, topic: BlockRef, name: str) -> bytes:
+        pack = self.export(topic)
+        if self.packs.setdefault(name, pack) != pack:
+            raise AlreadyExistsError(name, reason=Reason.PACK_EXISTS)
+        return pack
+
+    def list_packs(self) -> tuple[StoredPack, ...]:
+        return tuple(self._stored(name) for name in sorted(self.packs))
+
+    def delete_pack(self, name: str) -> StoredPack:
+        found = self._stored(name)
+        del self.packs[name]
+        return found
+
+    def _stored(self, name: str) -> StoredPack:
+        if name not in self.packs:
+            raise NotFoundError(name, reason=Reason.UNKNOWN_PACK)
+        data = self.packs[name]
+        topic = BlockRef.parse(json.loads(data)["topic"])
+        return StoredPack(
+            name=name, topic=topic, revision=0, num_bytes=len(data), create_time_s=2.5
+        )
+
     def import_pack(
-        self, pack: bytes, *, request_id: str, dry_run: bool
+        self,
+        pack: bytes | str,
+        *,
+        topic: BlockRef | None = None,
+        request_id: str,
+        dry_run: bool,
     ) -> tuple[TransactionReport, BlockRef]:
+        if isinstance(pack, str):
+            self._stored(pack)
+            pack = self.packs[pack]
         try:
             body = json.loads(pack)
         except ValueError as err:
             raise InvalidArgumentError("no pack", reason=Reason.BAD_PACK) from err
+        target = topic or BlockRef.parse(body["topic"])
         weights = {
-            BlockRef.parse(ref): np.array(weight, np.float32)
-            for ref, weight in zip(body["refs"], body["weights"], strict=True)
+            ref: np.array(weight, np.float32)
+            for ref, weight in zip(self.spec.subtree(target), body["weights"], strict=True)
         }
         report = self.swap(weights, {}, request_id=request_id, dry_run=dry_run)
-        return report, BlockRef.parse(body["topic"])
+        return report, target
 
     def create_snapshot(self, name: str) -> Snapshot:
         if name in self.snapshots:

@@ -320,12 +320,31 @@ class FakeAdminServicer(_Servicer, AdminServiceServicer):
     def ExportTopic(
         self, request: admin_pb.ExportTopicRequest, context: grpc.ServicerContext
     ) -> Iterator[admin_pb.ExportTopicResponse]:
-        pack = self._bank.export(convert.ref_from_pb(request.topic))
+        topic = convert.ref_from_pb(request.topic)
+        pack = (
+            self._bank.store_pack(topic, request.store_as)
+            if request.store_as
+            else self._bank.export(topic)
+        )
         yield admin_pb.ExportTopicResponse(
             num_bytes=len(pack), crc32c=crc32c(pack), revision=self._bank.revision
         )
-        for chunk in iter_chunks([pack], chunk_bytes=500):
+        for chunk in iter_chunks([] if request.store_as else [pack], chunk_bytes=500):
             yield admin_pb.ExportTopicResponse(data=chunk)
+
+    @_rpc
+    def ListPacks(
+        self, request: admin_pb.ListPacksRequest, context: grpc.ServicerContext
+    ) -> admin_pb.ListPacksResponse:
+        packs = map(convert.stored_pack_to_pb, self._bank.list_packs())
+        return admin_pb.ListPacksResponse(packs=packs)
+
+    @_rpc
+    def DeletePack(
+        self, request: admin_pb.DeletePackRequest, context: grpc.ServicerContext
+    ) -> admin_pb.DeletePackResponse:
+        pack = convert.stored_pack_to_pb(self._bank.delete_pack(request.name))
+        return admin_pb.DeletePackResponse(pack=pack)
 
     @_rpc
     def ImportTopic(
@@ -338,7 +357,8 @@ class FakeAdminServicer(_Servicer, AdminServiceServicer):
         for message in request:
             assembler.feed(message.data)
         report, topic = self._bank.import_pack(
-            np.concatenate(assembler.finish()).tobytes(),
+            head.stored or np.concatenate(assembler.finish()).tobytes(),
+            topic=convert.ref_from_pb(head.topic) if head.HasField("topic") else None,
             request_id=head.request_id,
             dry_run=head.dry_run,
         )

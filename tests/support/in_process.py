@@ -35,6 +35,7 @@ from membank.wire.records import (
     GarbageReport,
     Gradient,
     Snapshot,
+    StoredPack,
     Topic,
     TransactionReport,
     Update,
@@ -220,17 +221,53 @@ class InProcessTransport:
         return self._bank.apply(steps, request_id=request_id, dry_run=dry_run)
 
     async def export(
-        self, topic: BlockRef, target: BinaryIO, *, weights_only: bool, timeout_s: float
+        self,
+        topic: BlockRef,
+        target: BinaryIO,
+        *,
+        weights_only: bool,
+        since: str | int | None = None,
+        timeout_s: float,
     ) -> PackInfo:
         pack = self._bank.export(topic)
         target.write(pack)
+        return self._pack_info(pack)
+
+    async def store_pack(
+        self,
+        topic: BlockRef,
+        name: str,
+        *,
+        weights_only: bool,
+        since: str | int | None,
+        timeout_s: float,
+    ) -> PackInfo:
+        return self._pack_info(self._bank.store_pack(topic, name))
+
+    async def list_packs(self, *, timeout_s: float) -> tuple[StoredPack, ...]:
+        return self._bank.list_packs()
+
+    async def delete_pack(self, name: str, *, timeout_s: float) -> StoredPack:
+        return self._bank.delete_pack(name)
+
+    def _pack_info(self, pack: bytes) -> PackInfo:
         return PackInfo(num_bytes=len(pack), crc32c=crc32c(pack), revision=self._bank.revision)
 
     async def import_pack(
-        self, pack: BinaryIO, *, request_id: str, dry_run: bool, timeout_s: float
+        self,
+        pack: BinaryIO | str,
+        *,
+        topic: BlockRef | None = None,
+        force: bool = False,
+        request_id: str,
+        dry_run: bool,
+        timeout_s: float,
     ) -> ImportAnswer:
-        report, topic = self._bank.import_pack(pack.read(), request_id=request_id, dry_run=dry_run)
-        return ImportAnswer(report=report, topic=topic)
+        data = pack if isinstance(pack, str) else pack.read()
+        report, installed = self._bank.import_pack(
+            data, topic=topic, request_id=request_id, dry_run=dry_run
+        )
+        return ImportAnswer(report=report, topic=installed)
 
     async def create_snapshot(self, name: str, *, request_id: str, timeout_s: float) -> Snapshot:
         return self._bank.create_snapshot(name)

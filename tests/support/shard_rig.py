@@ -282,6 +282,13 @@ class ShardRig:
         """Return the shard that owns `ref`."""
         return self.shards[f"shard-{self.spec.partition_of(ref) % self._num_shards}"]
 
+    def export(
+        self, topic: BlockRef, *, weights_only: bool = False, since: str | int | None = None
+    ) -> bytes:
+        """Return a topic as a pack."""
+        with self.operations.export_topic(topic, weights_only=weights_only, since=since) as pack:
+            return pack.data
+
     def weight(self, ref: BlockRef) -> Array | None:
         """Return the content that readers get."""
         return self.owner(ref).fetch([ref]).blocks[0].weight

@@ -19,6 +19,7 @@ _COMMAND_MODULES = (
     "find_command",
     "operate",
     "transact",
+    "packs",
     "history",
     "fsck_command",
     "bench_command",

@@ -1,8 +1,7 @@
-"""Commands that change what a bank knows: swap, withhold, delete, export, import."""
+"""Commands that change what a bank knows: swap, withhold, delete."""
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -39,8 +38,6 @@ def register(app: typer.Typer) -> None:
     app.command("withhold")(withhold)
     app.command("restore")(restore)
     app.command("delete")(delete)
-    app.command("export")(export)
-    app.command("import")(import_)
 
 
 def swap(
@@ -138,62 +135,43 @@ def delete(
     show_report("delete", report, as_json=as_json)
 
 
-def export(
-    topic: TopicArgument,
-    pack: Annotated[Path, typer.Argument(help="File to write.")],
-    weights_only: Annotated[
-        bool, typer.Option("--weights-only", help="Leave the optimizer state out.")
-    ] = False,
-    bank: BankOption = DEFAULT_ENDPOINT,
-    token_file: TokenOption = None,
-    ca_file: CaOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Write a topic with everything under it to a pack (a safetensors file).
-
-    Example: ``membank export chemistry chemistry.pack``.
-    """
-    with connect(bank, token_file, ca_file) as client:
-        ref = resolve_topic(client, topic)
-        partial = pack.with_name(pack.name + ".partial")
-        try:
-            with partial.open("wb") as file:
-                client.export_to(ref, file, weights_only=weights_only)
-            partial.replace(pack)
-        except OSError as err:
-            raise InvalidArgumentError(f"{pack} cannot be written: {err.strerror}") from err
-        finally:
-            # A pack appears whole or not at all.
-            with suppress(OSError):
-                partial.unlink()
-    size = pack.stat().st_size
-    payload = {"topic": str(ref), "pack": str(pack), "bytes": size}
+def show_report(operation: str, report: TransactionReport, *, as_json: bool) -> None:
+    """Print what a transaction did, or would do."""
     emit(
-        payload,
+        {"operation": operation, **report_json(report)},
         as_json=as_json,
-        render=lambda: console.print(f"topic {ref} written to {pack} ({format_bytes(size)})"),
+        render=lambda: show_report_lines(operation, report),
     )
 
 
-def import_(
-    pack: Annotated[Path, typer.Argument(help="A pack that `membank export` wrote.")],
-    dry_run: DryRunOption = False,
-    bank: BankOption = DEFAULT_ENDPOINT,
-    token_file: TokenOption = None,
-    ca_file: CaOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Install a pack under the topic it was exported from, a deleted one included.
-
-    Example: ``membank import chemistry.pack``.
-    """
-    try:
-        file = pack.open("rb")
-    except OSError as err:
-        raise InvalidArgumentError(f"{pack} cannot be read: {err}") from err
-    with file, connect(bank, token_file, ca_file) as client:
-        answer = client.import_pack(file, dry_run=dry_run)
-    show_report("import", answer.report, as_json=as_json)
+def show_report_lines(operation: str, report: TransactionReport) -> None:
+    """Print what a transaction did, or would do, for people."""
+    verb = "would change" if report.dry_run else "changed"
+    console.print(
+        f"{operation}: {verb} {len(report.changes)} blocks ({_bytes_of(report)}); "
+        f"revision {report.revision}"
+    )
+    if report.num_slots_destroyed:
+        would = "would be " if report.dry_run else ""
+        console.print(f"stored versions {would}destroyed: {report.num_slots_destroyed}")
+    rows = [
+        (
+            change.ref,
+            f"{change.state_before.name.lower()} v{change.version_before}",
+            f"{change.state_after.name.lower()} v{change.version_after}",
+            format_bytes(change.num_bytes),
+        )
+        for change in report.changes[:20]
+    ]
+    if rows:
+        console.print(table(("block", "before", "after", "bytes>"), rows))
+    if len(report.changes) > len(rows):
+        console.print(f"... and {len(report.changes) - len(rows)} more (--json lists them)")
+    if report.tree_changes:
+        would = "would change" if report.dry_run else "changed"
+        topics = [f"{c.topic} ({_tree_change(c)})" for c in report.tree_changes[:20]]
+        more = " ..." if len(report.tree_changes) > len(topics) else ""
+        console.print(f"the tree {would} at {', '.join(topics)}{more}")
 
 
 def confirm_deletion(plan: TransactionReport) -> None:
@@ -201,40 +179,6 @@ def confirm_deletion(plan: TransactionReport) -> None:
     deleted = [c.num_bytes for c in plan.changes if c.state_after is BlockState.DELETED]
     question = f"Delete {len(deleted)} blocks ({format_bytes(sum(deleted))}) for good?"
     typer.confirm(question, abort=True, err=True)
-
-
-def show_report(operation: str, report: TransactionReport, *, as_json: bool) -> None:
-    """Print what a transaction did, or would do."""
-
-    def render() -> None:
-        verb = "would change" if report.dry_run else "changed"
-        console.print(
-            f"{operation}: {verb} {len(report.changes)} blocks ({_bytes_of(report)}); "
-            f"revision {report.revision}"
-        )
-        if report.num_slots_destroyed:
-            would = "would be " if report.dry_run else ""
-            console.print(f"stored versions {would}destroyed: {report.num_slots_destroyed}")
-        rows = [
-            (
-                change.ref,
-                f"{change.state_before.name.lower()} v{change.version_before}",
-                f"{change.state_after.name.lower()} v{change.version_after}",
-                format_bytes(change.num_bytes),
-            )
-            for change in report.changes[:20]
-        ]
-        if rows:
-            console.print(table(("block", "before", "after", "bytes>"), rows))
-        if len(report.changes) > len(rows):
-            console.print(f"... and {len(report.changes) - len(rows)} more (--json lists them)")
-        if report.tree_changes:
-            would = "would change" if report.dry_run else "changed"
-            topics = [f"{c.topic} ({_tree_change(c)})" for c in report.tree_changes[:20]]
-            more = " ..." if len(report.tree_changes) > len(topics) else ""
-            console.print(f"the tree {would} at {', '.join(topics)}{more}")
-
-    emit({"operation": operation, **report_json(report)}, as_json=as_json, render=render)
 
 
 def report_json(report: TransactionReport) -> dict[str, object]:

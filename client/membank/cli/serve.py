@@ -48,6 +48,12 @@ def up(
     token_file: Annotated[
         Path | None, typer.Option(help="Tokens that may call: lines `TOKEN PRINCIPAL ROLE`.")
     ] = None,
+    trusted_keys: Annotated[
+        Path | None,
+        typer.Option(
+            help="Only import packs that one of these keys signed: lines `KEY NAME` (see pack keygen)."
+        ),
+    ] = None,
     durability: Annotated[
         str,
         typer.Option(
@@ -98,6 +104,7 @@ def up(
         tls_cert=tls_cert,
         tls_key=tls_key,
         token_file=token_file,
+        trusted_keys=trusted_keys,
         durability=durability,
         ship_every_s=ship_every,
         journal_dir=journal_dir,

@@ -211,7 +211,8 @@ class ClientConfig:
     """File whose first word is the bearer token, comments (#) aside; the service's own token file
     will do. Read when a connection is made, so that it may be renewed."""
     max_answer_bytes: int = 4 << 30
-    """Most bytes that the answer to one call may have: a fetch, the tree document, a pack."""
+    """Most bytes that the answer to one call may have: a fetch, the tree document, a pack
+    that is exported into memory."""
     max_push_bytes: int = 4 << 30
     """Most bytes that the gradients of one push, or the blocks of one swap, may have."""
     pooled_bytes: int = 256 << 20

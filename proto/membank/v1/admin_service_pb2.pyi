@@ -796,6 +796,7 @@ class ImportTopicRequest(google.protobuf.message.Message):
     DATA_FIELD_NUMBER: builtins.int
     TOPIC_FIELD_NUMBER: builtins.int
     STORED_FIELD_NUMBER: builtins.int
+    FORCE_FIELD_NUMBER: builtins.int
     bank: builtins.str
     """Name of the bank; empty = the one that is served."""
     request_id: builtins.str
@@ -810,6 +811,8 @@ class ImportTopicRequest(google.protobuf.message.Message):
     """The next bytes, at most 1 MiB."""
     stored: builtins.str
     """Take the pack of this name from the bank's own store; no data follows then."""
+    force: builtins.bool
+    """Install a diff also where the bank does not hold what it was made against."""
     @property
     def topic(self) -> membank.v1.types_pb2.BlockRef:
         """Topic to install it under, of the same level and shape; unset = the one it was exported from."""
@@ -825,9 +828,10 @@ class ImportTopicRequest(google.protobuf.message.Message):
         data: builtins.bytes = ...,
         topic: membank.v1.types_pb2.BlockRef | None = ...,
         stored: builtins.str = ...,
+        force: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["topic", b"topic"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bank", b"bank", "crc32c", b"crc32c", "data", b"data", "dry_run", b"dry_run", "num_bytes", b"num_bytes", "request_id", b"request_id", "stored", b"stored", "topic", b"topic"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bank", b"bank", "crc32c", b"crc32c", "data", b"data", "dry_run", b"dry_run", "force", b"force", "num_bytes", b"num_bytes", "request_id", b"request_id", "stored", b"stored", "topic", b"topic"]) -> None: ...
 
 Global___ImportTopicRequest: typing_extensions.TypeAlias = ImportTopicRequest
 

@@ -106,6 +106,7 @@ class Reason(StrEnum):
     PACK_EXISTS = "PACK_EXISTS"
     UNKNOWN_RECEIPT = "UNKNOWN_RECEIPT"
     TREE_FULL = "TREE_FULL"
+    BASE_MISMATCH = "BASE_MISMATCH"
 
 
 class MembankError(Exception):

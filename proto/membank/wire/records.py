@@ -287,6 +287,22 @@ class Snapshot:
     """Seconds since 1970-01-01 UTC."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredPack:
+    """A pack in the bank's own store."""
+
+    name: str
+    """Its name."""
+    topic: BlockRef
+    """The topic."""
+    revision: int
+    """Revision it was read at."""
+    num_bytes: int
+    """Its size."""
+    create_time_s: float
+    """Seconds since 1970-01-01 UTC."""
+
+
 class GarbageKind(IntEnum):
     """Kinds of objects that nothing needs; the numbers travel."""
 

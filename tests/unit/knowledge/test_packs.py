@@ -65,10 +65,10 @@ def tree_of(rig: ShardRig) -> TreeDocument:
 
 def test_delete_and_import_return_every_bit(rig: ShardRig) -> None:
     before, tree_before = contents(rig), tree_of(rig)
-    pack = rig.operations.export_topic(TOPIC)
+    pack = rig.export(TOPIC)
     rig.operations.apply(asked("r1"), [Delete(topic=TOPIC)])
     assert contents(rig) == {}
-    report, topic = rig.operations.import_topic(asked("r2"), pack.data)
+    report, topic = rig.operations.import_topic(asked("r2"), pack)
     assert topic == TOPIC
     assert contents(rig) == before
     assert {change.state_after for change in report.changes} == {BlockState.ACTIVE}
@@ -82,13 +82,13 @@ def test_delete_and_import_return_every_bit(rig: ShardRig) -> None:
 
 
 def test_equal_topics_are_equal_files(rig: ShardRig) -> None:
-    first = rig.operations.export_topic(TOPIC)
-    assert rig.operations.export_topic(TOPIC).data == first.data
-    assert encode_pack(decode_pack(first.data)) == first.data
+    first = rig.export(TOPIC)
+    assert rig.export(TOPIC) == first
+    assert encode_pack(decode_pack(first)) == first
 
 
 def test_other_readers_open_a_pack(rig: ShardRig) -> None:
-    data = rig.operations.export_topic(TOPIC).data
+    data = rig.export(TOPIC)
     tensors = dict(safetensors.deserialize(data))  # type: ignore[no-untyped-call]
     weight = tensors["1/1/weight"]
     assert weight["dtype"] == "BF16"
@@ -97,10 +97,10 @@ def test_other_readers_open_a_pack(rig: ShardRig) -> None:
 
 
 def test_export_of_weights_alone_starts_the_optimizer_afresh(rig: ShardRig) -> None:
-    pack = rig.operations.export_topic(TOPIC, weights_only=True)
+    pack = rig.export(TOPIC, weights_only=True)
     before = contents(rig)
     rig.operations.apply(asked("r1"), [Delete(topic=TOPIC)])
-    rig.operations.import_topic(asked("r2"), pack.data)
+    rig.operations.import_topic(asked("r2"), pack)
     after = contents(rig)
     assert after[TOPIC, "weight"] == before[TOPIC, "weight"]
     assert after[TOPIC, "step"] == b"0"
@@ -109,25 +109,25 @@ def test_export_of_weights_alone_starts_the_optimizer_afresh(rig: ShardRig) -> N
 
 def test_import_over_an_existing_topic_replaces_it(rig: ShardRig) -> None:
     before = contents(rig)
-    pack = rig.operations.export_topic(TOPIC)
+    pack = rig.export(TOPIC)
     rig.push(TOPIC, "later")
-    rig.operations.import_topic(asked("r1"), pack.data)
+    rig.operations.import_topic(asked("r1"), pack)
     assert contents(rig) == before
     # Nothing of the tree changed, so no new document was written.
     assert rig.tree_keys() == ["trees/0000000000.safetensors"]
 
 
 def test_dry_run_of_an_import_changes_nothing(rig: ShardRig) -> None:
-    pack = rig.operations.export_topic(TOPIC)
+    pack = rig.export(TOPIC)
     before = rig.state()
-    report, _ = rig.operations.import_topic(asked("", dry_run=True), pack.data)
+    report, _ = rig.operations.import_topic(asked("", dry_run=True), pack)
     assert len(report.changes) == 3
     assert rig.state() == before
 
 
 def test_a_deleted_block_is_not_in_the_pack(rig: ShardRig) -> None:
     rig.operations.apply(asked("r1"), [Delete(topic=LEAF)])
-    pack = decode_pack(rig.operations.export_topic(TOPIC).data)
+    pack = decode_pack(rig.export(TOPIC))
     assert [block.ref for block in pack.blocks] == [TOPIC, BlockRef(2, 3)]
     assert LEAF not in pack.labels
     rig.operations.apply(asked("r2"), [Delete(topic=TOPIC)])
@@ -136,10 +136,10 @@ def test_a_deleted_block_is_not_in_the_pack(rig: ShardRig) -> None:
 
 
 def test_retry_of_an_import_after_a_restart_is_answered_alike(rig: ShardRig) -> None:
-    pack = rig.operations.export_topic(TOPIC)
-    answer = rig.operations.import_topic(asked("r1"), pack.data)
+    pack = rig.export(TOPIC)
+    answer = rig.operations.import_topic(asked("r1"), pack)
     rig.start_coordinator()
-    assert rig.operations.import_topic(asked("r1"), pack.data) == answer
+    assert rig.operations.import_topic(asked("r1"), pack) == answer
 
 
 MISMATCHES = {
@@ -175,13 +175,13 @@ def test_a_pack_that_does_not_fit_is_refused_with_the_reason(
     rig: ShardRig, tmp_path: Path, name: str
 ) -> None:
     fields, tree, reason = MISMATCHES[name]
-    pack = rig.operations.export_topic(TOPIC)
+    pack = rig.export(TOPIC)
     spec = dataclasses.replace(rig.spec, bank_id="", **fields)  # type: ignore[arg-type]
     other = ShardRig(tmp_path / "other", spec=spec, tree=tree)
     try:
         before = other.state()
         with pytest.raises(MembankError) as caught:
-            other.operations.import_topic(asked("r1"), pack.data)
+            other.operations.import_topic(asked("r1"), pack)
         assert caught.value.reason is reason
         assert other.state() == before
         assert other.log.last == 0
@@ -190,11 +190,11 @@ def test_a_pack_that_does_not_fit_is_refused_with_the_reason(
 
 
 def test_a_pack_moves_to_another_bank_of_the_same_anchor(rig: ShardRig, tmp_path: Path) -> None:
-    pack = rig.operations.export_topic(TOPIC)
+    pack = rig.export(TOPIC)
     spec = dataclasses.replace(rig.spec, bank_id="", name="second", num_partitions=2, init_seed=9)
     other = ShardRig(tmp_path / "other", spec=spec)
     try:
-        other.operations.import_topic(asked("r1"), pack.data)
+        other.operations.import_topic(asked("r1"), pack)
         assert contents(other) == contents(rig)
         assert other.log.committed.detail["from_bank"] == rig.spec.bank_id
     finally:
@@ -245,7 +245,7 @@ def test_truncated_pack_is_refused() -> None:
 
 
 def test_a_newer_pack_asks_for_an_upgrade(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("membank.wire.format.pack.PACK_VERSION", 2)
+    monkeypatch.setattr("membank.wire.format.pack.document.FULL_VERSION", 3)
     data = encode_pack(small_pack())
     monkeypatch.undo()
     with pytest.raises(FailedPreconditionError) as caught:

@@ -11,6 +11,7 @@ from pathlib import Path
 from membank.bank_service.rpc.server import ServerConfig
 from membank.bank_service.shard.config import Durability, ShardConfig
 from membank.wire.errors import InvalidArgumentError, Reason
+from membank.wire.signing import TrustedKeys
 
 NAMESPACE = "membank"
 """Ray namespace of controllers and shards."""
@@ -85,6 +86,9 @@ class UpConfig:
     """PEM key of the certificate, at this path on every node."""
     token_file: Path | None = None
     """Who may call, at this path on every node; None = everybody on this machine."""
+    trusted_keys: Path | None = None
+    """Public keys of which one must have signed a pack that is imported, one ``KEY NAME`` per line, at
+    this path on every node; None = any pack is taken."""
     ray_address: str | None = None
     """Ray to join: host:port, or "auto" for the one of this machine; None = start one."""
     num_cpus: int | None = None
@@ -124,7 +128,14 @@ class UpConfig:
     """Longest wait for the service to answer, > 0."""
 
     def __post_init__(self) -> None:
-        for name in ("tls_cert", "tls_key", "token_file", "runtime_dir", "journal_dir"):
+        for name in (
+            "tls_cert",
+            "tls_key",
+            "token_file",
+            "trusted_keys",
+            "runtime_dir",
+            "journal_dir",
+        ):
             path = getattr(self, name)
             if path is not None:
                 # Actors have another working directory.
@@ -140,6 +151,7 @@ class UpConfig:
         _require(ok, "max_in_flight_bytes", self.max_in_flight_bytes, ">= 1 MiB")
         _require(self.start_timeout_s > 0, "start_timeout_s", self.start_timeout_s, "> 0")
         # Refused here, before anything is started.
+        self.load_trusted_keys()
         self.gateway_config()
         self.shard_config()
 
@@ -157,6 +169,10 @@ class UpConfig:
     def moves_shards(self) -> bool:
         """Whether shards move to nodes that join later."""
         return not self.is_directory if self.rebalance is None else self.rebalance
+
+    def load_trusted_keys(self) -> TrustedKeys | None:
+        """Return the keys that count; None = any. `InvalidArgumentError` (BAD_KEY) for a bad file."""
+        return None if self.trusted_keys is None else TrustedKeys.load(self.trusted_keys)
 
     def gateway_config(self) -> ServerConfig:
         """Return how the gateway listens; off loopback without TLS and tokens it does not."""

@@ -29,6 +29,7 @@ from membank.wire.records import (
     BankInfo,
     Placement,
 )
+from membank.wire.signing import TrustedKeys
 from membank.wire.spec import BankSpec
 
 _LOG = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ class Gateway:
         Settings of the shards, for what clients are told; None = the defaults.
     check_ours
         Raises where another service has taken the bank over; asked before every call.
+    trusted_keys
+        Keys of which one must have signed a pack that is imported; None = any pack is taken.
     """
 
     # `_lock` makes creation and opening happen once; `_served` is replaced whole.
@@ -89,10 +92,12 @@ class Gateway:
         check_spec: Callable[[BankSpec], None] = lambda spec: None,
         shard: ShardConfig | None = None,
         check_ours: Callable[[], None] = lambda: None,
+        trusted_keys: TrustedKeys | None = None,
     ) -> None:
         self._bank_url = bank_url
         self._check_spec = check_spec
         self._check_ours = check_ours
+        self._trusted_keys = trusted_keys
         self._start_fleet = start_fleet
         self._shard = shard or ShardConfig()
         self._lock = threading.Lock()
@@ -226,7 +231,9 @@ class Gateway:
             coordinator.recover()
         elif fleet.all_serve():
             _try_to_recover(coordinator)
-        operations = BankOperations(bank, shards, coordinator, log=log, trees=trees)
+        operations = BankOperations(
+            bank, shards, coordinator, log=log, trees=trees, trusted_keys=self._trusted_keys
+        )
         return _Served(bank, fleet, log, trees, operations)
 
 

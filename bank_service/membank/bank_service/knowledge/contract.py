@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from types import TracebackType
+from typing import BinaryIO, Protocol, Self, runtime_checkable
 
+from membank.wire.crc import Buffer
+from membank.wire.format.pack import FinishedPack
 from membank.wire.records import (
     Applied,
     AuditRecord,
@@ -13,6 +16,7 @@ from membank.wire.records import (
     BlockDescription,
     GarbageReport,
     Snapshot,
+    StoredPack,
     Topic,
     TransactionReport,
 )
@@ -32,14 +36,52 @@ class AdminRequest:
     """True only reports what would change."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ExportedPack:
-    """A topic as a file."""
+    """A topic as a file; close it, or leave its context, when it was sent.
 
-    data: bytes
-    """The pack (`membank.wire.format.pack`)."""
-    revision: int
-    """Revision it was read at."""
+    Parameters
+    ----------
+    pack
+        The pack.
+    spool
+        Where its content waits; closed together with this.
+    revision
+        Revision it was read at.
+    """
+
+    def __init__(self, pack: FinishedPack, spool: BinaryIO, *, revision: int) -> None:
+        self._pack = pack
+        self._spool = spool
+        self.revision = revision
+        """Revision it was read at."""
+        self.num_bytes = pack.num_bytes
+        """Its size."""
+        self.crc32c = pack.crc32c()
+        """CRC-32C of all of it."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def data(self) -> bytes:
+        """All of it (`membank.wire.format.pack`)."""
+        return b"".join(self.chunks())
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield it in pieces of the size of a message."""
+        return self._pack.chunks()
+
+    def close(self) -> None:
+        """Give up what it takes up, in memory or on disk."""
+        self._spool.close()
 
 
 @runtime_checkable
@@ -87,13 +129,72 @@ class BankAdmin(Protocol):
             If there is no step, two are at odds, or content does not fit or is not finite.
         """
 
-    def export_topic(self, topic: BlockRef, *, weights_only: bool = False) -> ExportedPack:
-        """Return a topic as a pack."""
+    def export_topic(
+        self, topic: BlockRef, *, weights_only: bool = False, since: str | int | None = None
+    ) -> ExportedPack:
+        """Return a topic as a pack, or what of it differs from an earlier state.
+
+        Parameters
+        ----------
+        topic
+            The topic.
+        weights_only
+            True leaves the optimizer state out.
+        since
+            Name of a snapshot, or number of a revision, to whose end to compare; None = all of it.
+        """
+
+    def store_pack(
+        self,
+        topic: BlockRef,
+        name: str,
+        *,
+        weights_only: bool = False,
+        since: str | int | None = None,
+    ) -> ExportedPack:
+        """Keep a topic as a pack under `name` in the bank's own store; as `export_topic`.
+
+        A repetition that comes to the same pack has no effect; any other pack of the name is
+        `AlreadyExistsError` (PACK_EXISTS).
+        """
+
+    def list_packs(self) -> tuple[StoredPack, ...]:
+        """Return the packs in the bank's own store, by name."""
+
+    def delete_pack(self, name: str) -> StoredPack:
+        """Destroy a pack in the bank's own store; `NotFoundError` (UNKNOWN_PACK) without one."""
 
     def import_topic(
-        self, request: AdminRequest, pack: bytes
+        self,
+        request: AdminRequest,
+        pack: Buffer,
+        *,
+        topic: BlockRef | None = None,
+        force: bool = False,
     ) -> tuple[TransactionReport, BlockRef]:
-        """Install a pack; returns the topic it was installed under."""
+        """Install a pack; returns the topic it was installed under.
+
+        Parameters
+        ----------
+        request
+            Who asks.
+        pack
+            The pack's bytes, not retained.
+        topic
+            Where to install it: a topic of the same level and shape; None = where it came from.
+        force
+            True installs a diff also where the bank does not hold what it was made against.
+        """
+
+    def import_stored(
+        self,
+        request: AdminRequest,
+        name: str,
+        *,
+        topic: BlockRef | None = None,
+        force: bool = False,
+    ) -> tuple[TransactionReport, BlockRef]:
+        """Install a pack of the bank's own store; as `import_topic`."""
 
     def create_snapshot(self, request: AdminRequest, name: str) -> Snapshot:
         """Pin the present state under `name`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
+from membank.bank_service.knowledge.diffs import BaseState
 from membank.bank_service.knowledge.revisions import RevisionLog
 from membank.bank_service.knowledge.shards import ShardGroup
 from membank.bank_service.knowledge.snapshots import SnapshotCatalog
@@ -11,8 +12,10 @@ from membank.bank_service.knowledge.transactions import Plan
 from membank.bank_service.shard.contract import BlockOperation, RestoreEntry
 from membank.bank_service.store import Bank
 from membank.wire.errors import InvalidArgumentError, NotFoundError, Reason
-from membank.wire.format import Manifest, RevisionRecord
+from membank.wire.format import NO_SLOT, Entry, Manifest, RevisionRecord
 from membank.wire.spec import BlockRef, BlockState
+
+_INITIAL = Entry(slot=NO_SLOT, version=0)
 
 
 class History:
@@ -72,12 +75,7 @@ class History:
             refs = list(spec.blocks())
         else:
             refs = [topic] if only_block else list(spec.subtree(topic))
-        if isinstance(target, str):
-            snapshot = self._snapshots.get(target)
-            revision, number_of = snapshot.revision, self._beginnings(snapshot.revision)
-        else:
-            revision = self._checked(target)
-            number_of = self._ends(revision, {spec.partition_of(ref) for ref in refs})
+        revision, number_of = self._locate(target, refs)
         return Plan(
             operations=self._restore_entries(refs, revision, number_of),
             detail={
@@ -87,6 +85,40 @@ class History:
                 "only_block": only_block,
             },
         )
+
+    def state_of(self, target: str | int, refs: Sequence[BlockRef]) -> BaseState:
+        """Return what an earlier state says of `refs`; under the coordinator's lock.
+
+        Parameters
+        ----------
+        target
+            Name of a snapshot, for its beginning; or number of a revision, for its end.
+        refs
+            The blocks.
+
+        Raises
+        ------
+        NotFoundError, InvalidArgumentError
+            As of `plan_rollback`.
+        """
+        revision, number_of = self._locate(target, refs)
+        entry_of = self._entries(number_of)
+        return BaseState(
+            revision=revision,
+            snapshot=target if isinstance(target, str) else "",
+            entries={ref: entry_of(ref)[1] or _INITIAL for ref in refs},
+        )
+
+    def _locate(
+        self, target: str | int, refs: Sequence[BlockRef]
+    ) -> tuple[int, Callable[[int], int]]:
+        """Return the revision of an earlier state, and the manifest of each partition in it."""
+        if isinstance(target, str):
+            snapshot = self._snapshots.get(target)
+            return snapshot.revision, self._beginnings(snapshot.revision)
+        revision = self._checked(target)
+        partitions = {self._bank.spec.partition_of(ref) for ref in refs}
+        return revision, self._ends(revision, partitions)
 
     def _beginnings(self, revision: int) -> Callable[[int], int]:
         return lambda partition: self._bank.named_manifest(revision, partition)
@@ -122,19 +154,29 @@ class History:
     def _restore_entries(
         self, refs: Sequence[BlockRef], revision: int, number_of: Callable[[int], int]
     ) -> list[BlockOperation]:
-        pinned: dict[int, Manifest | None] = {}
+        entry_of = self._entries(number_of)
         operations: list[BlockOperation] = []
         for ref, status in sorted(self._shards.describe(refs).items()):
             if status.state is BlockState.DELETED:
                 continue
+            number, entry = entry_of(ref)
+            # A version is given once, so an equal one means that nothing has changed since.
+            if status.version != (0 if entry is None else entry.version):
+                operations.append(RestoreEntry(ref=ref, manifest=number))
+        return operations
+
+    def _entries(
+        self, number_of: Callable[[int], int]
+    ) -> Callable[[BlockRef], tuple[int, Entry | None]]:
+        """Return what tells a block's manifest (0 = as initialised), and what that says of it."""
+        pinned: dict[int, Manifest | None] = {}
+
+        def entry_of(ref: BlockRef) -> tuple[int, Entry | None]:
             partition = self._bank.spec.partition_of(ref)
             if partition not in pinned:
                 number = number_of(partition)
                 pinned[partition] = self._bank.read_manifest(partition, number) if number else None
             manifest = pinned[partition]
-            entry = None if manifest is None else manifest.entries.get(ref)
-            # A version is given once, so an equal one means that nothing has changed since.
-            if status.version != (0 if entry is None else entry.version):
-                number = 0 if manifest is None else manifest.number
-                operations.append(RestoreEntry(ref=ref, manifest=number))
-        return operations
+            return (0, None) if manifest is None else (manifest.number, manifest.entries.get(ref))
+
+        return entry_of

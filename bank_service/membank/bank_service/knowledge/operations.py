@@ -5,21 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from membank.bank_service.knowledge import packs
 from membank.bank_service.knowledge.contract import AdminRequest, ExportedPack
 from membank.bank_service.knowledge.garbage import GarbageCollector
 from membank.bank_service.knowledge.history import History
+from membank.bank_service.knowledge.pack_operations import PackOperations
 from membank.bank_service.knowledge.revisions import RevisionLog
 from membank.bank_service.knowledge.shards import ShardGroup
 from membank.bank_service.knowledge.snapshots import SnapshotCatalog
-from membank.bank_service.knowledge.steps import StepPlanner, deleted_topic, operation_of
+from membank.bank_service.knowledge.steps import StepPlanner, operation_of
 from membank.bank_service.knowledge.topics import TopicCatalog
 from membank.bank_service.knowledge.transactions import Coordinator, Plan
 from membank.bank_service.knowledge.trees import TreeStore
 from membank.bank_service.store import Bank
+from membank.wire.crc import Buffer
 from membank.wire.errors import InvalidArgumentError
 from membank.wire.format import RevisionRecord
-from membank.wire.format.pack import decode_pack, encode_pack
 from membank.wire.records import (
     Applied,
     AuditRecord,
@@ -27,10 +27,12 @@ from membank.wire.records import (
     BlockDescription,
     GarbageReport,
     Snapshot,
+    StoredPack,
     Topic,
     TransactionReport,
 )
-from membank.wire.spec import BankSpec, BlockRef, BlockState
+from membank.wire.signing import Signer, TrustedKeys
+from membank.wire.spec import BankSpec, BlockRef
 from membank.wire.steps import Step
 
 _AUDIT_HIDES = frozenset({"changes", "tree_changes"})
@@ -54,6 +56,10 @@ class BankOperations:
         The bank's tree documents.
     clock
         Seconds since 1970-01-01 UTC.
+    signer
+        Signs the packs that are exported; None = nobody does.
+    trusted_keys
+        Keys of which one must have signed a pack that is imported; None = anything is taken.
     """
 
     def __init__(
@@ -65,6 +71,8 @@ class BankOperations:
         log: RevisionLog,
         trees: TreeStore,
         clock: Callable[[], float] = time.time,
+        signer: Signer | None = None,
+        trusted_keys: TrustedKeys | None = None,
     ) -> None:
         self._bank = bank
         self._shards = shards
@@ -75,6 +83,17 @@ class BankOperations:
         self._catalog = TopicCatalog(bank.spec, shards, log, trees)
         self._snapshots = SnapshotCatalog(bank, coordinator, log, clock)
         self._history = History(bank, shards, log, self._snapshots)
+        self._packs = PackOperations(
+            bank,
+            shards,
+            coordinator,
+            log=log,
+            trees=trees,
+            history=self._history,
+            signer=signer,
+            trusted_keys=trusted_keys,
+            clock=clock,
+        )
         self._garbage = GarbageCollector(
             bank, shards, coordinator, log=log, snapshots=self._snapshots
         )
@@ -96,25 +115,30 @@ class BankOperations:
         # docstring inherited
         return self._catalog.describe(refs)
 
-    def export_topic(self, topic: BlockRef, *, weights_only: bool = False) -> ExportedPack:
+    def export_topic(
+        self, topic: BlockRef, *, weights_only: bool = False, since: str | int | None = None
+    ) -> ExportedPack:
         # docstring inherited
-        self.spec.check_ref(topic)
-        with self._coordinator.exclusive():
-            statuses = self._shards.describe(list(self.spec.subtree(topic)))
-            kept = [ref for ref, s in statuses.items() if s.state is not BlockState.DELETED]
-            if not kept:
-                raise deleted_topic(topic)
-            revision = self._log.committed.revision
-            tree = self._trees.read(self._log.committed.tree_revision)
-            pack = packs.make_pack(
-                self.spec,
-                topic,
-                self._shards.read(sorted(kept)),
-                tree,
-                revision=revision,
-                weights_only=weights_only,
-            )
-        return ExportedPack(data=encode_pack(pack), revision=revision)
+        return self._packs.export(topic, weights_only=weights_only, since=since)
+
+    def store_pack(
+        self,
+        topic: BlockRef,
+        name: str,
+        *,
+        weights_only: bool = False,
+        since: str | int | None = None,
+    ) -> ExportedPack:
+        # docstring inherited
+        return self._packs.store(topic, name, weights_only=weights_only, since=since)
+
+    def list_packs(self) -> tuple[StoredPack, ...]:
+        # docstring inherited
+        return self._packs.list()
+
+    def delete_pack(self, name: str) -> StoredPack:
+        # docstring inherited
+        return self._packs.delete(name)
 
     def list_snapshots(self) -> tuple[Snapshot, ...]:
         # docstring inherited
@@ -145,25 +169,26 @@ class BankOperations:
         return Applied(report=outcome.report)
 
     def import_topic(
-        self, request: AdminRequest, pack: bytes
+        self,
+        request: AdminRequest,
+        pack: Buffer,
+        *,
+        topic: BlockRef | None = None,
+        force: bool = False,
     ) -> tuple[TransactionReport, BlockRef]:
         # docstring inherited
-        decoded = decode_pack(pack)
+        return self._packs.import_pack(request, pack, topic=topic, force=force)
 
-        def plan() -> Plan:
-            tree = self._trees.read(self._log.committed.tree_revision)
-            packs.check_pack(decoded, self.spec, tree)
-            return Plan(
-                operations=packs.contents_of(decoded),
-                detail={
-                    "topic": str(decoded.topic),
-                    "from_bank": decoded.spec.bank_id,
-                    "from_revision": decoded.revision,
-                },
-                tree=packs.tree_with(decoded, tree),
-            )
-
-        return self._run(request, "import", plan), decoded.topic
+    def import_stored(
+        self,
+        request: AdminRequest,
+        name: str,
+        *,
+        topic: BlockRef | None = None,
+        force: bool = False,
+    ) -> tuple[TransactionReport, BlockRef]:
+        # docstring inherited
+        return self._packs.import_stored(request, name, topic=topic, force=force)
 
     def create_snapshot(self, request: AdminRequest, name: str) -> Snapshot:
         # docstring inherited

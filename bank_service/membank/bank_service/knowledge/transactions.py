@@ -33,6 +33,7 @@ from membank.bank_service.knowledge.shards import (
     raise_first,
     unreachable,
 )
+from membank.bank_service.knowledge.stored_packs import StoredPacks
 from membank.bank_service.knowledge.trees import TreeStore
 from membank.bank_service.shard.contract import BlockOperation, Prepared
 from membank.bank_service.store import Bank
@@ -135,6 +136,7 @@ class Coordinator:
         self._shards = shards
         self._log = log
         self._trees = trees
+        self._packs = StoredPacks(bank)
         self._config = config or CoordinatorConfig()
         self._sleep = sleep
         self._clock = clock
@@ -314,6 +316,7 @@ class Coordinator:
                 raise unreachable(lagging, record.revision)
             self._sleep(self._config.commit_pause_s)
         self._trees.destroy_others(record.tree_revision)
+        self._packs.destroy_holding(record)
         self._bank.remove_ended_snapshot(record)
         self._unsettled = False
 

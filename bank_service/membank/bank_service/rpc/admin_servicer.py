@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import grpc
 
-from membank.bank_service.knowledge.contract import AdminRequest, BankAdmin, BankHost
+from membank.bank_service.knowledge.contract import AdminRequest, BankAdmin, BankHost, ExportedPack
+from membank.bank_service.knowledge.pack_operations import SPOOL_BYTES
 from membank.bank_service.rpc.auth import current_principal
 from membank.bank_service.rpc.budget import ByteBudget
 from membank.bank_service.rpc.interceptor import check_alive
@@ -15,9 +16,9 @@ from membank.v1 import admin_service_pb2 as pb
 from membank.v1 import types_pb2 as types_pb
 from membank.v1.admin_service_pb2_grpc import AdminServiceServicer
 from membank.wire import convert
-from membank.wire.crc import crc32c
+from membank.wire.crc import Buffer
 from membank.wire.errors import InvalidArgumentError, Reason
-from membank.wire.framing import Payload, PayloadAssembler, iter_chunks
+from membank.wire.framing import Payload, PayloadAssembler
 from membank.wire.spec import BankSpec, BlockRef, dtype_of
 
 _DEFAULT_AUDIT_RECORDS = 100
@@ -118,18 +119,20 @@ class AdminServicer(AdminServiceServicer):
         # docstring inherited
         admin = self._open(request.bank, context)
         topic = _topic(request.topic, admin.spec)
-        spec = admin.spec
-        most = sum(
-            spec.weight_bytes(ref.level) + spec.optimizer_bytes(ref.level)
-            for ref in spec.subtree(topic)
-        )
-        with self._budget.reserve(most, what=f"export of topic {topic}") as reservation:
-            pack = admin.export_topic(topic, weights_only=request.weights_only)
-            reservation.shrink_to(len(pack.data))
-            message = pb.ExportTopicResponse(
-                num_bytes=len(pack.data), crc32c=crc32c(pack.data), revision=pack.revision
-            )
-            for chunk in iter_chunks([pack.data]):
+        since = _since(request)
+        if request.store_as:
+            with admin.store_pack(
+                topic, request.store_as, weights_only=request.weights_only, since=since
+            ) as pack:
+                yield _pack_head(pack)
+            return
+        # What is larger waits in a file.
+        with (
+            self._budget.reserve(min(_size_of(admin.spec, topic), SPOOL_BYTES), what="export"),
+            admin.export_topic(topic, weights_only=request.weights_only, since=since) as pack,
+        ):
+            message = _pack_head(pack)
+            for chunk in pack.chunks():
                 check_alive(context)
                 message.data = chunk
                 yield message
@@ -143,19 +146,35 @@ class AdminServicer(AdminServiceServicer):
         if head is None:
             raise InvalidArgumentError("the import is empty; its first message announces the pack")
         admin = self._open(head.bank, context)
-        with self._budget.reserve(head.num_bytes, what="import"):
-            assembler = PayloadAssembler(max_bytes=head.num_bytes)
-            assembler.expect(Payload(num_bytes=head.num_bytes, crc32c=head.crc32c, what="pack"))
-            assembler.feed(head.data)
-            for message in request_iterator:
-                assembler.feed(message.data)
-            (pack,) = assembler.finish()
-            check_alive(context)
-            report, topic = admin.import_topic(
-                _request(head.request_id, head.dry_run), pack.tobytes()
+        topic = _topic(head.topic, admin.spec) if head.HasField("topic") else None
+        request = _request(head.request_id, head.dry_run)
+        if head.stored:
+            report, installed = admin.import_stored(
+                request, head.stored, topic=topic, force=head.force
             )
+        else:
+            with self._budget.reserve(head.num_bytes, what="import"):
+                pack = _received(head, request_iterator)
+                check_alive(context)
+                report, installed = admin.import_topic(request, pack, topic=topic, force=head.force)
         return pb.ImportTopicResponse(
-            report=convert.report_to_pb(report), topic=convert.ref_to_pb(topic)
+            report=convert.report_to_pb(report), topic=convert.ref_to_pb(installed)
+        )
+
+    def ListPacks(
+        self, request: pb.ListPacksRequest, context: grpc.ServicerContext
+    ) -> pb.ListPacksResponse:
+        # docstring inherited
+        admin = self._open(request.bank, context)
+        return pb.ListPacksResponse(packs=map(convert.stored_pack_to_pb, admin.list_packs()))
+
+    def DeletePack(
+        self, request: pb.DeletePackRequest, context: grpc.ServicerContext
+    ) -> pb.DeletePackResponse:
+        # docstring inherited
+        admin = self._open(request.bank, context)
+        return pb.DeletePackResponse(
+            pack=convert.stored_pack_to_pb(admin.delete_pack(request.name))
         )
 
     def CreateSnapshot(
@@ -242,6 +261,37 @@ def _topic(message: types_pb.BlockRef, spec: BankSpec) -> BlockRef:
     topic = convert.ref_from_pb(message)
     spec.check_ref(topic)
     return topic
+
+
+def _since(request: pb.ExportTopicRequest) -> str | int | None:
+    if request.since_snapshot and request.since_revision_plus_one:
+        raise InvalidArgumentError("a diff is against a snapshot or a revision; name one")
+    if request.since_revision_plus_one:
+        return request.since_revision_plus_one - 1
+    return request.since_snapshot or None
+
+
+def _size_of(spec: BankSpec, topic: BlockRef) -> int:
+    return sum(
+        spec.weight_bytes(ref.level) + spec.optimizer_bytes(ref.level)
+        for ref in spec.subtree(topic)
+    )
+
+
+def _pack_head(pack: ExportedPack) -> pb.ExportTopicResponse:
+    return pb.ExportTopicResponse(
+        num_bytes=pack.num_bytes, crc32c=pack.crc32c, revision=pack.revision
+    )
+
+
+def _received(head: pb.ImportTopicRequest, rest: Iterator[pb.ImportTopicRequest]) -> Buffer:
+    assembler = PayloadAssembler(max_bytes=head.num_bytes)
+    assembler.expect(Payload(num_bytes=head.num_bytes, crc32c=head.crc32c, what="pack"))
+    assembler.feed(head.data)
+    for message in rest:
+        assembler.feed(message.data)
+    (pack,) = assembler.finish()
+    return pack
 
 
 def _target(request: pb.RollbackRequest) -> str | int:

@@ -23,6 +23,7 @@ from membank.wire.records import (
     BlockEvent,
     GarbageReport,
     Snapshot,
+    StoredPack,
     Topic,
     TransactionReport,
     Update,
@@ -79,7 +80,7 @@ class PackInfo:
     num_bytes: int
     """Its size in bytes."""
     crc32c: int
-    """CRC-32C of the whole pack, verified."""
+    """CRC-32C of the whole pack, verified where it was sent."""
     revision: int
     """Revision it was read at."""
 
@@ -201,14 +202,50 @@ class AdminTransport(Protocol):
         """Apply steps as one transaction."""
 
     async def export(
-        self, topic: BlockRef, target: BinaryIO, *, weights_only: bool, timeout_s: float
+        self,
+        topic: BlockRef,
+        target: BinaryIO,
+        *,
+        weights_only: bool,
+        since: str | int | None = None,
+        timeout_s: float,
     ) -> PackInfo:
-        """Write a topic's pack to `target`; on an error it holds a part of it."""
+        """Write a topic's pack to `target`; on an error it holds a part of it.
+
+        With `since`, only what differs from a snapshot, or from the end of a revision.
+        """
+
+    async def store_pack(
+        self,
+        topic: BlockRef,
+        name: str,
+        *,
+        weights_only: bool,
+        since: str | int | None,
+        timeout_s: float,
+    ) -> PackInfo:
+        """Keep a topic's pack in the bank's own store."""
+
+    async def list_packs(self, *, timeout_s: float) -> tuple[StoredPack, ...]:
+        """Return the packs in the bank's own store, by name."""
+
+    async def delete_pack(self, name: str, *, timeout_s: float) -> StoredPack:
+        """Destroy a pack in the bank's own store, and return it."""
 
     async def import_pack(
-        self, pack: BinaryIO, *, request_id: str, dry_run: bool, timeout_s: float
+        self,
+        pack: BinaryIO | str,
+        *,
+        topic: BlockRef | None = None,
+        force: bool = False,
+        request_id: str,
+        dry_run: bool,
+        timeout_s: float,
     ) -> ImportAnswer:
-        """Install the pack that stands in `pack` from its present position (seekable)."""
+        """Install a pack: from its present position (seekable), or the one that is stored by a name.
+
+        `topic` says where to (None = where it came from); `force` installs a diff whatever there is.
+        """
 
     async def create_snapshot(self, name: str, *, request_id: str, timeout_s: float) -> Snapshot:
         """Pin the present state."""

@@ -10,6 +10,7 @@ from membank.client.transport.contract import ImportAnswer, PackInfo
 from membank.client.transport.grpc_channel import GrpcChannel
 from membank.client.transport.payloads import (
     import_requests,
+    read_pack_head,
     transaction_requests,
     write_pack,
 )
@@ -26,6 +27,7 @@ from membank.wire.convert import (
     spec_from_pb,
     spec_to_pb,
     stats_from_pb,
+    stored_pack_from_pb,
     topic_from_pb,
 )
 from membank.wire.errors import InvalidArgumentError, Reason
@@ -37,6 +39,7 @@ from membank.wire.records import (
     BlockDescription,
     GarbageReport,
     Snapshot,
+    StoredPack,
     Topic,
     TransactionReport,
 )
@@ -122,28 +125,84 @@ class GrpcAdminTransport:
         return Applied(report=report_from_pb(answer.report), receipt=answer.receipt)
 
     async def export(
-        self, topic: BlockRef, target: BinaryIO, *, weights_only: bool, timeout_s: float
+        self,
+        topic: BlockRef,
+        target: BinaryIO,
+        *,
+        weights_only: bool,
+        since: str | int | None = None,
+        timeout_s: float,
     ) -> PackInfo:
         """Write a topic's pack to `target`; on an error it holds a part of it."""
+        request = self._export_request(topic, weights_only, since)
+        call = self._admin.ExportTopic(request, timeout=timeout_s, metadata=self._channel.metadata)
+        return await write_pack(
+            self._channel.stream("ExportTopic", call), target, where=self._channel.endpoint
+        )
+
+    async def store_pack(
+        self,
+        topic: BlockRef,
+        name: str,
+        *,
+        weights_only: bool,
+        since: str | int | None,
+        timeout_s: float,
+    ) -> PackInfo:
+        """Keep a topic's pack in the bank's own store."""
+        request = self._export_request(topic, weights_only, since)
+        request.store_as = name
+        call = self._admin.ExportTopic(request, timeout=timeout_s, metadata=self._channel.metadata)
+        return await read_pack_head(
+            self._channel.stream("ExportTopic", call), where=self._channel.endpoint
+        )
+
+    def _export_request(
+        self, topic: BlockRef, weights_only: bool, since: str | int | None
+    ) -> admin_pb.ExportTopicRequest:
         request = admin_pb.ExportTopicRequest(
             bank=self._bank, topic=ref_to_pb(topic), weights_only=weights_only
         )
-        call = self._admin.ExportTopic(request, timeout=timeout_s, metadata=self._channel.metadata)
-        return await write_pack(
-            self._channel.stream("ExportTopic", call),
-            target,
-            max_bytes=self._max_answer_bytes,
-            where=self._channel.endpoint,
-        )
+        if isinstance(since, str):
+            request.since_snapshot = since
+        elif since is not None:
+            request.since_revision_plus_one = since + 1
+        return request
+
+    async def list_packs(self, *, timeout_s: float) -> tuple[StoredPack, ...]:
+        """Return the packs in the bank's own store, by name."""
+        request = admin_pb.ListPacksRequest(bank=self._bank)
+        call = self._admin.ListPacks(request, timeout=timeout_s, metadata=self._channel.metadata)
+        answer = await self._channel.unary("ListPacks", call)
+        return tuple(map(stored_pack_from_pb, answer.packs))
+
+    async def delete_pack(self, name: str, *, timeout_s: float) -> StoredPack:
+        """Destroy a pack in the bank's own store, and return it."""
+        request = admin_pb.DeletePackRequest(bank=self._bank, name=name)
+        call = self._admin.DeletePack(request, timeout=timeout_s, metadata=self._channel.metadata)
+        return stored_pack_from_pb((await self._channel.unary("DeletePack", call)).pack)
 
     async def import_pack(
-        self, pack: BinaryIO, *, request_id: str, dry_run: bool, timeout_s: float
+        self,
+        pack: BinaryIO | str,
+        *,
+        topic: BlockRef | None = None,
+        force: bool = False,
+        request_id: str,
+        dry_run: bool,
+        timeout_s: float,
     ) -> ImportAnswer:
-        """Install the pack that stands in `pack` from its present position (seekable)."""
+        """Install a pack: from its present position (seekable), or the one that is stored by a name."""
         failures: list[OSError] = []
-        requests = import_requests(
-            pack, bank=self._bank, request_id=request_id, dry_run=dry_run, failures=failures
+        head = admin_pb.ImportTopicRequest(
+            bank=self._bank,
+            request_id=request_id,
+            dry_run=dry_run,
+            topic=None if topic is None else ref_to_pb(topic),
+            force=force,
+            stored=pack if isinstance(pack, str) else "",
         )
+        requests = import_requests(head, None if isinstance(pack, str) else pack, failures=failures)
         call = self._admin.ImportTopic(requests, timeout=timeout_s, metadata=self._channel.metadata)
         try:
             answer = await self._channel.upload("ImportTopic", call)

@@ -95,20 +95,22 @@ def _contiguous(step: Swap) -> Swap:
 
 
 async def import_requests(
-    pack: BinaryIO, *, bank: str, request_id: str, dry_run: bool, failures: list[OSError]
+    head: admin_pb.ImportTopicRequest, pack: BinaryIO | None, *, failures: list[OSError]
 ) -> AsyncIterator[admin_pb.ImportTopicRequest]:
-    """Yield the messages of an import; reads `pack` twice from its present position.
+    """Yield the messages of an import; reads `pack` (None = none) twice from its present position.
 
     gRPC turns an error of a request iterator into a cancellation, so one of reading is left in
     `failures` for the caller to raise.
     """
+    if pack is None:
+        yield head
+        return
     try:
         start, num_bytes, crc = pack.tell(), 0, 0
         while chunk := await asyncio.to_thread(pack.read, CHUNK_BYTES):
             num_bytes, crc = num_bytes + len(chunk), crc32c(chunk, start=crc)
-        yield admin_pb.ImportTopicRequest(
-            bank=bank, request_id=request_id, num_bytes=num_bytes, crc32c=crc, dry_run=dry_run
-        )
+        head.num_bytes, head.crc32c = num_bytes, crc
+        yield head
         pack.seek(start)
         while chunk := await asyncio.to_thread(pack.read, CHUNK_BYTES):
             yield admin_pb.ImportTopicRequest(data=chunk)
@@ -215,23 +217,13 @@ async def read_document(
 
 
 async def write_pack(
-    messages: AsyncIterator[admin_pb.ExportTopicResponse],
-    target: BinaryIO,
-    *,
-    max_bytes: int,
-    where: str,
+    messages: AsyncIterator[admin_pb.ExportTopicResponse], target: BinaryIO, *, where: str
 ) -> PackInfo:
     """Write an exported pack to `target` as it comes; errors as of `FetchedPayloads`."""
     head: admin_pb.ExportTopicResponse | None = None
     written = crc = 0
     async for message in messages:
-        if head is None:
-            head = message
-            if head.num_bytes > max_bytes:
-                raise InvalidArgumentError(
-                    f"the pack has {head.num_bytes} bytes, more than max_answer_bytes, {max_bytes}",
-                    reason=Reason.MESSAGE_TOO_LARGE,
-                )
+        head = head or message
         if message.data:
             written, crc = written + len(message.data), crc32c(message.data, start=crc)
             await asyncio.to_thread(target.write, message.data)
@@ -243,6 +235,18 @@ async def write_pack(
             "discard it and export again"
         )
     return PackInfo(num_bytes=written, crc32c=crc, revision=head.revision)
+
+
+async def read_pack_head(
+    messages: AsyncIterator[admin_pb.ExportTopicResponse], *, where: str
+) -> PackInfo:
+    """Return what is said of a pack that stays with the bank; errors as of `FetchedPayloads`."""
+    head: admin_pb.ExportTopicResponse | None = None
+    async for message in messages:
+        head = head or message
+    if head is None:
+        raise malformed(where, "it is empty")
+    return PackInfo(num_bytes=head.num_bytes, crc32c=head.crc32c, revision=head.revision)
 
 
 def _feed(assembler: PayloadAssembler, data: bytes | memoryview, *, where: str) -> None:

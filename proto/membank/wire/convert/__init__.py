@@ -13,6 +13,8 @@ from membank.wire.convert.admin import (
     snapshot_to_pb,
     stats_from_pb,
     stats_to_pb,
+    stored_pack_from_pb,
+    stored_pack_to_pb,
     topic_from_pb,
     topic_to_pb,
 )
@@ -75,6 +77,8 @@ __all__ = [
     "stats_to_pb",
     "step_from_pb",
     "step_to_pb",
+    "stored_pack_from_pb",
+    "stored_pack_to_pb",
     "topic_from_pb",
     "topic_to_pb",
 ]

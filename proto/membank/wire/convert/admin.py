@@ -22,6 +22,7 @@ from membank.wire.records import (
     GarbageReport,
     ShardStats,
     Snapshot,
+    StoredPack,
     Topic,
     TransactionReport,
     TreeChange,
@@ -148,6 +149,28 @@ def snapshot_from_pb(message: admin_pb.Snapshot) -> Snapshot:
     """Decode a snapshot."""
     return Snapshot(
         name=message.name, revision=message.revision, create_time_s=message.create_time_s
+    )
+
+
+def stored_pack_to_pb(pack: StoredPack) -> admin_pb.StoredPack:
+    """Encode a pack of the bank's own store."""
+    return admin_pb.StoredPack(
+        name=pack.name,
+        topic=ref_to_pb(pack.topic),
+        revision=pack.revision,
+        num_bytes=pack.num_bytes,
+        create_time_s=pack.create_time_s,
+    )
+
+
+def stored_pack_from_pb(message: admin_pb.StoredPack) -> StoredPack:
+    """Decode a pack of the bank's own store."""
+    return StoredPack(
+        name=message.name,
+        topic=ref_from_pb(message.topic),
+        revision=message.revision,
+        num_bytes=message.num_bytes,
+        create_time_s=message.create_time_s,
     )
 
 

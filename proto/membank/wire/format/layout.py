@@ -6,6 +6,8 @@
     revisions/0000000007.json                   what each committed revision consists of
     trees/0000000003.safetensors                tree documents: retriever and topic labels
     snapshots/NAME.json                         pinned revisions
+    packs/NAME.json                             what a pack that is kept here holds
+    packs/NAME.pack                             the pack
     partitions/0002/manifests/0000000031        block -> (slot, version, CRCs, ...)
     partitions/0002/log/0000000123              a batch of updates that are not in slots yet
     partitions/0002/level-1/weight/zarr.json    a zarr v3 array; one chunk = one slot
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from membank.wire.spec import Role
+from membank.wire.spec import NAME_PATTERN, Role
 
 FORMAT_VERSION = 1
 """Version of the layout; a reader refuses a bank with a greater one."""
@@ -28,6 +30,7 @@ SPEC_KEY = "bank.json"
 REVISIONS = "revisions"
 TREES = "trees"
 SNAPSHOTS = "snapshots"
+PACKS = "packs"
 CLAIMS = "claims"
 """Who serves the bank; not part of it."""
 
@@ -51,6 +54,23 @@ def snapshot_name(key: str) -> str | None:
     """Return the name of the snapshot whose key this is; None = it is a stray (see `number_in`)."""
     name = key.removeprefix(f"{SNAPSHOTS}/").removesuffix(".json")
     return name if snapshot_key(name) == key and "/" not in name else None
+
+
+def pack_key(name: str) -> str:
+    """Key of the pack called `name`."""
+    return f"{PACKS}/{name}.pack"
+
+
+def pack_record_key(name: str) -> str:
+    """Key of what is said of the pack called `name`."""
+    return f"{PACKS}/{name}.json"
+
+
+def pack_name(key: str) -> str | None:
+    """Return the name of the pack that a key belongs to; None = it is a stray (see `number_in`)."""
+    name = key.removeprefix(f"{PACKS}/").rpartition(".")[0]
+    is_named = key in {pack_key(name), pack_record_key(name)}
+    return name if is_named and NAME_PATTERN.fullmatch(name) else None
 
 
 def claim_key(number: int) -> str:

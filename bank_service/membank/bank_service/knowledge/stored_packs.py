@@ -1,0 +1,196 @@
+"""Packs in the bank's own store: kept by name, and destroyed with the topics that they hold.
+
+A pack is two objects: ``packs/NAME.json`` says what ``packs/NAME.pack`` holds. The first is created
+before the second and removed after it, so there is never a pack that a deletion would overlook.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+from membank.bank_service.store import Bank
+from membank.wire.errors import (
+    AlreadyExistsError,
+    CorruptionError,
+    InvalidArgumentError,
+    NotFoundError,
+    Reason,
+)
+from membank.wire.format import RevisionRecord
+from membank.wire.format.layout import PACKS, pack_key, pack_name, pack_record_key
+from membank.wire.format.stored_pack import PackRecord, decode_pack_record, encode_pack_record
+from membank.wire.records import StoredPack
+from membank.wire.spec import NAME_PATTERN, BlockRef, BlockState
+
+_LOG = logging.getLogger(__name__)
+
+
+class StoredPacks:
+    """The packs in the store of one bank. Written to only while no transaction is under way.
+
+    Parameters
+    ----------
+    bank
+        The bank.
+    """
+
+    def __init__(self, bank: Bank) -> None:
+        self._bank = bank
+        self._objects = bank.objects
+
+    def list(self) -> tuple[StoredPack, ...]:
+        """Return the packs, by name.
+
+        Raises
+        ------
+        CorruptionError
+            If what is said of one is damaged.
+        """
+        return tuple(
+            record.pack
+            for name in self._names()
+            if (record := self._find(name)) is not None and self._is_whole(name)
+        )
+
+    def require(self, name: str) -> PackRecord:
+        """Return what is said of the pack called `name`.
+
+        Raises
+        ------
+        NotFoundError
+            If there is none, or its export was cut off (UNKNOWN_PACK).
+        CorruptionError
+            If what is said of it is damaged.
+        """
+        record = self._find(name) if NAME_PATTERN.fullmatch(name) else None
+        if record is None or not self._is_whole(name):
+            raise self._unknown(name)
+        return record
+
+    def read(self, name: str) -> bytes:
+        """Return the pack called `name`; errors as for `require`."""
+        self.require(name)
+        try:
+            return self._objects.get(pack_key(name))
+        except NotFoundError as err:
+            raise self._unknown(name) from err
+
+    def write(self, record: PackRecord, data: Sequence[bytes | memoryview]) -> None:
+        """Keep a pack; no effect where the very same one is kept already.
+
+        Parameters
+        ----------
+        record
+            What is said of it.
+        data
+            The pack, in pieces.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If its name is none.
+        AlreadyExistsError
+            If there is another pack of the name (PACK_EXISTS).
+        """
+        name = record.pack.name
+        if not NAME_PATTERN.fullmatch(name):
+            raise InvalidArgumentError(
+                f"pack name {name!r}: use lower case letters, digits, hyphens, at most 63"
+            )
+        if pack_record_key(name) in self._objects.list(PACKS):
+            held = self._find(name)
+            if self._is_whole(name):
+                if held is not None and held.sha256 == record.sha256:
+                    return  # the export is a repetition: the answer to the first was lost
+                raise AlreadyExistsError(
+                    f"bank {self._bank.spec.name} has a pack {name!r} already; choose another name, "
+                    "or delete it",
+                    reason=Reason.PACK_EXISTS,
+                    metadata={"pack": name},
+                )
+        # Replaces what an export that was cut off has left.
+        self._objects.put(pack_record_key(name), encode_pack_record(record), durable=True)
+        self._objects.put(pack_key(name), data, durable=True)
+
+    def delete(self, name: str) -> StoredPack:
+        """Destroy the pack called `name`, or what is left of it, and return it.
+
+        Raises
+        ------
+        NotFoundError
+            If there is nothing of it (UNKNOWN_PACK).
+        """
+        if not NAME_PATTERN.fullmatch(name) or name not in self._names():
+            raise self._unknown(name)
+        try:
+            record = self._find(name)
+        except CorruptionError:
+            record = None
+        self._destroy(name)
+        if record is None:
+            return StoredPack(
+                name=name, topic=BlockRef(0, 0), revision=0, num_bytes=0, create_time_s=0.0
+            )
+        return record.pack
+
+    def destroy_holding(self, record: RevisionRecord) -> None:
+        """Destroy every pack that tells of a block which the transaction of `record` deleted.
+
+        May be repeated. A pack of which nobody can tell what it holds goes as well: knowledge that is
+        to be gone must not survive in a damaged file.
+        """
+        deleted = deleted_by(record)
+        if not deleted:
+            return
+        for name in self._names():
+            try:
+                held = self._find(name)
+            except CorruptionError as err:
+                _LOG.warning("pack %s goes with revision %d: %s", name, record.revision, err)
+                held = None
+            # One of a later revision holds what was created anew.
+            is_older = held is None or held.pack.revision < record.revision
+            if is_older and (held is None or not deleted.isdisjoint(held.refs)):
+                self._destroy(name)
+
+    def _names(self) -> Sequence[str]:
+        names = {pack_name(key) for key in self._objects.list(PACKS)}
+        return sorted(name for name in names if name is not None)
+
+    def _find(self, name: str) -> PackRecord | None:
+        key = pack_record_key(name)
+        try:
+            return decode_pack_record(self._objects.get(key), key=f"{self._bank.url}/{key}")
+        except NotFoundError:
+            return None
+
+    def _is_whole(self, name: str) -> bool:
+        try:
+            self._objects.get_range(pack_key(name), 0, 1)
+        except NotFoundError:
+            return False
+        return True
+
+    def _destroy(self, name: str) -> None:
+        self._objects.delete(pack_key(name))
+        self._objects.delete(pack_record_key(name))
+
+    def _unknown(self, name: str) -> NotFoundError:
+        return NotFoundError(
+            f"bank {self._bank.spec.name} has no pack {name!r}; `membank packs` lists them",
+            reason=Reason.UNKNOWN_PACK,
+            metadata={"pack": name},
+        )
+
+
+def deleted_by(record: RevisionRecord) -> frozenset[BlockRef]:
+    """Return the blocks that the transaction of `record` deleted."""
+    changes = record.detail.get("changes")
+    return frozenset(_deleted(changes if isinstance(changes, list) else []))
+
+
+def _deleted(changes: Sequence[Sequence[int]]) -> Iterator[BlockRef]:
+    for level, cluster, _, _, _, state_after, _ in changes:
+        if state_after == BlockState.DELETED:
+            yield BlockRef(level, cluster)
