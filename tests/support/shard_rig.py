@@ -34,6 +34,7 @@ from membank.bank_service.store import Bank, Data, LocalObjects, ObjectStore
 from membank.wire.errors import UnavailableError
 from membank.wire.format import RevisionRecord, TreeDocument
 from membank.wire.records import Gradient, ShardStats, Update
+from membank.wire.signing import Signer, TrustedKeys
 from membank.wire.spec import Array, BankSpec, BlockRef, LevelSpec
 
 T = TypeVar("T")
@@ -229,6 +230,10 @@ class ShardRig:
         self.spec = self.bank.spec
         self._num_shards = num_shards
         self.shards: dict[str, Shard] = {}
+        self.signer: Signer | None = None
+        """Signs packs, from the next start of the coordinator on."""
+        self.trusted_keys: TrustedKeys | None = None
+        """Keys that must have signed packs, likewise."""
         self.open_shards()
         self.start_coordinator()
 
@@ -264,7 +269,13 @@ class ShardRig:
         )
         self.coordinator.recover()
         self.operations = BankOperations(
-            self.bank, group, self.coordinator, log=self.log, trees=trees
+            self.bank,
+            group,
+            self.coordinator,
+            log=self.log,
+            trees=trees,
+            signer=self.signer,
+            trusted_keys=self.trusted_keys,
         )
 
     def members(self) -> tuple[ShardMember, ...]:

@@ -20,6 +20,7 @@ from membank.wire.errors import (
 )
 from membank.wire.format import TreeDocument
 from membank.wire.format.pack import Pack, PackedBlock, decode_pack, encode_pack
+from membank.wire.signing import Signer, TrustedKeys
 from membank.wire.spec import (
     Array,
     BlockRef,
@@ -33,6 +34,7 @@ from membank.wire.steps import Delete
 from shard_rig import RIG_SPEC, ShardRig, asked, full_tree
 
 TOPIC, LEAF = BlockRef(1, 1), BlockRef(2, 2)
+SIGNER = Signer.generate()
 
 
 @pytest.fixture
@@ -45,10 +47,10 @@ def rig(tmp_path: Path) -> Iterator[ShardRig]:
     rig.close()
 
 
-def contents(rig: ShardRig) -> dict[tuple[BlockRef, str], bytes]:
-    """Return the bytes of every array of the topic, optimizer state and step included."""
+def contents(rig: ShardRig, topic: BlockRef = TOPIC) -> dict[tuple[BlockRef, str], bytes]:
+    """Return the bytes of every array of a topic, optimizer state and step included."""
     found: dict[tuple[BlockRef, str], bytes] = {}
-    for ref in rig.spec.subtree(TOPIC):
+    for ref in rig.spec.subtree(topic):
         for content in rig.owner(ref).read([ref]):
             found[ref, "weight"] = content.weight.tobytes()
             found[ref, "step"] = str(content.step).encode()
@@ -199,6 +201,93 @@ def test_a_pack_moves_to_another_bank_of_the_same_anchor(rig: ShardRig, tmp_path
         assert other.log.committed.detail["from_bank"] == rig.spec.bank_id
     finally:
         other.close()
+
+
+def test_a_pack_goes_to_another_topic_with_all_that_is_said_of_it(rig: ShardRig) -> None:
+    there = BlockRef(1, 3)
+    before = contents(rig)
+    tree = tree_of(rig)
+    pack = rig.export(TOPIC)
+    dry, topic = rig.operations.import_topic(asked("", dry_run=True), pack, topic=there)
+    assert (topic, [change.ref for change in dry.changes]) == (there, list(RIG_SPEC.subtree(there)))
+    assert rig.log.last == 0
+    rig.operations.import_topic(asked("r1"), pack, topic=there)
+    places = dict(zip(RIG_SPEC.subtree(there), RIG_SPEC.subtree(TOPIC), strict=True))
+    moved = {(places[ref], role): data for (ref, role), data in contents(rig, there).items()}
+    assert moved == before
+    after = tree_of(rig)
+    for ref, source in places.items():
+        assert after.labels[ref] == tree.labels[source]
+        assert after.num_documents[ref] == tree.num_documents[source]
+        row = after.centroids[ref.level - 1][ref.cluster]
+        np.testing.assert_array_equal(row, tree.centroids[source.level - 1][source.cluster])
+    assert rig.log.committed.detail["from_topic"] == str(TOPIC)
+    assert rig.log.committed.detail["topic"] == str(there)
+
+
+def test_a_topic_that_was_replaced_keeps_none_of_its_labels(rig: ShardRig) -> None:
+    there = BlockRef(1, 3)
+    pack = decode_pack(rig.export(TOPIC))
+    bare = dataclasses.replace(pack, labels={TOPIC: "only"}, num_documents={})
+    rig.operations.import_topic(asked("r1"), encode_pack(bare), topic=there)
+    tree = tree_of(rig)
+    assert [tree.labels.get(ref) for ref in RIG_SPEC.subtree(there)] == ["only", None, None]
+    assert not tree.num_documents.keys() & set(RIG_SPEC.subtree(there))
+
+
+def test_a_deleted_topic_is_made_anew_by_the_pack_of_another(rig: ShardRig) -> None:
+    there = BlockRef(1, 3)
+    rig.operations.delete_topic(asked("r1"), there)
+    rig.operations.import_topic(asked("r2"), rig.export(TOPIC), topic=there)
+    assert rig.status(there).state is BlockState.ACTIVE
+    assert len(contents(rig, there)) == len(contents(rig))
+
+
+def test_another_anchor_is_refused_under_any_topic(rig: ShardRig, tmp_path: Path) -> None:
+    spec = dataclasses.replace(rig.spec, bank_id="", fingerprint="other")
+    other = ShardRig(tmp_path / "other", spec=spec)
+    try:
+        with pytest.raises(FailedPreconditionError, match=r"pack anchor, bank other") as caught:
+            other.operations.import_topic(asked("r1"), rig.export(TOPIC), topic=BlockRef(1, 3))
+        assert caught.value.reason is Reason.FINGERPRINT_MISMATCH
+        assert other.log.last == 0
+    finally:
+        other.close()
+
+
+def test_the_service_signs_and_takes_only_what_it_trusts(rig: ShardRig) -> None:
+    ours, theirs = Signer.generate(), Signer.generate()
+    unsigned = rig.export(TOPIC)
+    keys = TrustedKeys({ours.public_key: "we"})
+    rig.signer, rig.trusted_keys = theirs, keys
+    rig.start_coordinator()
+    foreign = rig.export(TOPIC)
+    rig.signer = ours
+    rig.start_coordinator()
+    own = rig.export(TOPIC)
+    before = rig.state()
+    for pack, reason in ((unsigned, Reason.UNSIGNED), (foreign, Reason.UNTRUSTED_KEY)):
+        with pytest.raises(FailedPreconditionError) as caught:
+            rig.operations.import_topic(asked("r1"), pack)
+        assert caught.value.reason is reason
+    assert rig.state() == before
+    rig.operations.import_topic(asked("r1"), own)
+    assert rig.log.committed.detail["signed_by"] == ["we"]
+    rig.trusted_keys = None
+    rig.start_coordinator()
+    rig.operations.import_topic(asked("r2"), foreign)
+    assert rig.log.committed.detail["signed_by"] == [theirs.public_key.key_id]
+
+
+def test_a_signature_that_is_not_of_the_pack_is_refused_by_every_service(rig: ShardRig) -> None:
+    one, other = (
+        encode_pack(decode_pack(rig.export(ref)), signers=[SIGNER]) for ref in (TOPIC, LEAF)
+    )
+    values = [decode_pack(data).signatures[0].to_json()["value"] for data in (one, other)]
+    forged = one.replace(str(values[0]).encode(), str(values[1]).encode())
+    with pytest.raises(CorruptionError) as caught:
+        rig.operations.import_topic(asked("r1"), forged)
+    assert caught.value.reason is Reason.BAD_SIGNATURE
 
 
 def small_pack() -> Pack:

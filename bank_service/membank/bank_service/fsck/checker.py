@@ -63,6 +63,10 @@ def _check_snapshots(bank: BankView) -> Iterator[Finding]:
     yield from bank.snapshots.findings
 
 
+def _check_packs(bank: BankView) -> Iterator[Finding]:
+    yield from bank.packs.findings
+
+
 def _check_manifests(view: PartitionView) -> Iterator[Finding]:
     yield from view.manifests.findings
     yield from missing_manifests(view.manifests, view.needed)
@@ -82,7 +86,12 @@ def _check_journals(view: PartitionView) -> Iterator[Finding]:
         yield from check_replay(view)
 
 
-BANK_CHECKS: tuple[BankCheck, ...] = (_check_chain, _check_snapshots, check_trees)
+BANK_CHECKS: tuple[BankCheck, ...] = (
+    _check_chain,
+    _check_snapshots,
+    check_trees,
+    _check_packs,
+)
 PARTITION_CHECKS: tuple[PartitionCheck, ...] = (
     _check_manifests,
     check_arrays,

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from membank.bank_service.fsck.manifests import names
+from membank.bank_service.fsck.packs import packs_holding
 from membank.bank_service.fsck.report import Finding, FindingKind
 from membank.bank_service.fsck.view import PartitionView
 from membank.wire.format.layout import manifest_key
@@ -20,6 +21,7 @@ def check_removal(view: PartitionView) -> Iterator[Finding]:
     index = view.manifests
     if not index.deleted or not index.is_certain:
         return
+    yield from packs_holding(view.bank.packs.records, index.deleted)
     holding: dict[int, set[BlockRef]] = defaultdict(set)
     for use in index.slots.values():
         if use.ref in index.deleted:

@@ -36,6 +36,8 @@ class FindingKind(StrEnum):
     SNAPSHOT_DAMAGED = "snapshot-damaged"
     SNAPSHOT_UNCOMMITTED = "snapshot-uncommitted"
     SNAPSHOT_GIVEN_UP = "snapshot-given-up"
+    PACK_DAMAGED = "pack-damaged"
+    PACK_UNFINISHED = "pack-unfinished"
     MANIFEST_MISSING = "manifest-missing"
     MANIFEST_DAMAGED = "manifest-damaged"
     MANIFEST_MISPLACED = "manifest-misplaced"
@@ -79,6 +81,7 @@ _NOTES = frozenset(
         FindingKind.TREE_SUPERSEDED,
         FindingKind.SNAPSHOT_UNCOMMITTED,
         FindingKind.SNAPSHOT_GIVEN_UP,
+        FindingKind.PACK_UNFINISHED,
         FindingKind.MANIFEST_UNDECIDED,
         FindingKind.MANIFEST_GIVEN_UP,
         FindingKind.RETIREMENT_UNFINISHED,

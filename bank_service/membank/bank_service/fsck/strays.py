@@ -22,6 +22,7 @@ from membank.wire.format.layout import (
     log_prefix,
     manifest_key,
     number_in,
+    pack_name,
     partition_prefix,
     revision_key,
     snapshot_name,
@@ -99,7 +100,7 @@ def _check_journal_name(key: str, name: str) -> Iterator[Finding]:
 
 def _is_document(key: str) -> bool:
     is_numbered = any(number_in(key, key_of) is not None for key_of in (revision_key, tree_key))
-    return is_numbered or snapshot_name(key) is not None
+    return is_numbered or snapshot_name(key) is not None or pack_name(key) is not None
 
 
 def _children(folder: Path) -> list[Path]:

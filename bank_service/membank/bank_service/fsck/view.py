@@ -9,6 +9,7 @@ from pathlib import Path
 
 from membank.bank_service.fsck.chain import Chain, survey_chain
 from membank.bank_service.fsck.manifests import ManifestIndex, survey_manifests
+from membank.bank_service.fsck.packs import Packs, survey_packs
 from membank.bank_service.fsck.retention import Needed, needed_manifests
 from membank.bank_service.fsck.segments import (
     JournalScan,
@@ -106,6 +107,11 @@ class BankView:
     def snapshots(self) -> Snapshots:
         """The snapshots."""
         return survey_snapshots(self.objects, self.chain)
+
+    @cached_property
+    def packs(self) -> Packs:
+        """The packs in the bank's own store."""
+        return survey_packs(self.objects, deep=self.deep)
 
 
 class PartitionView:

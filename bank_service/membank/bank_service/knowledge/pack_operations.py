@@ -124,8 +124,7 @@ class PackOperations:
                     sha256=pack.sha256,
                     refs=frozenset(head.refs) | pack.refs,
                 )
-                with _mapped(spool) as data:
-                    self._stored.write(record, pack.pieces(data))
+                self._stored.write(record, pack.pieces(_mapped(spool)))
                 return ExportedPack(pack, spool, revision=head.revision)
         except BaseException:
             spool.close()
@@ -239,14 +238,9 @@ def _spooling() -> Iterator[None]:
         raise storage_error(err, f"{tempfile.gettempdir()} ($TMPDIR)") from err
 
 
-@contextmanager
-def _mapped(spool: BinaryIO) -> Iterator[memoryview]:
+def _mapped(spool: BinaryIO) -> memoryview:
     """Map a file, so that its bytes are in memory only while they are copied."""
     if spool.seek(0, os.SEEK_END) == 0:
-        yield memoryview(b"")  # what is empty cannot be mapped
-        return
-    with (
-        mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-        memoryview(mapped) as view,
-    ):
-        yield view
+        return memoryview(b"")  # what is empty cannot be mapped
+    # Unmapped with the last view of it: an error on its way up may hold one.
+    return memoryview(mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ))
