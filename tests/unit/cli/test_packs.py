@@ -14,6 +14,7 @@ from command_line import membank
 from membank.wire.format.pack import check_signatures, decode_pack
 from membank.wire.signing import Signer
 from membank.wire.spec import BlockRef, BlockState
+from membank.wire.steps import Delete
 from rpc_rig import RpcRig
 from shard_rig import asked
 
@@ -67,7 +68,7 @@ def test_urls_are_written_whole_and_read(
     assert membank("export", "1/1", where, *at).code == 0
     with fsspec.open(where, "rb") as file:
         assert file.read() == rig.bank.export(TOPIC)
-    rig.bank.operations.delete_topic(asked("d"), TOPIC)
+    rig.bank.operations.apply(asked("d"), [Delete(topic=TOPIC)])
     assert membank("import", where, *at).code == 0
     assert rig.bank.status(TOPIC).state is BlockState.ACTIVE
     assert membank("pack", "verify", where).code == 0
@@ -76,7 +77,7 @@ def test_urls_are_written_whole_and_read(
 def test_an_export_that_fails_leaves_what_was_there(
     rig: RpcRig, at: tuple[str, str], tmp_path: Path
 ) -> None:
-    rig.bank.operations.delete_topic(asked("d"), TOPIC)
+    rig.bank.operations.apply(asked("d"), [Delete(topic=TOPIC)])
     pack = tmp_path / "topic.pack"
     pack.write_bytes(b"an older one")
     remote = fsspec.filesystem("memory")

@@ -11,6 +11,7 @@ import pytest
 from membank.wire.errors import ConflictError, MembankError, Reason
 from membank.wire.format.pack import decode_pack, encode_pack
 from membank.wire.spec import BlockRef, BlockState
+from membank.wire.steps import Delete, Restore, Withhold
 from shard_rig import RIG_SPEC, ShardRig, asked
 
 TOPIC, LEAF, QUIET = BlockRef(1, 1), BlockRef(2, 2), BlockRef(2, 3)
@@ -73,8 +74,8 @@ def test_a_diff_leads_to_what_the_full_pack_leads_to(rig: ShardRig, other: Shard
 
 def test_a_diff_against_the_end_of_a_revision(rig: ShardRig) -> None:
     # What was pushed during revision 1 is part of its end, once the next one has folded it.
-    rig.operations.withhold_topic(asked("w"), LEAF)
-    rig.operations.restore_topic(asked("r"), LEAF)
+    rig.operations.apply(asked("w"), [Withhold(topic=LEAF)])
+    rig.operations.apply(asked("r"), [Restore(topic=LEAF)])
     rig.push(QUIET, "d")
     diff = decode_pack(rig.export(TOPIC, since=1))
     assert QUIET in {block.ref for block in diff.blocks}
@@ -120,7 +121,7 @@ def _at_base(rig: ShardRig) -> bytes:
 
 def test_what_was_deleted_at_the_base_must_be_deleted_where_it_goes(rig: ShardRig) -> None:
     whole = rig.export(TOPIC)
-    rig.operations.delete_topic(asked("x"), LEAF)
+    rig.operations.apply(asked("x"), [Delete(topic=LEAF)])
     rig.operations.create_snapshot(asked("s2"), "without")
     leaf_alone = dataclasses.replace(
         decode_pack(whole),
@@ -132,7 +133,7 @@ def test_what_was_deleted_at_the_base_must_be_deleted_where_it_goes(rig: ShardRi
     rig.push(LEAF, "z")
     with pytest.raises(ConflictError):
         rig.operations.import_topic(asked("n"), encode_pack(diff))
-    rig.operations.delete_topic(asked("x2"), LEAF)
+    rig.operations.apply(asked("x2"), [Delete(topic=LEAF)])
     rig.operations.import_topic(asked("ok"), encode_pack(diff))
     assert rig.status(LEAF).state is BlockState.ACTIVE
 

@@ -237,7 +237,7 @@ def test_a_topic_that_was_replaced_keeps_none_of_its_labels(rig: ShardRig) -> No
 
 def test_a_deleted_topic_is_made_anew_by_the_pack_of_another(rig: ShardRig) -> None:
     there = BlockRef(1, 3)
-    rig.operations.delete_topic(asked("r1"), there)
+    rig.operations.apply(asked("r1"), [Delete(topic=there)])
     rig.operations.import_topic(asked("r2"), rig.export(TOPIC), topic=there)
     assert rig.status(there).state is BlockState.ACTIVE
     assert len(contents(rig, there)) == len(contents(rig))

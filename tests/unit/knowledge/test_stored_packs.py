@@ -17,6 +17,7 @@ from membank.wire.errors import (
     Reason,
 )
 from membank.wire.spec import BlockRef, BlockState
+from membank.wire.steps import Delete
 from shard_rig import Crash, ShardRig, When, asked
 
 TOPIC, LEAF, SIBLING, ELSEWHERE = BlockRef(1, 1), BlockRef(2, 2), BlockRef(2, 3), BlockRef(1, 2)
@@ -107,7 +108,7 @@ def test_a_deletion_destroys_every_pack_that_holds_a_block_of_it(
     keep(rig, ELSEWHERE, "elsewhere")
     # Carries one block, and tells of all.
     keep(rig, TOPIC, "diff", since="then")
-    rig.operations.delete_topic(asked("d"), deleted)
+    rig.operations.apply(asked("d"), [Delete(topic=deleted)])
     assert names(rig) == left
     stored = {f"packs/{name}.{ending}" for name in left for ending in ("json", "pack")}
     assert set(rig.objects.list("packs")) == stored
@@ -116,14 +117,14 @@ def test_a_deletion_destroys_every_pack_that_holds_a_block_of_it(
 
 def test_what_is_made_anew_is_kept_by_a_deletion_that_is_repeated(rig: ShardRig) -> None:
     pack = rig.export(TOPIC)
-    rig.operations.delete_topic(asked("d"), TOPIC)
+    rig.operations.apply(asked("d"), [Delete(topic=TOPIC)])
     rig.operations.import_topic(asked("i"), pack)
     keep(rig, TOPIC, "anew")
     deletion = rig.bank.require_record(1)
     rig.coordinator._packs.destroy_holding(deletion)  # as a restart would
     assert names(rig) == ["anew"]
     # A retry of the deletion deletes nothing that came after it.
-    rig.operations.delete_topic(asked("d"), TOPIC)
+    rig.operations.apply(asked("d"), [Delete(topic=TOPIC)])
     assert names(rig) == ["anew"]
 
 
@@ -154,7 +155,7 @@ def test_who_dies_while_packs_are_destroyed_has_them_destroyed_by_the_next(
     keep(rig, TOPIC, "kept")
     rig.faults.arm(step, when, Crash)
     with pytest.raises(Crash):
-        rig.operations.delete_topic(asked("d"), LEAF)
+        rig.operations.apply(asked("d"), [Delete(topic=LEAF)])
     is_committed = step != "put_if_absent revisions" or when is When.AFTER
     restart(rig)
     assert names(rig) == ([] if is_committed else ["kept"])
@@ -167,7 +168,7 @@ def test_fsck_reports_a_pack_that_outlives_its_blocks(rig: ShardRig) -> None:
     keep(rig, TOPIC, "kept")
     rig.faults.arm("delete packs", When.BEFORE, Crash)
     with pytest.raises(Crash):
-        rig.operations.delete_topic(asked("d"), LEAF)
+        rig.operations.apply(asked("d"), [Delete(topic=LEAF)])
     findings = check_bank(rig.objects).findings
     assert (FindingKind.REMOVAL_UNFINISHED, "packs/kept.pack") in {
         (f.kind, f.key) for f in findings
@@ -190,7 +191,7 @@ def test_an_export_that_was_cut_off_leaves_no_pack(rig: ShardRig, step: str, whe
     # The name is free, and a deletion overlooks nothing.
     keep(rig, TOPIC, "kept")
     assert names(rig) == ["kept"]
-    rig.operations.delete_topic(asked("d"), TOPIC)
+    rig.operations.apply(asked("d"), [Delete(topic=TOPIC)])
     assert rig.objects.list("packs") == []
 
 
@@ -217,12 +218,12 @@ def test_a_damaged_pack_is_refused_reported_and_can_be_destroyed(rig: ShardRig) 
 def test_a_pack_that_nobody_can_read_goes_with_any_deletion(rig: ShardRig) -> None:
     keep(rig, ELSEWHERE, "kept")
     rig.objects.put("packs/kept.json", b"{}")
-    rig.operations.delete_topic(asked("d"), TOPIC)
+    rig.operations.apply(asked("d"), [Delete(topic=TOPIC)])
     assert rig.objects.list("packs") == []
 
 
 def test_labels_of_a_deleted_topic_are_in_no_pack_either(rig: ShardRig) -> None:
     keep(rig, TOPIC, "kept")
-    rig.operations.delete_topic(asked("d"), LEAF)
+    rig.operations.apply(asked("d"), [Delete(topic=LEAF)])
     files = [path.read_bytes() for path in rig.objects.root.rglob("*") if path.is_file()]
     assert not [data for data in files if b"label of 2-2" in data]

@@ -19,10 +19,11 @@ from membank.bank_service.knowledge.shards import ShardGroup
 from membank.bank_service.knowledge.steps import deleted_topic
 from membank.bank_service.knowledge.stored_packs import StoredPacks
 from membank.bank_service.knowledge.transactions import Coordinator, Plan
-from membank.bank_service.knowledge.trees import TreeStore
+from membank.bank_service.knowledge.trees import TreeStore, tree_changes
 from membank.bank_service.store import Bank
 from membank.bank_service.store.objects import storage_error
 from membank.wire.crc import Buffer
+from membank.wire.errors import MembankError
 from membank.wire.format.pack import (
     FinishedPack,
     Pack,
@@ -206,6 +207,7 @@ class PackOperations:
         def plan() -> Plan:
             tree = self._trees.read(self._log.committed.tree_revision)
             check_fits(pack, self._spec, tree)
+            after = packs.tree_with(pack, tree, is_moved=pack.topic != source)
             return Plan(
                 operations=packs.contents_of(pack, self._expected(pack, force=force)),
                 detail={
@@ -216,7 +218,8 @@ class PackOperations:
                     "forced": force,
                     **detail,
                 },
-                tree=packs.tree_with(pack, tree, is_moved=pack.topic != source),
+                tree=after,
+                tree_changes=() if after is None else tree_changes(tree, after),
             )
 
         return self._coordinator.run(request, "import", plan).report, pack.topic
@@ -234,6 +237,8 @@ def _spooling() -> Iterator[None]:
     """Say what is wrong where a pack cannot be put together in a file."""
     try:
         yield
+    except MembankError:
+        raise  # some are OSErrors, too
     except OSError as err:
         raise storage_error(err, f"{tempfile.gettempdir()} ($TMPDIR)") from err
 
