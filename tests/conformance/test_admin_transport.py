@@ -149,6 +149,37 @@ class AdminTransportSuite:
         assert (answer.topic, answer.report.revision) == (TOPIC, 2)
         np.testing.assert_array_equal(bank.held(LEAF).weight, before)
 
+    async def test_import_under_another_topic(self, bank: FakeBank, gateway: Transport) -> None:
+        target = io.BytesIO()
+        await gateway.export(TOPIC, target, weights_only=False, timeout_s=TIMEOUT_S)
+        target.seek(0)
+        other = BlockRef(TOPIC.level, TOPIC.cluster ^ 1)
+        answer = await gateway.import_pack(
+            target, topic=other, force=True, request_id="i", dry_run=False, timeout_s=TIMEOUT_S
+        )
+        assert answer.topic == other
+        assert [change.ref for change in answer.report.changes] == list(SPEC.subtree(other))
+
+    async def test_stored_packs(self, bank: FakeBank, gateway: Transport) -> None:
+        info = await gateway.store_pack(
+            TOPIC, "kept", weights_only=False, since=None, timeout_s=TIMEOUT_S
+        )
+        assert info.num_bytes == len(bank.export(TOPIC))
+        (kept,) = await gateway.list_packs(timeout_s=TIMEOUT_S)
+        assert (kept.name, kept.topic, kept.num_bytes) == ("kept", TOPIC, info.num_bytes)
+        answer = await gateway.import_pack(
+            "kept", request_id="i", dry_run=True, timeout_s=TIMEOUT_S
+        )
+        assert answer.topic == TOPIC
+        assert await gateway.delete_pack("kept", timeout_s=TIMEOUT_S) == kept
+        for call in (
+            gateway.delete_pack("kept", timeout_s=TIMEOUT_S),
+            gateway.import_pack("kept", request_id="j", dry_run=False, timeout_s=TIMEOUT_S),
+        ):
+            with pytest.raises(NotFoundError) as caught:
+                await call
+            assert caught.value.reason is Reason.UNKNOWN_PACK
+
     async def test_import_of_no_pack(self, gateway: Transport) -> None:
         with pytest.raises(InvalidArgumentError) as caught:
             await gateway.import_pack(

@@ -27,7 +27,6 @@ from membank.cli.delete_documents import (
 )
 from membank.cli.output import JsonOption, console, emit, format_bytes, table
 from membank.cli.step_file import load_array
-from membank.wire.errors import InvalidArgumentError
 from membank.wire.records import CentroidChange, TransactionReport, TreeChange
 from membank.wire.spec import BlockState
 
