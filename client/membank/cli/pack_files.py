@@ -111,11 +111,15 @@ def read_pack(where: str) -> Iterator[BinaryIO]:
 def mapped_pack(where: str) -> Iterator[memoryview]:
     """Map a pack at a path or URL, so that it is not in memory as a whole; errors as of `read_pack`."""
     with read_pack(where) as file:
-        if file.seek(0, os.SEEK_END) == 0:
-            yield memoryview(b"")  # what is empty cannot be mapped
-        else:
-            # Unmapped with the last array that is a view of it.
-            yield memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        yield mapped(file)
+
+
+def mapped(file: BinaryIO) -> memoryview:
+    """Map all of an open file; its position is at the end afterwards."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return memoryview(b"")  # what is empty cannot be mapped
+    # Unmapped with the last array that is a view of it.
+    return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _is_remote(where: str) -> bool:

@@ -19,7 +19,7 @@ from membank.cli.connection import (
 )
 from membank.cli.operate import report_json, show_report_lines
 from membank.cli.output import JsonOption, console, emit, err_console, format_bytes, table
-from membank.cli.pack_files import mapped_pack, read_pack, written_pack
+from membank.cli.pack_files import mapped, mapped_pack, read_pack, written_pack
 from membank.cli.pack_report import PackReport, describe_pack, show_pack
 from membank.client import BankClient
 from membank.wire.errors import InvalidArgumentError, MembankError, NotFoundError
@@ -163,9 +163,12 @@ def import_(
             answer = client.import_stored(stored, topic=topic, force=force, dry_run=dry_run)
         else:
             assert pack is not None
-            if trusted is not None:
-                _require_trusted(pack, TrustedKeys.load(trusted))
+            keys = None if trusted is None else TrustedKeys.load(trusted)
             with read_pack(pack) as file:
+                if keys is not None:
+                    # Of this copy: another one may be another pack.
+                    check_signatures(decode_pack(mapped(file), what=pack), keys, what=pack)
+                    file.seek(0)
                 answer = client.import_pack(file, topic=topic, force=force, dry_run=dry_run)
     payload = {"operation": "import", "topic": str(answer.topic), **report_json(answer.report)}
 
@@ -330,11 +333,6 @@ def keygen(
         as_json=as_json,
         render=lambda: typer.echo(line),
     )
-
-
-def _require_trusted(pack: str, keys: TrustedKeys) -> None:
-    with mapped_pack(pack) as data:
-        check_signatures(decode_pack(data, what=pack), keys, what=pack)
 
 
 def _reason_against(report: PackReport, client: BankClient) -> MembankError | None:

@@ -13,6 +13,7 @@ from membank.bank_service.cluster import (
     down,
     list_running,
     status,
+    up,
 )
 from membank.bank_service.cluster import state as notes
 from membank.bank_service.cluster.config import bank_key, canonical_url, default_journal_root
@@ -23,6 +24,7 @@ from membank.wire.errors import (
     Reason,
     UnavailableError,
 )
+from membank.wire.signing import Signer
 
 
 def endpoint(bank_url: str, address: str = "127.0.0.1:7600") -> Endpoint:
@@ -64,6 +66,22 @@ def test_paths_are_absolute_for_actors_have_another_working_directory(
     assert config.bank_url == str(tmp_path / "bank")
     assert config.runtime_dir == tmp_path / "run"
     assert config.key == bank_key(f"file://{tmp_path}/bank") == bank_key("./x/../bank")
+
+
+def test_trusted_keys_are_read_before_anything_starts(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    signer = Signer.generate()
+    keys.write_text(f"{signer.public_key.text} Jo\n")
+    config = UpConfig(bank_url=str(tmp_path / "bank"), trusted_keys=keys)
+    trusted = config.load_trusted_keys()
+    assert trusted is not None
+    assert trusted[signer.public_key] == "Jo"
+    assert UpConfig(bank_url=str(tmp_path / "bank")).load_trusted_keys() is None
+    for text in ("no key\n", None):
+        keys.write_text(text) if text else keys.unlink()
+        with pytest.raises(InvalidArgumentError) as caught:
+            up(config)
+        assert caught.value.reason is Reason.BAD_KEY
 
 
 def test_urls_keep_their_scheme_and_journals_lie_where_settings_say(tmp_path: Path) -> None:

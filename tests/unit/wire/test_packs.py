@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -230,3 +231,20 @@ def test_what_cannot_move_is_refused(topic: BlockRef, leaf: str, reason: Reason)
         moved(pack, topic, RIG_SPEC)
     assert isinstance(caught.value, MembankError)
     assert caught.value.reason is reason
+
+
+def test_a_pack_is_written_without_being_in_memory(tmp_path: Path) -> None:
+    weight = np.ones((64, 1024, 16), np.float32)
+    with (tmp_path / "spool").open("w+b") as spool:
+        tracemalloc.start()
+        try:
+            writer = PackWriter(spool)
+            for cluster in range(16):
+                writer.add(PackedBlock(ref=BlockRef(2, cluster), version=1, step=0, weight=weight))
+            finished = writer.finish(small_pack(blocks=()), signers=[JO])
+            assert sum(map(len, finished.chunks())) == finished.num_bytes > 16 * weight.nbytes
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    # 64 MiB, of which a chunk or two at a time.
+    assert peak < weight.nbytes

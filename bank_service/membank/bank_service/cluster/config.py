@@ -151,7 +151,6 @@ class UpConfig:
         _require(ok, "max_in_flight_bytes", self.max_in_flight_bytes, ">= 1 MiB")
         _require(self.start_timeout_s > 0, "start_timeout_s", self.start_timeout_s, "> 0")
         # Refused here, before anything is started.
-        self.load_trusted_keys()
         self.gateway_config()
         self.shard_config()
 

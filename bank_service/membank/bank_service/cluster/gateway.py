@@ -78,8 +78,9 @@ class Gateway:
         Settings of the shards, for what clients are told; None = the defaults.
     check_ours
         Raises where another service has taken the bank over; asked before every call.
-    trusted_keys
-        Keys of which one must have signed a pack that is imported; None = any pack is taken.
+    load_trusted_keys
+        Reads the keys of which one must have signed a pack that is imported, when a bank is about to be
+        served; None of it = any pack is taken.
     """
 
     # `_lock` makes creation and opening happen once; `_served` is replaced whole.
@@ -92,12 +93,12 @@ class Gateway:
         check_spec: Callable[[BankSpec], None] = lambda spec: None,
         shard: ShardConfig | None = None,
         check_ours: Callable[[], None] = lambda: None,
-        trusted_keys: TrustedKeys | None = None,
+        load_trusted_keys: Callable[[], TrustedKeys | None] = lambda: None,
     ) -> None:
         self._bank_url = bank_url
         self._check_spec = check_spec
         self._check_ours = check_ours
-        self._trusted_keys = trusted_keys
+        self._load_trusted_keys = load_trusted_keys
         self._start_fleet = start_fleet
         self._shard = shard or ShardConfig()
         self._lock = threading.Lock()
@@ -221,6 +222,8 @@ class Gateway:
         )
 
     def _serve(self, bank: Bank, *, insist: bool) -> _Served:
+        # Before anything is started that would have to be ended again.
+        trusted_keys = self._load_trusted_keys()
         fleet = self._start_fleet(bank.spec, insist=insist)
         log, trees = RevisionLog(bank), TreeStore(bank)
         shards = ShardGroup(bank.spec, fleet)
@@ -232,7 +235,7 @@ class Gateway:
         elif fleet.all_serve():
             _try_to_recover(coordinator)
         operations = BankOperations(
-            bank, shards, coordinator, log=log, trees=trees, trusted_keys=self._trusted_keys
+            bank, shards, coordinator, log=log, trees=trees, trusted_keys=trusted_keys
         )
         return _Served(bank, fleet, log, trees, operations)
 

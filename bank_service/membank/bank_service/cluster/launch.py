@@ -77,6 +77,8 @@ def up(config: UpConfig) -> Endpoint:
     ------
     FailedPreconditionError
         INSECURE_ENDPOINT, PORT_IN_USE, BANK_IN_USE, or what somebody must mend in the storage.
+    InvalidArgumentError
+        If the file of trusted keys cannot be read (BAD_KEY).
     CorruptionError
         If the bank is damaged.
     UnavailableError
@@ -84,6 +86,7 @@ def up(config: UpConfig) -> Endpoint:
     """
     _check_not_running(config)
     # Found out before a Ray is started for nothing.
+    config.load_trusted_keys()
     check_port_free(config.host, config.port)
     if config.ray_address is None:
         # Actors of a Ray that is started here have this environment, and find what it finds.

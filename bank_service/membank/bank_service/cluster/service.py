@@ -114,7 +114,7 @@ class Service:
             check_spec=lambda spec: check_spec(config, spec),
             shard=config.shard_config(),
             check_ours=self._check_ours,
-            trusted_keys=config.load_trusted_keys(),
+            load_trusted_keys=config.load_trusted_keys,
         )
 
     def start(self) -> None:

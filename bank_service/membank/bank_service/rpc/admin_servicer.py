@@ -149,9 +149,11 @@ class AdminServicer(AdminServiceServicer):
         topic = _topic(head.topic, admin.spec) if head.HasField("topic") else None
         request = _request(head.request_id, head.dry_run)
         if head.stored:
-            report, installed = admin.import_stored(
-                request, head.stored, topic=topic, force=head.force
-            )
+            sizes = {pack.name: pack.num_bytes for pack in admin.list_packs()}
+            with self._budget.reserve(sizes.get(head.stored, 0), what="import"):
+                report, installed = admin.import_stored(
+                    request, head.stored, topic=topic, force=head.force
+                )
         else:
             with self._budget.reserve(head.num_bytes, what="import"):
                 pack = _received(head, request_iterator)
