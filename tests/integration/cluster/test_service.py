@@ -171,6 +171,15 @@ def test_a_topic_leaves_and_comes_back_bit_for_bit(client: BankClient) -> None:
     for ref in refs:
         np.testing.assert_array_equal(after[ref].weight, before[ref].weight)
         assert after[ref].version > before[ref].version
+    # And under another topic, from the bank's own store.
+    client.store_pack(TOPIC, "kept")
+    other = BlockRef(TOPIC.level, TOPIC.cluster + 1)
+    assert client.import_stored("kept", topic=other).topic == other
+    there = client.fetch_blocks(SPEC.subtree(other))
+    for ref, moved in zip(refs, there.values(), strict=True):
+        np.testing.assert_array_equal(moved.weight, before[ref].weight)
+    assert [stored.name for stored in client.packs()] == ["kept"]
+    assert client.delete_pack("kept").topic == TOPIC
 
 
 def test_earlier_states_reach_across_the_processes(client: BankClient) -> None:

@@ -211,6 +211,8 @@ def test_a_damaged_pack_is_refused_reported_and_can_be_destroyed(rig: ShardRig) 
     assert kinds(rig) == {FindingKind.PACK_DAMAGED}
     rig.objects.put("packs/kept.json", b"{}")
     assert kinds(rig) == {FindingKind.PACK_DAMAGED}
+    keep(rig, ELSEWHERE, "other")
+    assert names(rig) == ["other"]
     rig.operations.delete_pack("kept")
     assert kinds(rig) == set()
 

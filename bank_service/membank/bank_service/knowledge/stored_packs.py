@@ -40,18 +40,18 @@ class StoredPacks:
         self._objects = bank.objects
 
     def list(self) -> tuple[StoredPack, ...]:
-        """Return the packs, by name.
-
-        Raises
-        ------
-        CorruptionError
-            If what is said of one is damaged.
-        """
-        return tuple(
-            record.pack
-            for name in self._names()
-            if (record := self._find(name)) is not None and self._is_whole(name)
-        )
+        """Return the packs, by name; one whose description is damaged is left out, and logged."""
+        found = []
+        for name in self._names():
+            try:
+                record = self._find(name)
+            except CorruptionError as err:
+                # It must not keep the others from being used; `membank fsck` reports it.
+                _LOG.warning("pack %s is left out: %s", name, err)
+                continue
+            if record is not None and self._is_whole(name):
+                found.append(record.pack)
+        return tuple(found)
 
     def require(self, name: str) -> PackRecord:
         """Return what is said of the pack called `name`.
@@ -128,11 +128,11 @@ class StoredPacks:
         except CorruptionError:
             record = None
         self._destroy(name)
-        if record is None:
-            return StoredPack(
-                name=name, topic=BlockRef(0, 0), revision=0, num_bytes=0, create_time_s=0.0
-            )
-        return record.pack
+        # Of what was cut off or damaged, only the name is known.
+        nothing = StoredPack(
+            name=name, topic=BlockRef(1, 0), revision=0, num_bytes=0, create_time_s=0.0
+        )
+        return nothing if record is None else record.pack
 
     def destroy_holding(self, record: RevisionRecord) -> None:
         """Destroy every pack that tells of a block which the transaction of `record` deleted.
