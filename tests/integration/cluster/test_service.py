@@ -159,6 +159,31 @@ def test_a_transaction_spans_the_processes(client: BankClient) -> None:
         np.testing.assert_array_equal(fetched[ref].weight, weights[ref])
 
 
+def test_steps_span_the_processes_and_are_applied_once(
+    service: tuple[UpConfig, Endpoint], client: BankClient
+) -> None:
+    # Of both shards: partitions 0 and 1.
+    one, other, zeroed = BlockRef(1, 0), BlockRef(1, 1), BlockRef(2, 12)
+    before = client.fetch_blocks([one, other])
+    with client.transaction(request_id="exchange") as exchange:
+        exchange.copy(one, other, expected_version=before[other].version)
+        exchange.copy(other, one, expected_source_version=before[other].version)
+        exchange.zero(zeroed)
+    after = client.fetch_blocks([one, other, zeroed])
+    np.testing.assert_array_equal(after[one].weight, before[other].weight)
+    np.testing.assert_array_equal(after[other].weight, before[one].weight)
+    assert after[zeroed].weight is not None
+    assert not after[zeroed].weight.any()
+    for pid in (
+        status(runtime_dir=service[0].runtime_dir).controller_pid,
+        status(runtime_dir=service[0].runtime_dir).shards[1].pid,
+    ):
+        os.kill(pid, signal.SIGKILL)
+        again = client.apply(exchange.steps, request_id="exchange")
+        assert again.report == exchange.report
+    assert client.fetch_blocks([one, other, zeroed]).versions == after.versions
+
+
 def test_a_topic_leaves_and_comes_back_bit_for_bit(client: BankClient) -> None:
     refs = list(SPEC.subtree(TOPIC))
     before = client.fetch_blocks(refs)

@@ -14,6 +14,7 @@ import pytest
 from command_line import membank
 from fake_bank import SPEC, FakeBank
 from fake_service import FakeService
+from membank.wire.records import AuditRecord
 from membank.wire.spec import BlockRef, BlockState
 
 # Under A and B lie two leaves each.
@@ -177,3 +178,36 @@ def test_deleting_by_a_file_asks_first(
     ended = membank("apply", str(steps), "--bank", service.endpoint)
     assert (ended.code, bank.revision) == (1, 0)
     assert "Delete 1 blocks" in ended.err
+
+
+def test_the_audit_log_names_what_steps_were_applied_to(
+    bank: FakeBank, service: FakeService
+) -> None:
+    combined: dict[str, object] = {
+        "step": "combine",
+        "block": "2/3",
+        "keep": 0.5,
+        "other": "2/4",
+        "add": 0.5,
+    }
+    deleted: dict[str, object] = {"step": "delete", "topic": "1/2"}
+    bank.audit = [
+        _record("transaction", [combined, deleted]),
+        _record("combine", [combined]),
+    ]
+    told = membank("audit", "--bank", service.endpoint).out
+    mixed, alone = (" ".join(line.split()) for line in told.splitlines()[-3:-1])
+    assert mixed.endswith("transaction combine 2/3 with 2/4, delete 1/2")
+    assert alone.endswith("combine 2/3 with 2/4")
+    assert "combine combine" not in alone
+
+
+def _record(operation: str, steps: list[dict[str, object]]) -> AuditRecord:
+    return AuditRecord(
+        revision=1,
+        time_s=0.0,
+        principal="alice",
+        operation=operation,
+        request_id="r",
+        detail={"steps": steps},
+    )
