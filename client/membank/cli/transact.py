@@ -133,7 +133,7 @@ def zero(
     ca_file: CaOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make the content of a topic zero: it adds nothing to the anchor, and can be trained anew.
+    """Make the content of a topic zero: it adds nothing to the anchor, whatever is pushed to it.
 
     What it held stays in the bank's history, as after any change; ``membank delete`` destroys.
 

@@ -149,7 +149,9 @@ class Transaction:
         )
 
     def scale(self, ref: BlockRef, factor: float, *, expected_version: int | None = None) -> None:
-        """Multiply the content of a block.
+        """Multiply the content of a block, all three parts of it.
+
+        A block is a SwiGLU FFN, so its effect does not grow and shrink alike.
 
         Parameters
         ----------
@@ -163,7 +165,10 @@ class Transaction:
         self.add(Combine(ref=ref, keep=factor, expected_version=expected_version))
 
     def zero(self, ref: BlockRef, *, expected_version: int | None = None) -> None:
-        """Make the content of a block zero: it adds nothing to the anchor, and can be trained.
+        """Make the content of a block zero: it adds nothing to the anchor, and cannot be trained.
+
+        Where all parts of a SwiGLU FFN are zero, so are their gradients. To train the block anew, swap
+        in its initial content, ``membank.wire.format.initial_weight(spec, ref)``.
 
         Parameters
         ----------
