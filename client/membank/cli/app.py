@@ -20,6 +20,7 @@ _COMMAND_MODULES = (
     "operate",
     "transact",
     "packs",
+    "grow",
     "history",
     "fsck_command",
     "bench_command",

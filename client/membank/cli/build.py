@@ -145,6 +145,10 @@ def tree(
     fan_out: Annotated[
         str | None, typer.Option(help="Children per cluster and level, such as 16,16.")
     ] = None,
+    reserve: Annotated[
+        int | None,
+        typer.Option(min=0, help="Free clusters beside them, for topics to come (membank grow)."),
+    ] = None,
     embedder: Annotated[
         str | None, typer.Option(help="lsa, minilm, or minilm:PATH of a local copy.")
     ] = None,
@@ -171,6 +175,7 @@ def tree(
         recipe,
         corpus=corpus_name,
         fan_outs=_fan_outs(fan_out),
+        reserve=reserve,
         embedder=embedder,
         bank_name=name,
         stage1_tokens=stage1_tokens,

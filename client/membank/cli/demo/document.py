@@ -115,6 +115,6 @@ def _latency(measured: Mapping[str, Any]) -> dict[str, float]:
 
 def _recipe(config: RunConfig) -> Recipe:
     memory = MemoryConfig(
-        block_widths=config.block_widths, fan_outs=config.tree.fan_outs, dtype="float32"
+        block_widths=config.block_widths, fan_outs=config.tree.all_fan_outs, dtype="float32"
     )
     return Recipe(name=config.name, anchor=config.anchor, memory=memory)

@@ -74,7 +74,7 @@ class RunConfig:
         levels = tuple(
             LevelSpec(fan_out=fan_out, block_width=width, learning_rate=rate)
             for fan_out, width, rate in zip(
-                self.tree.fan_outs, self.block_widths, self.learning_rates, strict=True
+                self.tree.all_fan_outs, self.block_widths, self.learning_rates, strict=True
             )
         )
         return BankSpec(

@@ -138,7 +138,7 @@ def trained_leaves(
     """
     if not config.only_asked_subtrees:
         return leaf_N, ()
-    topic_N = np.where(leaf_N >= 0, leaf_N // math.prod(config.tree.fan_outs[1:]), -1)
+    topic_N = np.where(leaf_N >= 0, leaf_N // math.prod(config.tree.all_fan_outs[1:]), -1)
     asked = [fact for fact in corpus.facts if fact.relation in config.asked_relations]
     topics = tuple(sorted({int(topic_N[corpus.index[fact.doc_id]]) for fact in asked} - {-1}))
     if not topics:

@@ -81,6 +81,7 @@ def named_run(
     *,
     corpus: str | None = None,
     fan_outs: tuple[int, ...] | None = None,
+    reserve: int | None = None,
     embedder: str | None = None,
     bank_name: str | None = None,
     stage1_tokens: int | None = None,
@@ -97,6 +98,8 @@ def named_run(
     fan_outs
         Another tree shape. More or fewer levels than the recipe's keep its leaf width for the
         last level and its first width for the others.
+    reserve
+        Free clusters beside them, per cluster of the level above, for topics to come.
     embedder
         Another embedder.
     bank_name
@@ -125,6 +128,8 @@ def named_run(
             block_widths=(config.block_widths[0],) * upper + (config.block_widths[-1],),
             learning_rates=(config.learning_rates[0],) * upper + (config.learning_rates[-1],),
         )
+    if reserve is not None:
+        config = replace(config, tree=replace(config.tree, reserve=reserve))
     if stage1_tokens is not None:
         config = replace(config, stage1=replace(config.stage1, num_tokens=stage1_tokens))
     if stage2_tokens is not None:

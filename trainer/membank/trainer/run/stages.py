@@ -191,7 +191,7 @@ class Evaluator:
     def holding_topics(self, relation: str) -> tuple[BlockRef, ...]:
         """Return the level-1 topics that hold the documents of a relation's facts."""
         below = 1
-        for fan_out in self._config.tree.fan_outs[1:]:
+        for fan_out in self._config.tree.all_fan_outs[1:]:
             below *= fan_out
         leaves = {
             self._leaves[self._corpus.index[f.doc_id]] for f in self._corpus.facts_of(relation)

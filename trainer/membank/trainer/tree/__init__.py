@@ -8,6 +8,13 @@ from membank.trainer.tree._build import (
     prefix_of,
 )
 from membank.trainer.tree._fit import DocumentViews, Progress, TopicTree, TreeConfig, fit_tree
+from membank.trainer.tree._growth import (
+    centroid_of,
+    free_child,
+    halves_of,
+    has_centroid,
+    views_of,
+)
 from membank.trainer.tree._kmeans import KMeansConfig, balanced_kmeans, rebalance
 from membank.trainer.tree._labels import topic_labels
 from membank.trainer.tree._lsa import LsaConfig, fit_lsa, pages_of
@@ -29,9 +36,13 @@ __all__ = [
     "TreeConfig",
     "balanced_kmeans",
     "build_tree",
+    "centroid_of",
     "embedder_from_config",
     "fit_lsa",
     "fit_tree",
+    "free_child",
+    "halves_of",
+    "has_centroid",
     "pages_of",
     "pool_pieces",
     "prefix_of",
@@ -39,4 +50,5 @@ __all__ = [
     "routing_report",
     "topic_labels",
     "topic_scores",
+    "views_of",
 ]

@@ -25,7 +25,9 @@ class TreeConfig:
     """Shape of a topic tree and how it is fitted."""
 
     fan_outs: tuple[int, ...] = (16, 16)
-    """Children of a cluster at each level, coarsest first."""
+    """Children of a cluster that are fitted at each level, coarsest first."""
+    reserve: int = 0
+    """Children of every cluster, and of the root, beside those: they stay free for topics to come."""
     kmeans: KMeansConfig = field(default_factory=KMeansConfig)
     """How the children of one node are found."""
     seed: int = 0
@@ -35,10 +37,18 @@ class TreeConfig:
         if not self.fan_outs or min(self.fan_outs) < 1:
             msg = f"fan_outs={self.fan_outs}: must name at least one level, each with >= 1 children"
             raise ValueError(msg)
+        if self.reserve < 0:
+            msg = f"reserve={self.reserve}: must be >= 0"
+            raise ValueError(msg)
+
+    @property
+    def all_fan_outs(self) -> tuple[int, ...]:
+        """Children of a cluster at each level, the free ones among them."""
+        return tuple(fan_out + self.reserve for fan_out in self.fan_outs)
 
     def num_clusters(self, level: int) -> int:
-        """Return the clusters of `level` (1 = coarsest)."""
-        return math.prod(self.fan_outs[:level])
+        """Return the clusters of `level` (1 = coarsest), the free ones among them."""
+        return math.prod(self.all_fan_outs[:level])
 
 
 @dataclass(frozen=True)
@@ -127,12 +137,14 @@ def fit_tree(
     centroids: list[NDArray[np.float32]] = []
     cluster_of = np.zeros(len(views.placing[0]), dtype=np.int64)
     done = 0
-    for level, fan_out in enumerate(config.fan_outs):
+    for level, (fan_out, children) in enumerate(
+        zip(config.fan_outs, config.all_fan_outs, strict=True)
+    ):
         dims = level_dims[min(level, len(level_dims) - 1)] if level_dims else num_dims
         fitted_on = [head(view, dims) for view in (views.fine if level else views.coarse)]
         placing = [head(view, dims) for view in views.placing]
         num_parents = config.num_clusters(level)
-        fitted = np.full((num_parents, fan_out, dims), np.nan, dtype=np.float32)
+        fitted = np.full((num_parents, children, dims), np.nan, dtype=np.float32)
         below = np.zeros_like(cluster_of)
         for parent in range(num_parents):
             members = np.flatnonzero(cluster_of == parent)
@@ -141,13 +153,13 @@ def fit_tree(
                 found = balanced_kmeans(vectors, fan_out, config.kmeans, rng)
                 child_of = _place([view[members] for view in placing], found)
                 fitted[parent, : len(found)] = found
-                below[members] = parent * fan_out + child_of
+                below[members] = parent * children + child_of
             done += 1
             if progress is not None:
                 progress("topic tree", done, num_nodes)
-        centroids.append(fitted.reshape(num_parents * fan_out, dims))
+        centroids.append(fitted.reshape(num_parents * children, dims))
         cluster_of = below
-    return TopicTree(config.fan_outs, tuple(centroids), cluster_of)
+    return TopicTree(config.all_fan_outs, tuple(centroids), cluster_of)
 
 
 def _place(
