@@ -51,6 +51,13 @@ def test_a_configuration_of_another_version_is_refused(tmp_path: Path) -> None:
         load_config(run)
 
 
+def test_a_reserve_is_room_in_the_bank() -> None:
+    config = named_run("fast", fan_outs=(4, 3), reserve=2)
+    spec = config.bank_spec(fingerprint="f")
+    assert [level.fan_out for level in spec.levels] == [6, 5]
+    assert named_run("fast", fan_outs=(4, 3)).tree.reserve == 0
+
+
 def test_the_bank_has_the_shape_of_tree_and_anchor() -> None:
     config = named_run("demo", fan_outs=(4, 4, 4))
     spec = config.bank_spec(fingerprint="f")

@@ -40,6 +40,23 @@ def test_documents_are_placed_where_they_are_routed() -> None:
     assert np.array_equal(retriever(tree).route_vectors(points)[:, -1], tree.leaf_N)
 
 
+def test_a_reserve_stays_free_and_changes_nothing_else() -> None:
+    points = vectors(300)
+    tree = fit_tree(points, CONFIG)
+    roomy = fit_tree(points, TreeConfig(fan_outs=CONFIG.fan_outs, reserve=2))
+    assert roomy.fan_outs == (6, 5)
+    first, second = (level.reshape(-1, 6) for level in roomy.centroids)
+    assert np.isnan(first[4:]).all()
+    np.testing.assert_array_equal(first[:4], tree.centroids[0])
+    children = second.reshape(6, 5, 6)
+    assert np.isnan(children[4:]).all()
+    assert np.isnan(children[:, 3:]).all()
+    np.testing.assert_array_equal(children[:4, :3].reshape(12, 6), tree.centroids[1])
+    # Every document is in the same leaf, by its other name.
+    np.testing.assert_array_equal(tree.leaf_N // 3, roomy.leaf_N // 5)
+    np.testing.assert_array_equal(tree.leaf_N % 3, roomy.leaf_N % 5)
+
+
 def test_subtrees_follow_the_planted_hierarchy() -> None:
     source = np.random.Generator(np.random.PCG64(5))
     axes = np.eye(12)
