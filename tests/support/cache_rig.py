@@ -43,9 +43,10 @@ class FakeEar:
         self.span: int | None = 1
         self.is_closed = False
         self.hear: Callable[[BlockEvent], None] = lambda event: None
+        self.hear_again: Callable[[], None] = lambda: None
 
-    def listen(self, hear: Callable[[BlockEvent], None]) -> None:
-        self.hear = hear
+    def listen(self, hear: Callable[[BlockEvent], None], hear_again: Callable[[], None]) -> None:
+        self.hear, self.hear_again = hear, hear_again
 
     async def close(self) -> None:
         self.is_closed = True

@@ -22,6 +22,7 @@ from membank.client.config import ClientConfig
 from membank.client.deadline import Deadline
 from membank.client.inline import NeedsLoopError, is_inline
 from membank.client.memory import FetchedBlocks
+from membank.client.removals import HeardRemovals
 from membank.client.retrying import call_with_retries, is_retryable
 from membank.client.shards import ShardMap
 from membank.client.transport.contract import PushAnswer
@@ -88,6 +89,8 @@ class ShardedBlocks:
         self._shards = shards
         self._spec = spec
         self._config = config
+        self.removals = HeardRemovals()
+        """Wipes idle memory of what was deleted; told of what others hear, too."""
 
     async def fetch(
         self,
@@ -203,6 +206,7 @@ class ShardedBlocks:
                     timeout_s=timeout_s,
                 )
                 _check_order(endpoint, part, [result.ref for result in answer.results])
+                self.removals.hear_results(answer.results)
                 results.update(zip(part, answer.results, strict=True))
                 duplicate |= answer.duplicate
 
@@ -241,6 +245,7 @@ class ShardedBlocks:
                 timeout_s=timeout_s,
             )
             _check_order(endpoint, part, [block.ref for block in answer.blocks])
+            self.removals.hear_answer(block.header for block in answer.blocks)
             for block in answer.blocks:
                 kept = usable[block.ref] if block.header.unchanged else block
                 if _is_another(kept, block):

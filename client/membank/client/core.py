@@ -449,7 +449,9 @@ class AsyncBankClient(RoutingCalls, StreamingCalls, BorrowCalls, AdminCalls):
 
     def _source(self, spec: BankSpec) -> BlockSource:
         if self._blocks is None:
-            self._blocks = ShardedBlocks(self._session.shards, spec, self.config)
+            sharded = ShardedBlocks(self._session.shards, spec, self.config)
+            self._session.report_listeners.append(sharded.removals.hear_report)
+            self._blocks = sharded
             if self.config.cache is not None:
-                self._blocks = self._cache = cached(self._blocks, self._session, spec)
+                self._blocks = self._cache = cached(sharded, self._session, spec)
         return self._blocks

@@ -6,6 +6,7 @@ at about a fifth of the speed at which memory that is there already is written.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections import deque
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from membank.wire.errors import InvalidArgumentError, Reason
+from membank.wire.wiping import register
 
 ALIGNMENT_BYTES = 4096
 """Where the memory of an array begins: at a multiple of this. All alike, since a copy whose target
@@ -60,7 +62,12 @@ class BufferPool:
         # was given back longest ago.
         self._idle: dict[int, deque[_Memory]] = {}
         self._idle_bytes = 0
-        self._returned: deque[_Memory] = deque()
+        # Memory, and how often the pool had been wiped when it was taken.
+        self._returned: deque[tuple[_Memory, int]] = deque()
+        self._num_wipes = 0
+        # Idle memory that was not wiped since it came back, by identity.
+        self._stale: set[int] = set()
+        register(self)
 
     @property
     def max_bytes(self) -> int:
@@ -93,15 +100,27 @@ class BufferPool:
             return _array_in(_new_memory(size), num_bytes)
         self._sort_in_returned()
         with self._lock:
-            memory = self._pop(size)
+            memory, num_wipes = self._pop(size), self._num_wipes
         self._sort_in_returned()
         if memory is None:
             memory = _new_memory(size)
         array = _array_in(memory, num_bytes)
         # Not by a method of this pool: an array that outlives its client must not keep the idle
         # memory of the others.
-        weakref.finalize(array, _give_back, weakref.ref(self), memory).atexit = False
+        back = weakref.finalize(array, _give_back, weakref.ref(self), memory, num_wipes)
+        back.atexit = False
         return array
+
+    def wipe(self) -> None:
+        """Overwrite with zeros all that nobody uses, now; and all that somebody uses, as it returns."""
+        with self._lock:
+            # What was taken before this is wiped as it is sorted in.
+            self._num_wipes += 1
+            for memory in itertools.chain.from_iterable(self._idle.values()):
+                if id(memory) in self._stale:
+                    memory.fill(0)
+            self._stale.clear()
+        self._sort_in_returned()
 
     def _pop(self, size: int) -> _Memory | None:
         memories = self._idle.pop(size, None)
@@ -109,6 +128,7 @@ class BufferPool:
             return None
         memory = memories.pop()  # the one given back last is likeliest in the processor's cache
         self._idle_bytes -= size
+        self._stale.discard(id(memory))
         if memories:
             self._idle[size] = memories
         return memory
@@ -131,11 +151,15 @@ class BufferPool:
         """Make it idle and return what is too much."""
         dropped = []
         while self._returned:
-            memory = self._returned.popleft()
+            memory, num_wipes = self._returned.popleft()
             size = _size_of(memory)
+            if num_wipes != self._num_wipes:
+                memory.fill(0)
             if size > self._max_bytes:
                 dropped.append(memory)
                 continue
+            if num_wipes == self._num_wipes:
+                self._stale.add(id(memory))
             memories = self._idle.pop(size, None) or deque()
             memories.append(memory)
             self._idle[size] = memories
@@ -144,6 +168,7 @@ class BufferPool:
             size = next(iter(self._idle))
             memories = self._idle[size]
             dropped.append(memories.popleft())
+            self._stale.discard(id(dropped[-1]))
             self._idle_bytes -= size
             if not memories:
                 del self._idle[size]
@@ -162,10 +187,10 @@ def keep_freed_memory() -> None:
     np.empty(_FREED_ONCE_BYTES, np.uint8)
 
 
-def _give_back(pool_ref: weakref.ref[BufferPool], memory: _Memory) -> None:
+def _give_back(pool_ref: weakref.ref[BufferPool], memory: _Memory, num_wipes: int) -> None:
     pool = pool_ref()
     if pool is not None:
-        pool._returned.append(memory)
+        pool._returned.append((memory, num_wipes))
         pool._sort_in_returned()
 
 

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from membank.wire.buffers import rounded
 from membank.wire.spec import Array
+from membank.wire.wiping import register
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -59,6 +60,8 @@ class _Segment:
         self.num_slots = num_slots
         self.num_bytes = self.num_slots * slot_bytes
         self.free = list(range(self.num_slots))
+        self.stale: set[int] = set()
+        """Free slots that hold what was there before."""
         self.descriptor = os.memfd_create("membank", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         self._close = weakref.finalize(self, os.close, self.descriptor)
         os.ftruncate(self.descriptor, self.num_bytes)
@@ -70,11 +73,54 @@ class _Segment:
     def is_empty(self) -> bool:
         return len(self.free) == self.num_slots
 
+    def wipe(self, slot: int) -> None:
+        """Overwrite a slot with zeros, for whoever has the segment mapped."""
+        start = slot * self.slot_bytes
+        np.frombuffer(self.mapping, np.uint8, self.slot_bytes, start).fill(0)
+
     def give_up(self) -> None:
         """Return the memory, also where a peer has the segment mapped still."""
         # Not by truncating: a peer that reads there would die of it, and so finds zeros.
         self.mapping.madvise(mmap.MADV_REMOVE)
         self._close()
+
+
+class _Loan(weakref.ref[Bytes]):
+    """An array that is in use: where it lies, and since when."""
+
+    __slots__ = ("is_wiped", "num_wipes", "segment", "slot")
+
+    segment: _Segment
+    slot: int
+    num_wipes: int
+    """How often the memory had been wiped by then."""
+    is_wiped: bool
+    """True once nothing of what was in it is left."""
+
+    def wipe(self) -> None:
+        self.segment.wipe(self.slot)
+        self.is_wiped = True
+
+
+class _Returned:
+    """Slots whose arrays have died, until the next `take` looks after them.
+
+    Filled as arrays die, which may be anywhere, also in a thread that holds the lock of the memory: a
+    deque takes an item without one.
+    """
+
+    # Apart from the memory, which an array that is in use would keep alive else.
+
+    def __init__(self) -> None:
+        self.loans: deque[_Loan] = deque()
+        self.num_wipes = 0
+
+    def add(self, loan: weakref.ref[Bytes]) -> None:
+        assert isinstance(loan, _Loan)
+        if loan.num_wipes != self.num_wipes:
+            # It was in use when the others were wiped.
+            loan.wipe()
+        self.loans.append(loan)
 
 
 class SharedMemory:
@@ -93,9 +139,6 @@ class SharedMemory:
         Bytes that nobody uses and that are kept in any case, >= 0.
     """
 
-    # `_returned` is filled as arrays die, which may be anywhere, also in a thread that holds
-    # `_lock`: a deque takes an item without a lock, and the next `take` empties it.
-
     def __init__(self, *, min_spare_bytes: int = 64 << 20) -> None:
         self._min_spare_bytes = min_spare_bytes
         self._lock = threading.Lock()
@@ -104,9 +147,10 @@ class SharedMemory:
         self._by_size: dict[int, dict[int, _Segment]] = {}
         self._addresses: list[int] = []
         self._by_address: list[_Segment] = []
-        self._returned: deque[weakref.ref[Bytes]] = deque()
-        self._taken: dict[int, tuple[weakref.ref[Bytes], _Segment, int]] = {}
+        self._returned = _Returned()
+        self._taken: dict[int, _Loan] = {}
         self._used_bytes = 0
+        register(self)
 
     @property
     def num_bytes(self) -> int:
@@ -126,7 +170,9 @@ class SharedMemory:
         with self._lock:
             self._collect()
             segment = self._with_room(slot_bytes)
+            num_wipes = self._returned.num_wipes
             slot = segment.free.pop()
+            segment.stale.discard(slot)
             self._used_bytes += slot_bytes
             if not segment.free:
                 del self._by_size[slot_bytes][segment.number]
@@ -134,9 +180,22 @@ class SharedMemory:
         # Views of it refer to it, and not to the mapping: numpy stops where an array's base is
         # no array. So it dies with the last of them.
         # No `weakref.finalize`, which takes longer than all the rest.
-        back = weakref.ref(memory, self._returned.append)
-        self._taken[id(back)] = (back, segment, slot)
+        loan = _Loan(memory, self._returned.add)
+        loan.segment, loan.slot = segment, slot
+        loan.num_wipes, loan.is_wiped = num_wipes, False
+        self._taken[id(loan)] = loan
         return memory
+
+    def wipe(self) -> None:
+        """Overwrite with zeros all that nobody uses, now; and all that somebody uses, as it returns."""
+        with self._lock:
+            # First: what comes back from here on is wiped as it does.
+            self._returned.num_wipes += 1
+            self._collect()
+            for segment in self._segments.values():
+                for slot in segment.stale:
+                    segment.wipe(slot)
+                segment.stale.clear()
 
     def locate(self, array: Array) -> Place | None:
         """Return where a C-contiguous `array` lies; None = not in this memory."""
@@ -172,9 +231,12 @@ class SharedMemory:
     def _collect(self) -> None:
         """Take over what finalizers returned, and give up segments that are too many."""
         emptied = []
-        while self._returned:
-            _, segment, slot = self._taken.pop(id(self._returned.popleft()))
-            segment.free.append(slot)
+        while self._returned.loans:
+            loan = self._taken.pop(id(self._returned.loans.popleft()))
+            segment = loan.segment
+            segment.free.append(loan.slot)
+            if not loan.is_wiped:
+                segment.stale.add(loan.slot)
             self._used_bytes -= segment.slot_bytes
             self._by_size[segment.slot_bytes][segment.number] = segment
             if segment.is_empty:

@@ -16,6 +16,7 @@ from membank.wire.codec import Bytes
 from membank.wire.data_messages import DataCodec, data_of
 from membank.wire.errors import InvalidArgumentError, Reason
 from membank.wire.framing import CHUNK_BYTES, Payload, PayloadAssembler
+from membank.wire.spec import Array
 
 PUSH_DATA = DataCodec(pb.PushUpdatesRequest)
 """Messages of a push."""
@@ -77,10 +78,20 @@ class IncomingPush:
         """
         update = update_of(self.head, buffers, self._shard.spec, self.take_buffer)
         result = self._shard.push(update)
+        for item, gradient, buffer in zip(result.results, update.gradients, buffers, strict=True):
+            if item.reason is Reason.BLOCK_DELETED:
+                # It may have come after the wiping of pools that ended the removal.
+                _wipe(buffer)
+                _wipe(gradient.values)
         return pb.PushUpdatesResponse(
             results=[convert.result_to_pb(item) for item in result.results],
             duplicate=result.duplicate,
         )
+
+
+def _wipe(array: Array) -> None:
+    if array.flags.writeable:
+        array.fill(0)
 
 
 class StreamedGradients:

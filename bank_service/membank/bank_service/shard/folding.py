@@ -21,6 +21,7 @@ from membank.wire.errors import (
 )
 from membank.wire.format import EntryTable, Manifest
 from membank.wire.spec import BlockRef, BlockState
+from membank.wire.wiping import wipe_pools
 
 _LOG = logging.getLogger(__name__)
 _UPDATES_LIMIT = 4
@@ -369,12 +370,14 @@ class Folding:
         self._removal_pending = True
 
     def finish_removal(self) -> None:
-        """Destroy what journal and storage still hold of deleted blocks; may be repeated."""
+        """Destroy what journal, storage and idle memory hold of deleted blocks; may be repeated."""
         state = self._state
         with state.folding:
             if self._removal_pending and self._has_deleted():
                 self._purge_journal()
                 state.store.purge(state.manifest)
+                # Last: to fold the journal brings earlier versions into memory, and lets go of them.
+                wipe_pools()
             self._removal_pending = False
 
     def _has_deleted(self) -> bool:

@@ -22,18 +22,15 @@ from membank.client.cache.store import BlockStore, Confirmation, KeptBlock
 from membank.client.config import CacheConfig
 from membank.client.deadline import Deadline
 from membank.client.memory import FetchedBlocks
+from membank.client.removals import STATE_OF_REFUSAL, HeardRemovals
 from membank.client.transport.contract import PushAnswer
-from membank.wire.errors import MembankError, Reason
+from membank.wire.errors import MembankError
 from membank.wire.records import Block, BlockEvent, TransactionReport, Update
 from membank.wire.spec import Array, BlockRef, BlockState
+from membank.wire.wiping import wipe_pools
 
 _LOGGER = logging.getLogger(__name__)
 _NEVER = object()
-
-_STATE_OF_REFUSAL = {
-    Reason.BLOCK_WITHHELD: BlockState.WITHHELD,
-    Reason.BLOCK_DELETED: BlockState.DELETED,
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +88,8 @@ class CachedBlocks:
     disk
         Holds blocks that memory has no room for; is closed with the cache. None = nothing does.
     last_removal
-        Asks for the newest revision at which something was withheld or deleted; needed with `disk`.
+        Asks for the newest revision at which something was withheld or deleted; None = what is not
+        heard of is found out when it is asked for.
     clock
         Tells the time in seconds.
     """
@@ -118,6 +116,7 @@ class CachedBlocks:
         self._looked_in: object = _NEVER
         self._looking: asyncio.Task[None] | None = None
         self._asking: set[_Asking] = set()
+        self._removals = HeardRemovals()
         self._heard_revision = 0
         self._num_doubts = 0
         self._num_hits = self._num_confirmed = self._num_misses = self._num_bytes_saved = 0
@@ -161,7 +160,7 @@ class CachedBlocks:
         del into  # what is kept lies in memory of the cache's own
         if self._disk is not None:
             await self._disk.open()
-        self._ear.listen(self.hear_event)
+        self._ear.listen(self.hear_event, self._look_for_missed_removals)
         self._look_for_missed_removals()
         if snapshot:
             return await self._pass_through(
@@ -205,7 +204,7 @@ class CachedBlocks:
         for result in answer.results:
             state = BlockState.ACTIVE
             if result.reason is not None:
-                state = _STATE_OF_REFUSAL.get(result.reason, state)
+                state = STATE_OF_REFUSAL.get(result.reason, state)
             self._hear(result.ref, result.version, state)
         return answer
 
@@ -256,28 +255,39 @@ class CachedBlocks:
         return await self._disk.read(wanted) if wanted else {}
 
     def _look_for_missed_removals(self) -> None:
-        """Find out, once in each span, whether something on the disk was removed unheard."""
-        span = self._ear.span
-        if self._disk is None or self._last_removal is None or span == self._looked_in:
+        """Find out, once in each span, whether something that is held was removed unheard."""
+        if self._last_removal is None or self._ear.span == self._looked_in:
             return
         if self._looking is None or self._looking.done():
-            self._looked_in = span
-            self._looking = asyncio.create_task(self._drop_removed(self._disk, self._last_removal))
+            self._looking = asyncio.create_task(self._look(self._last_removal))
 
-    async def _drop_removed(self, disk: DiskTier, ask: Callable[[], Awaitable[int]]) -> None:
+    async def _look(self, ask: Callable[[], Awaitable[int]]) -> None:
+        # What is answered in one span says nothing of the gap before the next.
+        while (span := self._ear.span) != self._looked_in:
+            self._looked_in = span
+            try:
+                removal = await ask()
+            except MembankError as err:
+                _LOGGER.debug("whether blocks were removed is asked again: %s", err)
+                self._looked_in = _NEVER
+                return
+            if removal > self._known_removal:
+                self._known_removal = removal
+                self._drop_all_before(removal)
+
+    def _drop_all_before(self, removal: int) -> None:
         """Let go of all that was last seen before a removal that may have been missed.
 
         It is not known of which blocks it was; of others than those the content travels once more.
         """
-        try:
-            removal = await ask()
-        except MembankError as err:
-            _LOGGER.debug("whether blocks were removed is asked again: %s", err)
-            self._looked_in = _NEVER
-            return
-        if removal > self._known_removal:
-            self._known_removal = removal
-            disk.remove_before(removal)
+        for kept in self._store.confirmed_before(removal):
+            self._store.remove(kept.key)
+            # A fetch that offers it lets go of it only at its end, and wipes it then.
+            kept.is_withdrawn = True
+            kept.wipe()
+        if self._disk is not None:
+            self._disk.remove_before(removal)
+        wipe_pools()
 
     def _may_answer(self, kept: Iterable[KeptBlock], min_revision: int) -> bool:
         """Say whether blocks may be used together without asking."""
@@ -384,6 +394,8 @@ class CachedBlocks:
                 kept.wipe()
             elif kept.version < version:
                 self._store.remove(kept.key)
+        # After these: what they held is idle by now, or is wiped when its last reader lets go.
+        self._removals.hear(ref, version, state)
         if self._disk is None:
             return
         for found in list(self._disk.copies(ref)):

@@ -23,8 +23,11 @@ class Ear(Protocol):
     def span(self) -> int | None:
         """Names the stretch of time in which no change is missed; None = some may be, now."""
 
-    def listen(self, hear: Callable[[BlockEvent], None]) -> None:
-        """Call `hear` with every change from now on; without effect where it listens already."""
+    def listen(self, hear: Callable[[BlockEvent], None], hear_again: Callable[[], None]) -> None:
+        """Call `hear` with every change from now on; without effect where it listens already.
+
+        Where changes may have been missed, `hear_again` is called once none is missed any more.
+        """
 
     async def close(self) -> None:
         """Listen no longer."""
@@ -58,10 +61,10 @@ class WatchEar:
         self._watch.follow_news()
         return self._watch.span
 
-    def listen(self, hear: Callable[[BlockEvent], None]) -> None:
+    def listen(self, hear: Callable[[BlockEvent], None], hear_again: Callable[[], None]) -> None:
         # docstring inherited
         if self._task is None:
-            self._task = asyncio.create_task(self._listen(hear))
+            self._task = asyncio.create_task(self._listen(hear, hear_again))
 
     async def close(self) -> None:
         # docstring inherited
@@ -69,7 +72,9 @@ class WatchEar:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    async def _listen(self, hear: Callable[[BlockEvent], None]) -> None:
+    async def _listen(
+        self, hear: Callable[[BlockEvent], None], hear_again: Callable[[], None]
+    ) -> None:
         num_failures = 0
         while True:
             watch = self._watch = self._open_watch()
@@ -78,6 +83,8 @@ class WatchEar:
                 while True:
                     changes = await watch.next()
                     num_failures = 0
+                    if changes.is_gap or not changes.events:  # the watch is on, anew
+                        hear_again()
                     for event in changes.events:
                         hear(event)
             except MembankError as err:

@@ -130,6 +130,10 @@ class BlockStore:
         """Yield what is kept of a block in any element type."""
         return (kept for dtype in FETCH_CODECS if (kept := self.get(ref, dtype)) is not None)
 
+    def confirmed_before(self, revision: int) -> list[KeptBlock]:
+        """Return the blocks that were last found right before `revision`."""
+        return [kept for kept in self._kept.values() if kept.confirmed.revision < revision]
+
     def use(self, kept: KeptBlock) -> None:
         """Take note that a block was asked for."""
         kept.uses += 1
