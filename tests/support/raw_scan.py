@@ -248,7 +248,7 @@ def _scan_handle(handle: int, place: str, wanted: Needles) -> list[Finding]:
 def _scan_span(
     read: Callable[[int, int], bytes], start: int, end: int, place: str, wanted: Needles
 ) -> list[Finding]:
-    found = []
+    found: list[Finding] = []
     # What lies across two reads is found by reading its beginning twice.
     overlap = max(map(len, wanted.values())) - 1
     at = start
