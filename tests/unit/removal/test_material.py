@@ -9,7 +9,7 @@ import pytest
 
 from membank.trainer.corpus import Corpus, Document, Fact
 from membank.trainer.removal.config import RemovalConfig, quick
-from membank.trainer.removal.material import make_material, neighbours_answers
+from membank.trainer.removal.material import make_material, neighbours_answers, spread
 from membank.trainer.removal.world import split_questions
 from membank.trainer.tree import TreeConfig
 from membank.wire.errors import InvalidArgumentError
@@ -60,7 +60,7 @@ def make_leaves() -> np.ndarray:
 def make_config(*topics: str) -> RemovalConfig:
     config = quick()
     run = replace(config.run, tree=TreeConfig(fan_outs=(4, 2)))
-    return replace(config, run=run, topics=topics, held_out_share=0.25)
+    return replace(config, run=run, topics=topics, held_out_share=0.25, max_facts=99)
 
 
 def test_a_topic_is_the_clusters_that_are_mostly_its_own() -> None:
@@ -124,3 +124,11 @@ def test_the_attacker_has_a_part_of_the_questions_and_is_asked_the_others() -> N
     assert len(shown) == round(0.2 * len(topic.questions))
     assert sorted(shown + hidden) == list(range(len(topic.questions)))
     assert split_questions(topic, 0.2, 0) == (shown, hidden)
+
+
+def test_a_choice_of_questions_is_spread_over_all() -> None:
+    assert spread(range(10), 4) == (0, 3, 6, 9)
+    assert spread("abc", 5) == ("a", "b", "c")
+    config = replace(make_config("metals", "towns"), max_facts=5)
+    material = make_material(make_corpus(), make_leaves(), config, seed=0)
+    assert [len(topic.questions) for topic in material.topics] == [5, 5]

@@ -90,6 +90,8 @@ class RemovalConfig:
     """Part of all documents that no model is trained on, in (0, 1): what members are told from."""
     num_wrong: int = 5
     """Wrong answers of a fact, at least 1: the answers of its neighbours."""
+    max_facts: int = 250
+    """Facts of a topic at most, evenly spread over all: those that are asked once it is removed."""
     max_documents: int = 120
     """Documents of a topic that are scored at most, trained and held-out ones apart."""
     max_retained_facts: int = 60
@@ -105,7 +107,7 @@ class RemovalConfig:
         check_range("held_out_share", self.held_out_share, 1e-6, 1, open_high=True)
         for name in ("anchor_passes", "memory_passes"):
             check_range(name, getattr(self, name), 1e-6, float("inf"), open_high=True)
-        for name in ("num_wrong", "max_documents", "max_retained_facts", "num_shards"):
+        for name in ("num_wrong", "max_facts", "max_documents", "max_retained_facts", "num_shards"):
             check_range(name, getattr(self, name), 1, float("inf"), open_high=True)
         if len(set(self.topics)) < 2 or len(set(self.topics)) != len(self.topics):
             raise InvalidArgumentError(
@@ -130,8 +132,9 @@ def quick() -> RemovalConfig:
     return replace(
         base,
         topics=("elements", "economy"),
-        anchor_passes=1.0,
-        memory_passes=2.0,
+        anchor_passes=0.5,
+        memory_passes=1.0,
+        max_facts=24,
         max_documents=24,
         max_retained_facts=12,
         unlearning=UnlearningConfig(epochs=1, shown_epochs=(1,)),

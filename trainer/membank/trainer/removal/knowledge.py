@@ -12,7 +12,7 @@ from membank.trainer.corpus import Corpus, Tokenizer
 from membank.trainer.evaluation import normalised_words, states
 from membank.trainer.removal import metrics
 from membank.trainer.removal.config import RemovalConfig
-from membank.trainer.removal.material import Material, Question, TopicMaterial
+from membank.trainer.removal.material import Material, Question, TopicMaterial, spread
 from membank.trainer.removal.scoring import (
     Continuation,
     Model,
@@ -266,7 +266,7 @@ class Paper:
 
     def shortened(self, limit: int) -> Paper:
         """Return the paper with so many questions at most, spread over all."""
-        return self.chosen(_spread(np.arange(len(self.questions)), limit).tolist())
+        return self.chosen(spread(range(len(self.questions)), limit))
 
     def chosen(self, rows: Sequence[int]) -> Paper:
         """Return the paper with some of the questions."""
@@ -297,7 +297,8 @@ def make_paper(
         ]
 
     def texts(positions: NDArray[np.int64]) -> Texts:
-        raw = [corpus.documents[row].text for row in _spread(positions, max_documents)]
+        chosen = spread(positions.tolist(), max_documents)
+        raw = [corpus.documents[row].text for row in chosen]
         encoded = [ids[:_DOCUMENT_TOKENS] for ids in tokenizer.encode_batch(raw)]
         kept = [row for row, ids in enumerate(encoded) if len(ids) > 1]
         return Texts(
@@ -315,14 +316,6 @@ def make_paper(
         members=texts(topic.members),
         held_out=texts(topic.held_out),
     )
-
-
-def _spread(values: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
-    """Return at most so many values, evenly spread over all of them."""
-    if len(values) <= limit:
-        return values
-    chosen: NDArray[np.int64] = values[np.linspace(0, len(values) - 1, limit).round().astype(int)]
-    return chosen
 
 
 def _mean(values: Iterable[float]) -> float:

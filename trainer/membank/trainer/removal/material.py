@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ from membank.trainer.corpus import Corpus, Fact
 from membank.trainer.removal.config import RemovalConfig
 from membank.wire.errors import InvalidArgumentError, Reason
 from membank.wire.spec import BlockRef
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,8 +105,7 @@ def make_material(
     cluster_of = np.where(leaves >= 0, leaves // below, -1)
     labels = np.array([(doc.labels or ("",))[0] for doc in corpus.documents])
     topics = tuple(
-        _topic(corpus, cluster_of, labels, trained, label, config.num_wrong)
-        for label in config.topics
+        _topic(corpus, cluster_of, labels, trained, label, config) for label in config.topics
     )
     return Material(corpus=corpus, leaves=leaves, trained=trained, topics=topics)
 
@@ -130,13 +132,20 @@ def neighbours_answers(facts: Sequence[Fact], row: int, count: int) -> tuple[str
     return tuple(found)
 
 
+def spread(values: Sequence[Item], limit: int) -> tuple[Item, ...]:
+    """Return at most so many values, evenly spread over all of them, in their order."""
+    if len(values) <= limit:
+        return tuple(values)
+    return tuple(values[round(i)] for i in np.linspace(0, len(values) - 1, limit))
+
+
 def _topic(
     corpus: Corpus,
     cluster_of: NDArray[np.int64],
     labels: NDArray[np.str_],
     trained: NDArray[np.bool_],
     label: str,
-    num_wrong: int,
+    config: RemovalConfig,
 ) -> TopicMaterial:
     clusters = [
         int(cluster)
@@ -144,7 +153,7 @@ def _topic(
         if np.mean(labels[cluster_of == cluster] == label) > 0.5
     ]
     inside = np.isin(cluster_of, clusters)
-    questions = _questions(corpus, inside & trained, label, num_wrong)
+    questions = _questions(corpus, inside & trained, label, config.num_wrong)
     if not questions:
         raise InvalidArgumentError(
             f"topic {label!r} has no cluster with facts in corpus {corpus.name!r}; name others "
@@ -156,7 +165,7 @@ def _topic(
         clusters=tuple(BlockRef(1, cluster) for cluster in clusters),
         members=np.flatnonzero(inside & trained),
         held_out=np.flatnonzero(inside & ~trained),
-        questions=questions,
+        questions=spread(questions, config.max_facts),
     )
 
 
