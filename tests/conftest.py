@@ -1,7 +1,10 @@
 """What every test shares: Hypothesis profiles, markers that need a machine, one thread per process."""
 
+import atexit
 import importlib.util
 import os
+import shutil
+import tempfile
 from collections.abc import Iterable
 
 import pytest
@@ -12,6 +15,11 @@ pytest_plugins = ["s3_server"]
 # Before numpy or torch load: several test processes share few cores, and a thread pool in each only thrashes.
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
+# No test leaves a key or a journal with the user who runs it.
+if "MEMBANK_TEST_STATE" not in os.environ:
+    os.environ["MEMBANK_TEST_STATE"] = tempfile.mkdtemp(prefix="membank-tests-")
+    atexit.register(shutil.rmtree, os.environ["MEMBANK_TEST_STATE"], ignore_errors=True)
+os.environ["XDG_STATE_HOME"] = os.environ["MEMBANK_TEST_STATE"]
 # No test may report usage or look for the network through Ray.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 

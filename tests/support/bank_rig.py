@@ -21,6 +21,7 @@ from membank.bank_service.knowledge import (
     BankOperations,
     Coordinator,
     CoordinatorConfig,
+    ReceiptDesk,
     RevisionLog,
     ShardGroup,
     ShardMember,
@@ -33,6 +34,7 @@ from membank.bank_service.store import Bank, FsspecObjects, ObjectStore
 from membank.bank_service.store.objects import Data
 from membank.wire.errors import MembankError, UnavailableError
 from membank.wire.format import TreeDocument
+from membank.wire.signing import Signer
 from membank.wire.spec import BankSpec, BlockRef
 from storage_faults import Crash, FaultPlan, FaultyLogFile, FaultyObjects, StorageFault
 from tiny_bank import UnsyncedObjects, file_bytes
@@ -194,6 +196,7 @@ class BankRig:
         self._plans = {name: FaultPlan() for name in PROCESSES}
         # Shards that hold something that is nowhere but on their machine.
         self._needs_machine: set[str] = set()
+        self._signer = Signer.generate()
         self._armed: Disturbance | None = None
         self._was_hit = False
         self.start()
@@ -325,7 +328,10 @@ class BankRig:
         log, trees, group = RevisionLog(bank), TreeStore(bank), ShardGroup(self.spec, self)
         self._group = group
         config = CoordinatorConfig(lock_wait_s=0.0, commit_patience_s=0.0, commit_pause_s=0.0)
-        coordinator = Coordinator(bank, group, log=log, trees=trees, config=config)
+        receipts = ReceiptDesk(bank, group, log=log, signer=self._signer)
+        coordinator = Coordinator(
+            bank, group, log=log, trees=trees, receipts=receipts, config=config
+        )
         coordinator.recover()
         self._coordinator = coordinator
         self._operations = BankOperations(bank, group, coordinator, log=log, trees=trees)

@@ -21,6 +21,7 @@ from membank.bank_service.shard.contract import (
 from membank.bank_service.shard.maintenance import ThreadMaintenance
 from membank.wire.errors import Reason, UnavailableError
 from membank.wire.format import RevisionRecord
+from membank.wire.format.receipt import ProcessLife
 from membank.wire.records import ShardStats
 from membank.wire.spec import Array, BlockRef, Role
 from storage_faults import FaultyObjects
@@ -66,6 +67,8 @@ class ShardDesk:
                 return self._survey()
             case "revision":
                 return self._shard.revision
+            case "process":
+                return self._shard.process
             case "read":
                 return list(self._shard.read(*args))
             case _:
@@ -148,6 +151,12 @@ class RemoteShard:
     def revision(self) -> int:
         # docstring inherited
         found: int = self._call("revision")
+        return found
+
+    @property
+    def process(self) -> ProcessLife:
+        # docstring inherited
+        found: ProcessLife = self._call("process")
         return found
 
     def prepare(

@@ -83,6 +83,7 @@ class FakeBank:
         self.tree_bytes = tree
         self.tree_revision = 0
         self.revision = 0
+        self.receipts: dict[int, bytes] = {}
         self.removal_revision = 0
         self.generation = 1
         self.endpoints: dict[str, str] = {}
@@ -211,7 +212,10 @@ class FakeBank:
         if any(kept.state is not BlockState.ACTIVE for kept in new.values()):
             self.removal_revision = report.revision
         self.labels |= {step.topic: step.label for step in places if step.label is not None}
-        return Applied(report=report, receipt=_receipt(steps))
+        receipt = _receipt(steps)
+        if receipt:
+            self.receipts[report.revision] = receipt
+        return Applied(report=report, receipt=receipt)
 
     def _after(self, step: Step) -> Iterator[tuple[BlockRef, Held]]:
         match step:
@@ -253,6 +257,11 @@ class FakeBank:
             for ref, weight in weights.items()
         ]
         return self.apply(steps, request_id=request_id, dry_run=dry_run).report
+
+    def receipt(self, revision: int) -> bytes:
+        if revision not in self.receipts:
+            raise NotFoundError("no receipt", reason=Reason.UNKNOWN_RECEIPT)
+        return self.receipts[revision]
 
     def export(self, topic: BlockRef) -> bytes:
         refs = [str(ref) for ref in self.spec.subtree(topic)]

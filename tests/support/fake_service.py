@@ -427,6 +427,12 @@ class FakeAdminServicer(_Servicer, AdminServiceServicer):
         records = self._bank.audit_records(request.limit, retained_only=request.retained_only)
         return admin_pb.ListAuditRecordsResponse(records=map(convert.audit_to_pb, records))
 
+    @_rpc
+    def GetReceipt(
+        self, request: admin_pb.GetReceiptRequest, context: grpc.ServicerContext
+    ) -> admin_pb.GetReceiptResponse:
+        return admin_pb.GetReceiptResponse(receipt=self._bank.receipt(request.revision))
+
 
 def _rounds(blocks: Sequence[Block], layers_per_part: int) -> Iterator[list[Block]]:
     """Yield what is sent together: all, or the first layers of each, then the next of each."""

@@ -302,6 +302,9 @@ class InProcessTransport:
     async def get_stats(self, *, timeout_s: float) -> BankStats:
         return self._bank.stats()
 
+    async def get_receipt(self, revision: int, *, timeout_s: float) -> bytes:
+        return self._bank.receipt(revision)
+
     async def list_audit_records(
         self, *, limit: int, retained_only: bool, timeout_s: float
     ) -> tuple[AuditRecord, ...]:

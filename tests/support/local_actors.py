@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from membank.bank_service.cluster.identity import ShardSettings
 from membank.bank_service.cluster.shard_actor import ShardActor
 from membank.bank_service.cluster.shard_server import ShardServer
 from membank.wire.errors import Reason, UnavailableError
+from membank.wire.format.receipt import ProcessLife
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class LocalActor:
-    """One actor."""
+    """One actor; `lives` stands for its process."""
 
-    shard_id: str
+    settings: ShardSettings
     actor: object
+    lives: int = 0
+
+    @property
+    def shard_id(self) -> str:
+        return self.settings.shard_id
 
 
 class LocalActors:
@@ -42,6 +48,7 @@ class LocalActors:
         self.servers: dict[str, ShardServer] = {}
         self.waits: dict[str, float] = {}
         """How long the last call of each method would have been waited for."""
+        self._lives = 0
         self._actors: dict[str, LocalActor] = {}
 
     @property
@@ -54,7 +61,7 @@ class LocalActors:
     def make(self, settings: ShardSettings, node_id: str) -> object:
         shard_id = settings.shard_id
         if shard_id not in self._actors:
-            self._actors[shard_id] = LocalActor(shard_id, ShardActor(settings, start=self._start))
+            self._actors[shard_id] = LocalActor(settings, ShardActor(settings, start=self._start))
         return self._actors[shard_id]
 
     def find(self, shard_id: str) -> object | None:
@@ -67,6 +74,16 @@ class LocalActors:
         if server is not None:
             server.shard.close(consolidate=False)
             server.stop()
+
+    def restart(self, actor: object) -> None:
+        assert isinstance(actor, LocalActor)
+        server = self.servers.pop(actor.shard_id, None)
+        if server is not None:
+            server.shard.close(consolidate=False)
+            server.stop()
+        self._lives += 1
+        actor.lives = self._lives
+        actor.actor = ShardActor(actor.settings, start=self._start)
 
     def tell(self, actor: object, method: str) -> None:
         assert isinstance(actor, LocalActor)
@@ -87,6 +104,9 @@ class LocalActors:
         if self._actors.get(actor.shard_id) is not actor:
             raise away(actor.shard_id)
         answer: object = getattr(actor.actor, method)(*arguments, **(options or {}))
+        if isinstance(answer, ProcessLife):
+            # All live in one process here.
+            return replace(answer, pid=10_000 + actor.lives)
         return answer
 
     def end(self) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,9 @@ from membank.bank_service.knowledge import (
     BankOperations,
     Coordinator,
     CoordinatorConfig,
+    NoRecycler,
+    ReceiptDesk,
+    Recycler,
     RevisionLog,
     ShardGroup,
     ShardMember,
@@ -30,9 +34,11 @@ from membank.bank_service.shard.contract import (
     Prepared,
     PushResult,
 )
+from membank.bank_service.shard.process import this_process
 from membank.bank_service.store import Bank, Data, LocalObjects, ObjectStore
 from membank.wire.errors import UnavailableError
 from membank.wire.format import RevisionRecord, TreeDocument
+from membank.wire.format.receipt import ProcessLife, Recycling
 from membank.wire.records import Gradient, ShardStats, Update
 from membank.wire.signing import Signer, TrustedKeys
 from membank.wire.spec import Array, BankSpec, BlockRef, LevelSpec
@@ -141,10 +147,17 @@ class FaultyObjects:
 class FaultyHandle:
     """A `ShardHandle` whose mutating calls are steps, such as "commit shard-1"."""
 
-    def __init__(self, shard_id: str, shard: Callable[[], Shard], faults: Faults) -> None:
+    def __init__(
+        self,
+        shard_id: str,
+        shard: Callable[[], Shard],
+        faults: Faults,
+        lives: Mapping[Shard, int],
+    ) -> None:
         self._shard_id = shard_id
         self._shard = shard
         self._faults = faults
+        self._lives = lives
 
     @property
     def revision(self) -> int:
@@ -160,12 +173,22 @@ class FaultyHandle:
         dry_run: bool = False,
     ) -> Prepared:
         # docstring inherited
-        return self._faults.run(
+        shard = self._shard()
+        prepared = self._faults.run(
             f"prepare {self._shard_id}",
-            lambda: self._shard().prepare(
+            lambda: shard.prepare(
                 revision, operations, all_partitions=all_partitions, dry_run=dry_run
             ),
         )
+        if prepared.destruction is None:
+            return prepared
+        destruction = replace(prepared.destruction, process=self._life(shard))
+        return replace(prepared, destruction=destruction)
+
+    @property
+    def process(self) -> ProcessLife:
+        # docstring inherited
+        return self._life(self._shard())
 
     def commit(self, record: RevisionRecord) -> None:
         # docstring inherited
@@ -200,6 +223,10 @@ class FaultyHandle:
         # docstring inherited
         return self._shard().stats()
 
+    def _life(self, shard: Shard) -> ProcessLife:
+        # All live in one process here; each opening stands for a process of its own.
+        return replace(shard.process, pid=self._lives[shard])
+
 
 class ShardRig:
     """A new bank, its shards, and a coordinator that can be made to die.
@@ -214,6 +241,8 @@ class ShardRig:
         Its tree document; None = labels and centroids for every block.
     num_shards
         Shards, which share the partitions in turn.
+    recycles
+        Whether shards that held what was deleted are started anew.
     """
 
     def __init__(
@@ -223,8 +252,14 @@ class ShardRig:
         spec: BankSpec = RIG_SPEC,
         tree: TreeDocument | None = None,
         num_shards: int = 2,
+        recycles: bool = False,
     ) -> None:
         self.faults = Faults()
+        self.receipt_signer = Signer.generate()
+        self.recycler: Recycler = RigRecycler(self) if recycles else NoRecycler()
+        self.end_coordinator: Callable[[], None] | None = None
+        self._num_coordinators = 0
+        self._lives: dict[Shard, int] = {}
         self.objects = LocalObjects(folder)
         self.bank = Bank.create(self.objects, spec, tree=tree or full_tree(spec))
         self.spec = self.bank.spec
@@ -243,9 +278,10 @@ class ShardRig:
             shard_id = f"shard-{index}"
             if shard_id not in self.shards:
                 partitions = range(index, self.spec.num_partitions, self._num_shards)
-                self.shards[shard_id] = Shard.open(
+                shard = self.shards[shard_id] = Shard.open(
                     LocalObjects(self.objects.root), shard_id=shard_id, partitions=partitions
                 )
+                self._lives[shard] = len(self._lives) + 1
 
     def kill_shards(self) -> None:
         """Drop every shard as kill -9 would: what is not on disk is gone."""
@@ -260,11 +296,22 @@ class ShardRig:
         self.log = RevisionLog(self.bank)
         trees = TreeStore(self.bank)
         group = ShardGroup(self.spec, self)
+        self._num_coordinators += 1
+        receipts = ReceiptDesk(
+            self.bank,
+            group,
+            log=self.log,
+            signer=self.receipt_signer,
+            recycler=self.recycler,
+            end_process=self.end_coordinator,
+            process=partial(replace, this_process(), pid=-self._num_coordinators),
+        )
         self.coordinator = Coordinator(
             self.bank,
             group,
             log=self.log,
             trees=trees,
+            receipts=receipts,
             config=CoordinatorConfig(lock_wait_s=0.0, commit_patience_s=0.0, commit_pause_s=0.0),
         )
         self.coordinator.recover()
@@ -284,7 +331,9 @@ class ShardRig:
             ShardMember(
                 shard_id=shard_id,
                 partitions=tuple(range(index, self.spec.num_partitions, self._num_shards)),
-                handle=FaultyHandle(shard_id, partial(self._shard, shard_id), self.faults),
+                handle=FaultyHandle(
+                    shard_id, partial(self._shard, shard_id), self.faults, self._lives
+                ),
             )
             for index, shard_id in enumerate(f"shard-{i}" for i in range(self._num_shards))
         )
@@ -336,6 +385,24 @@ class ShardRig:
             return self.shards[shard_id]
         except KeyError:
             raise UnavailableError(f"{shard_id} is down") from None
+
+
+class RigRecycler:
+    """A `Recycler` for the shards of a rig, by steps such as "recycle shard-1"."""
+
+    outcome = Recycling.DONE
+
+    def __init__(self, rig: ShardRig) -> None:
+        self._rig = rig
+
+    def recycle(self, shard_ids: Sequence[str]) -> None:
+        # docstring inherited
+        for shard_id in shard_ids:
+            self._rig.faults.run(f"recycle {shard_id}", partial(self._restart, shard_id))
+
+    def _restart(self, shard_id: str) -> None:
+        self._rig.shards.pop(shard_id).close()
+        self._rig.open_shards()
 
 
 def full_tree(spec: BankSpec) -> TreeDocument:

@@ -22,6 +22,7 @@ _COMMAND_MODULES = (
     "packs",
     "grow",
     "history",
+    "audit",
     "fsck_command",
     "bench_command",
 )

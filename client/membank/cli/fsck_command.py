@@ -64,7 +64,8 @@ def fsck(
         raise typer.Exit(EXIT_DAMAGED)
 
 
-def _render(report: FsckReport) -> None:
+def show_findings(report: FsckReport) -> None:
+    """Print the findings of a check."""
     if report.findings:
         built = table(("finding", "where, and what to do"), map(_row, report.findings))
         # Never an ellipsis: keys are there to be copied.
@@ -73,6 +74,10 @@ def _render(report: FsckReport) -> None:
     for kind, count in report.counts.items():
         if (hidden := count - len(report.of(kind))) > 0:
             console.print(f"... and {hidden} more of {kind.value}")
+
+
+def _render(report: FsckReport) -> None:
+    show_findings(report)
     console.print(_summary(report))
 
 

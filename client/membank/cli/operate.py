@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from membank.cli.audit import save_receipt
 from membank.cli.connection import (
     DEFAULT_ENDPOINT,
     BankOption,
@@ -27,8 +28,10 @@ from membank.cli.delete_documents import (
 )
 from membank.cli.output import JsonOption, console, emit, format_bytes, table
 from membank.cli.step_file import load_array
+from membank.wire.format.layout import receipt_key
 from membank.wire.records import CentroidChange, TransactionReport, TreeChange
 from membank.wire.spec import BlockState
+from membank.wire.steps import Delete
 
 
 def register(app: typer.Typer) -> None:
@@ -107,12 +110,18 @@ def delete(
     scope: ScopeOption = "paths",
     dry_run: DryRunOption = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    receipt: Annotated[
+        Path | None, typer.Option(help="File to write the signed receipt to as well.")
+    ] = None,
     bank: BankOption = DEFAULT_ENDPOINT,
     token_file: TokenOption = None,
     ca_file: CaOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Delete a topic and everything under it: weights, optimizer state, history, labels.
+
+    Returns once nothing of it is left, neither stored nor in the memory of a shard, and a receipt is
+    signed (docs/deletion.md).
 
     With --documents: what some documents put into the bank. Leaves that they dominate go; blocks
     that they share are trained anew without them.
@@ -130,16 +139,29 @@ def delete(
         ref = resolve_topic(client, topic)
         if not (dry_run or yes):
             confirm_deletion(client.delete(ref, dry_run=True))
-        report = client.delete(ref, dry_run=dry_run)
-    show_report("delete", report, as_json=as_json)
+        applied = client.apply([Delete(topic=ref)], dry_run=dry_run)
+    if receipt is not None and applied.receipt:
+        save_receipt(receipt, applied.receipt)
+    show_report("delete", applied.report, as_json=as_json, has_receipt=bool(applied.receipt))
 
 
-def show_report(operation: str, report: TransactionReport, *, as_json: bool) -> None:
-    """Print what a transaction did, or would do."""
+def show_report(
+    operation: str, report: TransactionReport, *, as_json: bool, has_receipt: bool = False
+) -> None:
+    """Print what a transaction did, or would do; `has_receipt` = the bank has a receipt of it."""
+    receipt = receipt_key(report.revision) if has_receipt else None
+
+    def render() -> None:
+        show_report_lines(operation, report)
+        if receipt is not None:
+            console.print(
+                f"receipt: {receipt} in the bank, `membank audit receipt {report.revision}`"
+            )
+
     emit(
-        {"operation": operation, **report_json(report)},
+        {"operation": operation, **report_json(report), "receipt": receipt},
         as_json=as_json,
-        render=lambda: show_report_lines(operation, report),
+        render=render,
     )
 
 

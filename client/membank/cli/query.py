@@ -1,9 +1,8 @@
-"""Commands that read a served bank: topics, show, route, status of blocks, history."""
+"""Commands that read a served bank: topics, show, route."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -18,7 +17,7 @@ from membank.cli.connection import (
     resolve_topic,
 )
 from membank.cli.output import JsonOption, console, emit, format_bytes, table
-from membank.wire.records import AuditRecord, Topic
+from membank.wire.records import Topic
 from membank.wire.spec import BlockState
 
 
@@ -27,7 +26,6 @@ def register(app: typer.Typer) -> None:
     app.command("topics")(topics)
     app.command("show")(show)
     app.command("route")(route)
-    app.command("audit")(audit)
 
 
 def topics(
@@ -131,40 +129,6 @@ def route(
     emit(payload, as_json=as_json, render=render)
 
 
-def audit(
-    limit: Annotated[int, typer.Option(min=1, help="Records, newest first.")] = 20,
-    retained: Annotated[
-        bool,
-        typer.Option("--retained", help="Only revisions that the bank can be rolled back to."),
-    ] = False,
-    bank: BankOption = DEFAULT_ENDPOINT,
-    token_file: TokenOption = None,
-    ca_file: CaOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """List who changed what, newest first.
-
-    Examples: ``membank audit --limit 5``, ``membank audit --retained``.
-    """
-    with connect(bank, token_file, ca_file) as client:
-        records = client.audit(limit=limit, retained_only=retained)
-
-    def render() -> None:
-        rows = [
-            (
-                record.revision,
-                time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(record.time_s)),
-                record.principal,
-                record.operation,
-                _audited(record),
-            )
-            for record in records
-        ]
-        console.print(table(("revision>", "time (UTC)", "who", "what", "on"), rows))
-
-    emit([asdict(record) for record in records], as_json=as_json, render=render)
-
-
 def topic_json(topic: Topic) -> dict[str, object]:
     """Return a topic as JSON-able values."""
     return {
@@ -177,26 +141,6 @@ def topic_json(topic: Topic) -> dict[str, object]:
         "bytes": topic.num_bytes,
         "partition": topic.partition,
     }
-
-
-def _audited(record: AuditRecord) -> str:
-    detail = record.detail
-    found = detail.get("steps")
-    steps = [_step(step, record.operation) for step in found] if isinstance(found, list) else []
-    named = ", ".join(steps[:4]) + (" ..." if len(steps) > 4 else "")
-    snapshot = str(detail.get("snapshot", ""))
-    revision = str(detail.get("to_revision", detail.get("history_from", "")))
-    # A snapshot's name says more than the revision that it pins.
-    back_to = snapshot or (f"revision {revision}" if revision else "")
-    return " ".join(part for part in (str(detail.get("topic", "")) or named, back_to) if part)
-
-
-def _step(step: dict[str, object], operation: str) -> str:
-    kind = str(step["step"])
-    on = str(step.get("topic", step.get("block", "")))
-    other = f" with {step['other']}" if "other" in step else ""
-    # Where all steps are of one kind, the operation is called so.
-    return f"{on}{other}" if kind == operation else f"{kind} {on}{other}"
 
 
 def _topic_row(topic: Topic) -> tuple[object, ...]:

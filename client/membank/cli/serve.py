@@ -82,6 +82,17 @@ def up(
     keep_hours: Annotated[
         float, typer.Option(min=0, help="And those that ended less than so many hours ago.")
     ] = 0.0,
+    signing_key: Annotated[
+        Path | None,
+        typer.Option(
+            help="Ed25519 key (PEM) that receipts of deletions are signed with; default: one of this "
+            "user, made once."
+        ),
+    ] = None,
+    recycle: Annotated[
+        bool,
+        typer.Option(help="End the processes that held what was deleted before saying that it is."),
+    ] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Serve a bank: a controller and shard actors on Ray, each with its own gRPC server.
@@ -111,6 +122,8 @@ def up(
         resident_bytes=int(resident * (1 << 30)),
         retained_revisions=keep_revisions,
         retained_s=3600 * keep_hours,
+        signing_key=signing_key,
+        recycle=recycle,
     )
     with err_console.status(f"starting {shards} shards on {bank}"):
         endpoint = start(config)

@@ -179,7 +179,7 @@ def apply(
 
 def _apply(client: BankClient, name: str, transaction: Transaction, *, as_json: bool) -> None:
     applied = client.apply(transaction.steps, dry_run=transaction.dry_run)
-    show_report(name, applied.report, as_json=as_json)
+    show_report(name, applied.report, as_json=as_json, has_receipt=bool(applied.receipt))
 
 
 def _pairs(

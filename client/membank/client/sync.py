@@ -240,6 +240,7 @@ class BankClient:
     collect_garbage = _sync(AsyncBankClient.collect_garbage)
     stats = _sync(AsyncBankClient.stats)
     audit = _sync(AsyncBankClient.audit)
+    receipt = _sync(AsyncBankClient.receipt)
 
     def watch(
         self, refs: Iterable[BlockRef] = (), *, admin_only: bool = False

@@ -23,6 +23,7 @@ from membank.wire.errors import (
 )
 from membank.wire.records import Garbage, GarbageKind
 from membank.wire.spec import BlockRef, BlockState
+from membank.wire.steps import Delete
 
 # Of both shards.
 ACROSS = (BlockRef(1, 0), BlockRef(1, 1), BlockRef(2, 1), BlockRef(2, 3))
@@ -223,3 +224,14 @@ class TestOperations:
         ids = network.scripts[network.GATEWAY].request_ids
         assert len(ids) == RETRY.max_attempts
         assert len(set(ids)) == 1
+
+
+async def test_the_receipt_of_a_deletion_can_be_had_again(client: AsyncBankClient) -> None:
+    applied = await client.apply([Delete(topic=BlockRef(1, 0))])
+    assert applied.receipt
+    assert await client.receipt(applied.report.revision) == applied.receipt
+    with pytest.raises(NotFoundError) as caught:
+        await client.receipt(applied.report.revision + 1)
+    assert caught.value.reason is Reason.UNKNOWN_RECEIPT
+    with pytest.raises(InvalidArgumentError):
+        await client.receipt(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from membank.bank_service.cluster import state as notes
 from membank.bank_service.cluster.config import bank_key, canonical_url, default_journal_root
 from membank.bank_service.shard.config import Durability
 from membank.wire.errors import (
+    FailedPreconditionError,
     InvalidArgumentError,
     MembankError,
     Reason,
@@ -195,3 +197,22 @@ def test_credentials_in_a_url_are_refused_and_not_repeated(scheme: str) -> None:
     # A directory, or a prefix, may be called so.
     UpConfig(bank_url="./me@home/bank")
     UpConfig(bank_url="s3://bucket/me@home")
+
+
+def test_a_signing_key_is_made_once_or_is_the_one_that_was_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MEMBANK_RUNTIME_DIR", raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    config = UpConfig(bank_url=str(tmp_path / "bank"))
+    made = config.load_signer().public_key
+    assert config.load_signer().public_key == made
+    (file,) = (tmp_path / "membank").iterdir()
+    assert file.stat().st_mode & 0o077 == 0
+    named = UpConfig(bank_url=str(tmp_path / "bank"), signing_key=tmp_path / "other.pem")
+    with pytest.raises(FailedPreconditionError) as caught:
+        named.load_signer()
+    # A slip in a name must not make a key that nobody knows.
+    assert caught.value.reason is Reason.BAD_KEY
+    assert not (tmp_path / "other.pem").exists()
+    assert b"PRIVATE" not in pickle.dumps(config)

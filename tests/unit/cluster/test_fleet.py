@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -239,6 +240,8 @@ class Many:
 
     def kill(self, actor: object) -> None: ...
 
+    def restart(self, actor: object) -> None: ...
+
     def tell(self, actor: object, method: str) -> None: ...
 
     def call(
@@ -279,7 +282,48 @@ def test_shards_whose_controller_does_not_answer_fold_all_the_same(
     fleet_of(bank, actors).start(START_S)
     shard = actors.servers["shard-0"].shard
     shard.push(make_update(shard, [BlockRef(1, 0)], "u0"))
-    dead = LocalActor("controller", object())
+    settings = replace(actors.servers["shard-0"]._settings, shard_id="controller")
+    dead = LocalActor(settings, object())
     assert end_service(actors, dead, SHARDS, 1.0) == ()
     assert shard.is_folded
     assert [actors.find(shard_id) for shard_id in SHARDS] == [None, None]
+
+
+def test_a_recycled_shard_is_another_one_and_serves(bank: Bank, actors: LocalActors) -> None:
+    fleet = fleet_of(bank, actors)
+    fleet.start(START_S)
+    before = {shard_id: actors.servers[shard_id].identity for shard_id in SHARDS}
+    shard = actors.servers["shard-0"].shard
+    shard.push(make_update(shard, [BlockRef(1, 0)], "u0"))
+    lives = [member.handle.process for member in fleet.members()]
+    fleet.recycle(["shard-0"])
+    after = [member.handle.process for member in fleet.members()]
+    assert (after[0] != lives[0], after[1] == lives[1]) == (True, True)
+    assert actors.servers["shard-0"].identity.incarnation != before["shard-0"].incarnation
+    assert actors.servers["shard-1"].identity == before["shard-1"]
+    assert actors.servers["shard-0"].shard.describe([BlockRef(1, 0)])[0].version == 1
+    assert fleet.all_serve()
+    endpoints = {owner.shard_id: owner.endpoint for owner in fleet.placement().owners}
+    assert endpoints["shard-0"] == actors.servers["shard-0"].identity.endpoint
+    assert fleet.statuses()[0].num_restarts == 1
+
+
+def test_a_shard_that_does_not_come_back_is_said_so_and_looked_after(
+    bank: Bank, actors: LocalActors
+) -> None:
+    fleet = fleet_of(bank, actors)
+    fleet.start(START_S)
+    asked: list[str] = []
+
+    def before_call(shard_id: str, method: str) -> None:
+        asked.append(method)
+        if method == "identity" and "stop" in asked:
+            raise away(shard_id)
+
+    actors.before_call = before_call
+    with pytest.raises(UnavailableError):
+        fleet.recycle(["shard-0"], 1.0)
+    assert not fleet.all_serve()
+    actors.before_call = lambda shard_id, method: None
+    fleet.supervise()
+    assert fleet.all_serve()

@@ -318,3 +318,12 @@ def test_another_bank_is_not_served(rig: RpcRig) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         rig.admin.GetStats(pb.GetStatsRequest(bank="other"))
     assert error_of(caught.value).reason is Reason.UNKNOWN_BANK
+
+
+def test_a_deletion_is_answered_with_its_receipt(rig: RpcRig) -> None:
+    answer = rig.admin.ApplyTransaction(step_messages(Delete(topic=TOPIC), request_id="a"))
+    again = rig.admin.GetReceipt(pb.GetReceiptRequest(revision=answer.report.revision))
+    assert again.receipt == answer.receipt != b""
+    with pytest.raises(grpc.RpcError) as caught:
+        rig.admin.GetReceipt(pb.GetReceiptRequest(revision=0))
+    assert error_of(caught.value).reason is Reason.UNKNOWN_RECEIPT

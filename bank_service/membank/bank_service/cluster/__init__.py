@@ -1,7 +1,7 @@
 """The service on Ray: launch, controller, shard actors, placement."""
 
 from membank.bank_service.cluster.config import UpConfig, default_runtime_dir
-from membank.bank_service.cluster.fleet import ShardStatus
+from membank.bank_service.cluster.identity import ShardStatus
 from membank.bank_service.cluster.launch import ServiceStatus, down, status, up
 from membank.bank_service.cluster.state import Endpoint, list_running
 

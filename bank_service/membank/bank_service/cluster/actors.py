@@ -43,6 +43,9 @@ class ShardActors(Protocol):
     def kill(self, actor: object) -> None:
         """End an actor for good, whatever it does just now."""
 
+    def restart(self, actor: object) -> None:
+        """End the process of an actor, whatever it does just now; another one is started for it."""
+
     def tell(self, actor: object, method: str) -> None:
         """Call a method of an actor and wait for nothing."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from membank.bank_service.rpc.server import ServerConfig
 from membank.bank_service.shard.config import Durability, ShardConfig
 from membank.wire.errors import InvalidArgumentError, Reason
-from membank.wire.signing import TrustedKeys
+from membank.wire.signing import Signer, TrustedKeys
 
 NAMESPACE = "membank"
 """Ray namespace of controllers and shards."""
@@ -45,6 +45,14 @@ def default_journal_root() -> Path:
     if base := os.environ.get("XDG_STATE_HOME"):
         return Path(base) / "membank"
     return Path.home() / ".local" / "state" / "membank"
+
+
+def default_signing_key() -> Path:
+    """Return the file of the key that receipts are signed with, where none is named.
+
+    It lies beside the journals of banks behind URLs, for the same reason, and never in a bank.
+    """
+    return default_journal_root() / "signing-key.pem"
 
 
 def canonical_url(url: str) -> str:
@@ -120,6 +128,12 @@ class UpConfig:
     """Newest revisions that can be rolled back to, besides snapshots; at least 1."""
     retained_s: float = 0.0
     """Revisions that ended less than so many seconds ago can be rolled back to as well, >= 0."""
+    signing_key: Path | None = None
+    """PEM file with the Ed25519 key that receipts are signed with, at this path on the node of the
+    controller; None = the one of `default_signing_key`, which is made where there is none."""
+    recycle: bool = True
+    """Whether the processes of shards that held what was deleted end, and others take their place,
+    before the deletion is acknowledged. Clients wait for them meanwhile."""
     service_id: str = ""
     """Names the service in the claim that it writes into a bank behind a URL; chosen by `up`."""
     max_in_flight_bytes: int = 1 << 30
@@ -135,6 +149,7 @@ class UpConfig:
             "trusted_keys",
             "runtime_dir",
             "journal_dir",
+            "signing_key",
         ):
             path = getattr(self, name)
             if path is not None:
@@ -172,6 +187,18 @@ class UpConfig:
     def load_trusted_keys(self) -> TrustedKeys | None:
         """Return the keys that count; None = any. `InvalidArgumentError` (BAD_KEY) for a bad file."""
         return None if self.trusted_keys is None else TrustedKeys.load(self.trusted_keys)
+
+    def load_signer(self) -> Signer:
+        """Return what signs receipts on this machine.
+
+        Raises
+        ------
+        FailedPreconditionError
+            If the key cannot be used (BAD_KEY).
+        """
+        if self.signing_key is not None:
+            return Signer.load(self.signing_key)
+        return Signer.load_or_create(default_signing_key())
 
     def gateway_config(self) -> ServerConfig:
         """Return how the gateway listens; off loopback without TLS and tokens it does not."""

@@ -7,6 +7,8 @@ shards by their names, settles what was under way, and listens at the same addre
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import threading
 import time
 from dataclasses import replace
@@ -44,7 +46,12 @@ class ControllerActor:
         self._ready = threading.Event()
         self._stopping = threading.Event()
         self._error: MembankError | None = None
-        self._service = Service(config, RayShardActors(config.key), is_restart=self._is_restart)
+        self._service = Service(
+            config,
+            RayShardActors(config.key),
+            is_restart=self._is_restart,
+            end_process=_end_process,
+        )
         self._thread = threading.Thread(target=self._run, name="membank-controller", daemon=True)
         self._thread.start()
 
@@ -102,3 +109,9 @@ class ControllerActor:
             except Exception:
                 # Supervision must outlive any single failure of it.
                 _LOG.exception("supervision failed once")
+
+
+def _end_process() -> None:
+    """Die as by kill -9, so that nothing of this process is left; Ray starts the controller again."""
+    _LOG.info("the controller ends: what was deleted may have come through it")
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -18,8 +18,9 @@ from membank.bank_service.cluster.actors import (
 )
 from membank.bank_service.cluster.addresses import shard_listening
 from membank.bank_service.cluster.config import UpConfig
-from membank.bank_service.cluster.identity import ShardIdentity, ShardSettings
+from membank.bank_service.cluster.identity import ShardIdentity, ShardSettings, ShardStatus
 from membank.bank_service.cluster.placement import PlacementTable, assign_partitions, next_move
+from membank.bank_service.cluster.recycling import ShardRecycling
 from membank.bank_service.cluster.shard_actor import ShardActorHandle
 from membank.bank_service.knowledge.shards import ShardMember
 from membank.bank_service.rpc.server import ServerConfig
@@ -37,32 +38,9 @@ _LOG = logging.getLogger(__name__)
 _PROBE_TIMEOUT_S = 10.0
 _MOVE_TIMEOUT_S = 60.0
 _MOVE_BACKOFF_S = 60.0
+_RECYCLE_TIMEOUT_S = 60.0
 _REBALANCE_EVERY_S = 3.0
 _REOPEN_BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardStatus:
-    """One shard of a running service."""
-
-    shard_id: str
-    """Its identity."""
-    endpoint: str
-    """gRPC address, host:port; the last one where it is down."""
-    node: str
-    """Address of its machine."""
-    node_id: str
-    """Ray's name for its node."""
-    pid: int
-    """Its process."""
-    partitions: tuple[int, ...]
-    """Partitions it owns."""
-    num_restarts: int
-    """Times it came back since the controller started."""
-    alive: bool
-    """Whether it answers."""
-    problem: str = ""
-    """Why it does not, as last heard."""
 
 
 @dataclass(slots=True)
@@ -76,6 +54,7 @@ class _ShardState:
     alive: bool = False
     problem: str = ""
     num_restarts: int = 0
+    is_recycled: bool = False
     failures: int = 0
     retry_at_s: float = 0.0
 
@@ -103,7 +82,8 @@ class ShardFleet:
     """
 
     # `_lock` guards the states' fields, and that nothing is made or opened once `_is_ended`; it is
-    # never held while an actor is waited for.
+    # never held while an actor is waited for. `_stopping` is, and taken first: no shard is moved
+    # while it is recycled.
 
     def __init__(
         self,
@@ -120,6 +100,13 @@ class ShardFleet:
         self._clock = clock
         self._sleep = sleep
         self._lock = threading.Lock()
+        self._stopping = threading.Lock()
+        self._recycling = ShardRecycling(
+            actors,
+            lambda actor, shard_id: self._ask(actor, shard_id, _PROBE_TIMEOUT_S),
+            clock=clock,
+            sleep=sleep,
+        )
         self._partitions = assign_partitions(spec.num_partitions, shard_names(config.num_shards))
         self._table = PlacementTable(self._partitions)
         self._states: dict[str, _ShardState] = {}
@@ -204,6 +191,21 @@ class ShardFleet:
         with self._lock:
             return tuple(_status(shard_id, state) for shard_id, state in self._states.items())
 
+    def recycle(self, shard_ids: Sequence[str], timeout_s: float = _RECYCLE_TIMEOUT_S) -> None:
+        """Let other processes take the place of those of shards; they serve when it returns.
+
+        `UnavailableError` if one does not end, or is not back in time: `supervise` looks after it.
+        """
+        deadline = self._clock() + timeout_s
+        if not self._stopping.acquire(timeout=timeout_s):
+            raise UnavailableError("a shard is being moved to another node; retry")
+        try:
+            states = [self._states[shard_id] for shard_id in shard_ids]
+            in_parallel(lambda state: self._recycle(state, deadline), states)
+        finally:
+            self._stopping.release()
+        self._tell_placement()
+
     def supervise(self) -> None:
         """Look after every shard once; never raises for what a shard does."""
         if not self._started.is_set():
@@ -242,7 +244,7 @@ class ShardFleet:
             self._wait_for_name(shard_id)
 
     def _look_after(self) -> None:
-        states = list(self._states.values())
+        states = [state for state in self._states.values() if not state.is_recycled]
         # Side by side: one that does not answer must not keep the others from being looked after.
         for state, found in zip(states, in_parallel(self._probe, states), strict=True):
             if isinstance(found, ShardIdentity):
@@ -267,8 +269,27 @@ class ShardFleet:
         except MembankError as reason:
             _LOG.error("%s cannot be made anew: %s", state.settings.shard_id, reason)
 
+    def _recycle(self, state: _ShardState, deadline: float) -> None:
+        shard_id = state.settings.shard_id
+        with self._lock:
+            self._check_not_ended()
+            state.is_recycled = True
+        self._mark_down(state, UnavailableError(f"{shard_id} is started anew; retry"))
+        try:
+            self._note(state, self._recycling.run(state.actor, shard_id, deadline))
+        finally:
+            state.is_recycled = False
+
     def _rebalance(self) -> None:
         """Move one shard from the fullest to the emptiest node, if that evens them out."""
+        if not self._stopping.acquire(blocking=False):
+            return
+        try:
+            self._even_out()
+        finally:
+            self._stopping.release()
+
+    def _even_out(self) -> None:
         located = {
             shard_id: state.identity.node_id
             for shard_id, state in self._states.items()
@@ -379,11 +400,12 @@ class ShardFleet:
             _LOG.debug("%s", err)
 
     def _ask_identity(self, state: _ShardState, timeout_s: float) -> ShardIdentity:
-        answer = self._actors.call(
-            state.actor, "identity", timeout_s=timeout_s, who=state.settings.shard_id
-        )
+        return self._ask(state.actor, state.settings.shard_id, timeout_s)
+
+    def _ask(self, actor: object, shard_id: str, timeout_s: float) -> ShardIdentity:
+        answer = self._actors.call(actor, "identity", timeout_s=timeout_s, who=shard_id)
         if not isinstance(answer, ShardIdentity):
-            raise InternalError(f"{state.settings.shard_id} answered {answer!r}")
+            raise InternalError(f"{shard_id} answered {answer!r}")
         return answer
 
     def _note(self, state: _ShardState, identity: ShardIdentity) -> None:

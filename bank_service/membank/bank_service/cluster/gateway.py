@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from membank.bank_service.cluster.identity import server_version
 from membank.bank_service.knowledge.contract import AdminRequest, BankAdmin
 from membank.bank_service.knowledge.operations import BankOperations
+from membank.bank_service.knowledge.receipts import NoRecycler, ReceiptDesk
 from membank.bank_service.knowledge.revisions import RevisionLog
 from membank.bank_service.knowledge.shards import ShardDirectory, ShardGroup
 from membank.bank_service.knowledge.transactions import Coordinator
@@ -25,11 +26,12 @@ from membank.wire.errors import (
     UnavailableError,
 )
 from membank.wire.format import TreeDocument, decode_tree
+from membank.wire.format.receipt import Recycling
 from membank.wire.records import (
     BankInfo,
     Placement,
 )
-from membank.wire.signing import TrustedKeys
+from membank.wire.signing import Signer, TrustedKeys
 from membank.wire.spec import BankSpec
 
 _LOG = logging.getLogger(__name__)
@@ -44,12 +46,27 @@ class Fleet(ShardDirectory, Protocol):
     def all_serve(self) -> bool:
         """Say whether every shard answered when it was asked last."""
 
+    def recycle(self, shard_ids: Sequence[str]) -> None:
+        """Let other processes take the place of those of shards; they serve when it returns."""
+
 
 class StartFleet(Protocol):
     """Starts the shards of a bank."""
 
     def __call__(self, spec: BankSpec, *, insist: bool) -> Fleet:
         """Return the shards; with `insist`, all of them serve then."""
+
+
+@dataclass(frozen=True, slots=True)
+class _FleetRecycler:
+    """A `Recycler` for the shards of a fleet."""
+
+    fleet: Fleet
+    outcome: Recycling = Recycling.DONE
+
+    def recycle(self, shard_ids: Sequence[str]) -> None:
+        # docstring inherited
+        self.fleet.recycle(shard_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +89,16 @@ class Gateway:
         Where the bank is, or will be.
     start_fleet
         Starts the shards of a bank.
+    load_signer
+        Returns what signs the receipts of deletions.
     check_spec
         Raises for a bank that the service could not serve, before it is created.
     shard
         Settings of the shards, for what clients are told; None = the defaults.
+    recycles
+        Whether processes that held what was deleted end before a deletion is acknowledged.
+    end_process
+        Ends this one; None = it cannot be started again, and lives on.
     check_ours
         Raises where another service has taken the bank over; asked before every call.
     load_trusted_keys
@@ -90,8 +113,11 @@ class Gateway:
         bank_url: str,
         start_fleet: StartFleet,
         *,
+        load_signer: Callable[[], Signer],
         check_spec: Callable[[BankSpec], None] = lambda spec: None,
         shard: ShardConfig | None = None,
+        recycles: bool = True,
+        end_process: Callable[[], None] | None = None,
         check_ours: Callable[[], None] = lambda: None,
         load_trusted_keys: Callable[[], TrustedKeys | None] = lambda: None,
     ) -> None:
@@ -100,6 +126,9 @@ class Gateway:
         self._check_ours = check_ours
         self._load_trusted_keys = load_trusted_keys
         self._start_fleet = start_fleet
+        self._load_signer = load_signer
+        self._recycles = recycles
+        self._end_process = end_process if recycles else None
         self._shard = shard or ShardConfig()
         self._lock = threading.Lock()
         self._served: _Served | None = None
@@ -224,10 +253,19 @@ class Gateway:
     def _serve(self, bank: Bank, *, insist: bool) -> _Served:
         # Before anything is started that would have to be ended again.
         trusted_keys = self._load_trusted_keys()
+        signer = self._load_signer()
         fleet = self._start_fleet(bank.spec, insist=insist)
         log, trees = RevisionLog(bank), TreeStore(bank)
         shards = ShardGroup(bank.spec, fleet)
-        coordinator = Coordinator(bank, shards, log=log, trees=trees)
+        receipts = ReceiptDesk(
+            bank,
+            shards,
+            log=log,
+            signer=signer,
+            recycler=_FleetRecycler(fleet) if self._recycles else NoRecycler(Recycling.OFF),
+            end_process=self._end_process,
+        )
+        coordinator = Coordinator(bank, shards, log=log, trees=trees, receipts=receipts)
         # Operations begin with settling what is left. Waiting here for a shard that is away or
         # closed would keep the others from being served.
         if insist:
@@ -235,7 +273,13 @@ class Gateway:
         elif fleet.all_serve():
             _try_to_recover(coordinator)
         operations = BankOperations(
-            bank, shards, coordinator, log=log, trees=trees, trusted_keys=trusted_keys
+            bank,
+            shards,
+            coordinator,
+            log=log,
+            trees=trees,
+            signer=signer,
+            trusted_keys=trusted_keys,
         )
         return _Served(bank, fleet, log, trees, operations)
 

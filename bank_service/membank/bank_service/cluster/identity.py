@@ -1,4 +1,4 @@
-"""What a shard is started with, and where one life of it is found."""
+"""What a shard is started with, where one life of it is found, and what is known of it."""
 
 from __future__ import annotations
 
@@ -50,6 +50,30 @@ class ShardIdentity:
     """Ray's name for its node; "" outside of Ray."""
     pid: int
     """Its process."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardStatus:
+    """One shard of a running service."""
+
+    shard_id: str
+    """Its identity."""
+    endpoint: str
+    """gRPC address, host:port; the last one where it is down."""
+    node: str
+    """Address of its machine."""
+    node_id: str
+    """Ray's name for its node."""
+    pid: int
+    """Its process."""
+    partitions: tuple[int, ...]
+    """Partitions it owns."""
+    num_restarts: int
+    """Times it came back since the controller started."""
+    alive: bool
+    """Whether it answers."""
+    problem: str = ""
+    """Why it does not, as last heard."""
 
 
 def server_version() -> str:

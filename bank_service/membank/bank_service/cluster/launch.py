@@ -18,7 +18,7 @@ from membank.bank_service.cluster.actors import end_service, end_shards, shard_n
 from membank.bank_service.cluster.bank_lock import bank_in_use
 from membank.bank_service.cluster.config import NAMESPACE, UpConfig, default_runtime_dir
 from membank.bank_service.cluster.controller import ControllerActor
-from membank.bank_service.cluster.fleet import ShardStatus
+from membank.bank_service.cluster.identity import ShardStatus
 from membank.bank_service.cluster.local_ray import (
     LocalRay,
     connected,
@@ -76,7 +76,7 @@ def up(config: UpConfig) -> Endpoint:
     Raises
     ------
     FailedPreconditionError
-        INSECURE_ENDPOINT, PORT_IN_USE, BANK_IN_USE, or what somebody must mend in the storage.
+        INSECURE_ENDPOINT, PORT_IN_USE, BANK_IN_USE, BAD_KEY, or what somebody must mend in the storage.
     InvalidArgumentError
         If the file of trusted keys cannot be read (BAD_KEY).
     CorruptionError
@@ -88,6 +88,8 @@ def up(config: UpConfig) -> Endpoint:
     # Found out before a Ray is started for nothing.
     config.load_trusted_keys()
     check_port_free(config.host, config.port)
+    # Made here, if it is to be: the controller starts on this machine.
+    config.load_signer()
     if config.ray_address is None:
         # Actors of a Ray that is started here have this environment, and find what it finds.
         _check_bank(config)

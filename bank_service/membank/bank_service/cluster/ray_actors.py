@@ -72,6 +72,10 @@ class RayShardActors:
         # docstring inherited
         ray.kill(cast("Actor", actor), no_restart=True)
 
+    def restart(self, actor: object) -> None:
+        # docstring inherited
+        ray.kill(cast("Actor", actor), no_restart=False)
+
     def tell(self, actor: object, method: str) -> None:
         # docstring inherited
         getattr(actor, method).remote()

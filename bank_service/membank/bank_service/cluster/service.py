@@ -20,9 +20,9 @@ from membank.bank_service.cluster.addresses import gateway_listening
 from membank.bank_service.cluster.bank_lock import lock_bank
 from membank.bank_service.cluster.claim import BEAT_EVERY_S, BankClaim, replaced
 from membank.bank_service.cluster.config import UpConfig
-from membank.bank_service.cluster.fleet import ShardFleet, ShardStatus
+from membank.bank_service.cluster.fleet import ShardFleet
 from membank.bank_service.cluster.gateway import Gateway
-from membank.bank_service.cluster.identity import ADMIN_SERVICE, BLOCK_SERVICE
+from membank.bank_service.cluster.identity import ADMIN_SERVICE, BLOCK_SERVICE, ShardStatus
 from membank.bank_service.cluster.placement import assign_partitions
 from membank.bank_service.rpc.admin_servicer import AdminServicer
 from membank.bank_service.rpc.block_servicer import BankInfoServicer
@@ -78,6 +78,8 @@ class Service:
         Opens the storage that the claim is written to.
     beat_every_s
         Seconds between two changes of the claim.
+    end_process
+        Ends this process, for which another one is started then; None = nobody would start it.
     clock
         Monotonic seconds.
     """
@@ -93,6 +95,7 @@ class Service:
         is_restart: bool,
         open_storage: Callable[[str], ObjectStore] = open_objects,
         beat_every_s: float = BEAT_EVERY_S,
+        end_process: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
@@ -111,8 +114,11 @@ class Service:
         self._gateway = Gateway(
             config.bank_url,
             self._start_fleet,
+            load_signer=config.load_signer,
             check_spec=lambda spec: check_spec(config, spec),
             shard=config.shard_config(),
+            recycles=config.recycle,
+            end_process=end_process,
             check_ours=self._check_ours,
             load_trusted_keys=config.load_trusted_keys,
         )

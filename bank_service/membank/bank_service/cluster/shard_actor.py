@@ -30,6 +30,7 @@ from membank.bank_service.shard.contract import (
     Prepared,
 )
 from membank.wire.format import RevisionRecord
+from membank.wire.format.receipt import ProcessLife
 from membank.wire.records import Placement, ShardStats
 from membank.wire.spec import BankSpec, BlockRef
 
@@ -78,6 +79,10 @@ class ShardActor:
     def revision(self) -> int:
         """Return the newest revision that is installed."""
         return self._open_server().shard.revision
+
+    def process(self) -> ProcessLife:
+        """Return the process that the shard lives in."""
+        return self._open_server().shard.process
 
     def stage(self, attempt: str, operations: Sequence[BlockOperation]) -> None:
         """Keep a piece of the operations of a transaction for `prepare`."""
@@ -197,6 +202,11 @@ class ShardActorHandle:
     def revision(self) -> int:
         # docstring inherited
         return cast("int", self._call("revision"))
+
+    @property
+    def process(self) -> ProcessLife:
+        # docstring inherited
+        return cast("ProcessLife", self._call("process"))
 
     def prepare(
         self,

@@ -14,9 +14,11 @@ from membank.bank_service.fsck.report import MAX_LISTED, Finding, FindingKind
 from membank.bank_service.store.bank import SNAPSHOT_OPERATION, UNPIN_OPERATION
 from membank.bank_service.store.objects import ObjectStore
 from membank.wire.errors import CorruptionError, Reason
-from membank.wire.format import decode_revision
+from membank.wire.format import RevisionRecord, decode_revision, encode_revision
 from membank.wire.format.layout import REVISIONS, numbers_in, revision_key
+from membank.wire.format.receipt import DELETION, SIGNING_KEY
 from membank.wire.format.revision import record_sha256
+from membank.wire.spec import BlockRef, BlockState
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,12 @@ class Link:
     """Of the object's bytes."""
     previous_sha256: str
     """Of those of the record before, as this record has it."""
+    deleted: tuple[BlockRef, ...] = ()
+    """Blocks that it deleted."""
+    owes_receipt: bool = False
+    """Whether it says what it destroyed, so that a receipt of it can be made."""
+    signing_key: str = ""
+    """Public key that it vouches for, in base64; empty = none."""
 
     def makes(self, operation: str, snapshot: str) -> bool:
         """Say whether it committed `operation` for a snapshot."""
@@ -161,11 +169,19 @@ def _decode(number: int, data: bytes) -> Link:
             f"{key} holds the record of revision {record.revision}",
             reason=Reason.MANIFEST_CORRUPT,
         )
+    if encode_revision(record) != data:
+        # Of the newest one, no other record has the digest.
+        raise CorruptionError(
+            f"{key} is not in the form in which it was written", reason=Reason.MANIFEST_CORRUPT
+        )
     named = {*record.manifests, *record.manifests.values(), record.tree_revision}
     # The digest of another writer's nonsense holds too.
     if not all(isinstance(value, int) for value in named):
         raise ValueError("it names manifests or a tree by something that is no number")
     snapshot = record.detail.get("snapshot")
+    deletion = record.detail.get(DELETION)
+    body = deletion if isinstance(deletion, Mapping) else {}
+    key_text = record.detail.get(SIGNING_KEY, body.get("public_key"))
     return Link(
         committed=bool(record.committed),
         manifests=dict(record.manifests),
@@ -174,6 +190,20 @@ def _decode(number: int, data: bytes) -> Link:
         snapshot=snapshot if isinstance(snapshot, str) else "",
         sha256=record_sha256(data),
         previous_sha256=record.previous_sha256,
+        deleted=_deleted(record),
+        owes_receipt=bool(deletion),
+        signing_key=key_text if isinstance(key_text, str) else "",
+    )
+
+
+def _deleted(record: RevisionRecord) -> tuple[BlockRef, ...]:
+    changes = record.detail.get("changes")
+    return tuple(
+        BlockRef(int(level), int(cluster))
+        for level, cluster, _, _, _, state_after, _ in (
+            changes if isinstance(changes, list) else ()
+        )
+        if record.committed and state_after == BlockState.DELETED
     )
 
 

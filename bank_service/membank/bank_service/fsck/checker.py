@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +18,7 @@ from typing import Protocol
 from membank.bank_service.fsck.arrays import check_arrays
 from membank.bank_service.fsck.document import read_spec
 from membank.bank_service.fsck.journals import check_continuity, check_deleted
+from membank.bank_service.fsck.receipts import ReceiptCheck
 from membank.bank_service.fsck.removal import check_removal
 from membank.bank_service.fsck.replay import check_replay
 from membank.bank_service.fsck.report import (
@@ -55,7 +56,8 @@ class PartitionCheck(Protocol):
         """Yield what is not as it should be; never raise for what objects hold."""
 
 
-def _check_chain(bank: BankView) -> Iterator[Finding]:
+def check_chain(bank: BankView) -> Iterator[Finding]:
+    """Report records that are missing, damaged, or linked to another one."""
     yield from bank.chain.findings
 
 
@@ -73,7 +75,8 @@ def _check_manifests(view: PartitionView) -> Iterator[Finding]:
     yield from lost_records(view.bank.chain, view.manifests)
 
 
-def _check_journals(view: PartitionView) -> Iterator[Finding]:
+def check_journals(view: PartitionView) -> Iterator[Finding]:
+    """Check what is in the journals, and that nothing deleted is in them."""
     index, journals = view.manifests, view.journals
     is_elsewhere = view.bank.journal_dir is not None
     yield from check_continuity(index, journals, view.journal_place, is_elsewhere=is_elsewhere)
@@ -86,21 +89,29 @@ def _check_journals(view: PartitionView) -> Iterator[Finding]:
         yield from check_replay(view)
 
 
-BANK_CHECKS: tuple[BankCheck, ...] = (
-    _check_chain,
-    _check_snapshots,
-    check_trees,
-    _check_packs,
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checks:
+    """What to look at."""
+
+    bank: tuple[BankCheck, ...]
+    """Once for the bank."""
+    partition: tuple[PartitionCheck, ...]
+    """Once for each partition."""
+
+
+EVERYTHING = Checks(
+    bank=(check_chain, _check_snapshots, check_trees, _check_packs, ReceiptCheck()),
+    partition=(
+        _check_manifests,
+        check_arrays,
+        check_slots,
+        check_unnamed,
+        check_removal,
+        check_journals,
+        check_partition_names,
+    ),
 )
-PARTITION_CHECKS: tuple[PartitionCheck, ...] = (
-    _check_manifests,
-    check_arrays,
-    check_slots,
-    check_unnamed,
-    check_removal,
-    _check_journals,
-    check_partition_names,
-)
+"""All that there is."""
 
 
 def check_bank(
@@ -108,6 +119,7 @@ def check_bank(
     *,
     journal_dir: str | Path | None = None,
     deep: bool = True,
+    checks: Checks = EVERYTHING,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> FsckReport:
     """Check every reference, every checksum and every journal frame of a bank.
@@ -122,6 +134,8 @@ def check_bank(
         Directory of the journals, where the service is set to keep them outside of the bank.
     deep
         False to look only whether slots exist, and to leave journalled updates as they are.
+    checks
+        What to look at.
     on_progress
         Called with the number of objects that were looked at, and of all.
 
@@ -159,24 +173,24 @@ def check_bank(
     # The names of a large bank's objects are most of what its check would hold in memory.
     del keys
     progress.begin(progress.total - sum(sizes.values()))
-    log.merge(_look_twice(bank, _bank_findings))
+    log.merge(_look_twice(bank, partial(_bank_findings, checks)))
     # Without a spec nobody can tell what belongs into a partition.
     for number in range(0 if spec is None else spec.num_partitions):
         progress.begin(sizes[number])
-        log.merge(_look_twice(bank, partial(_partition_findings, number)))
+        log.merge(_look_twice(bank, partial(_partition_findings, checks, number)))
     progress.begin(0)
     return _report(bank, log)
 
 
-def _bank_findings(bank: BankView) -> Iterator[Finding]:
-    for check in BANK_CHECKS:
+def _bank_findings(checks: Checks, bank: BankView) -> Iterator[Finding]:
+    for check in checks.bank:
         yield from check(bank)
 
 
-def _partition_findings(number: int, bank: BankView) -> Iterator[Finding]:
+def _partition_findings(checks: Checks, number: int, bank: BankView) -> Iterator[Finding]:
     assert bank.spec is not None
     view = PartitionView(bank, bank.spec, number)
-    for check in PARTITION_CHECKS:
+    for check in checks.partition:
         yield from check(view)
 
 

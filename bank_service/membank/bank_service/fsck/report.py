@@ -30,6 +30,16 @@ class FindingKind(StrEnum):
     RECORD_MISSING = "record-missing"
     RECORD_DAMAGED = "record-damaged"
     CHAIN_BROKEN = "chain-broken"
+    LOG_CUT_OFF = "log-cut-off"
+    HEAD_MISMATCH = "head-mismatch"
+    RECEIPT_MISSING = "receipt-missing"
+    RECEIPT_DAMAGED = "receipt-damaged"
+    RECEIPT_MISMATCH = "receipt-mismatch"
+    RECEIPT_UNTRUSTED = "receipt-untrusted"
+    RECEIPT_PENDING = "receipt-pending"
+    RECEIPT_NEVER_MADE = "receipt-never-made"
+    KEY_MISSING = "key-missing"
+    KEY_DAMAGED = "key-damaged"
     TREE_MISSING = "tree-missing"
     TREE_DAMAGED = "tree-damaged"
     TREE_SUPERSEDED = "tree-superseded"
@@ -78,6 +88,7 @@ class FindingKind(StrEnum):
 
 _NOTES = frozenset(
     {
+        FindingKind.RECEIPT_NEVER_MADE,
         FindingKind.TREE_SUPERSEDED,
         FindingKind.SNAPSHOT_UNCOMMITTED,
         FindingKind.SNAPSHOT_GIVEN_UP,
@@ -100,6 +111,7 @@ _REPAIRABLE = frozenset(
         FindingKind.ARRAY_METADATA_DAMAGED,
         FindingKind.ARRAY_TOO_SMALL,
         FindingKind.REMOVAL_UNFINISHED,
+        FindingKind.RECEIPT_PENDING,
         FindingKind.OBJECT_MISNAMED,
     }
 )

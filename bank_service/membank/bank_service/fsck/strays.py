@@ -18,12 +18,14 @@ from membank.wire.format.layout import (
     SPEC_KEY,
     array_prefix,
     claim_key,
+    key_id_in,
     log_key,
     log_prefix,
     manifest_key,
     number_in,
     pack_name,
     partition_prefix,
+    receipt_key,
     revision_key,
     snapshot_name,
     tree_key,
@@ -99,8 +101,10 @@ def _check_journal_name(key: str, name: str) -> Iterator[Finding]:
 
 
 def _is_document(key: str) -> bool:
-    is_numbered = any(number_in(key, key_of) is not None for key_of in (revision_key, tree_key))
-    return is_numbered or snapshot_name(key) is not None or pack_name(key) is not None
+    numbered = (revision_key, tree_key, receipt_key)
+    is_numbered = any(number_in(key, key_of) is not None for key_of in numbered)
+    named = (snapshot_name, pack_name, key_id_in)
+    return is_numbered or any(name_in(key) is not None for name_in in named)
 
 
 def _children(folder: Path) -> list[Path]:

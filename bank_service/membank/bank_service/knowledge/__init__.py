@@ -1,4 +1,4 @@
-"""What operators do: transactions across shards, removal, packs, snapshots, the audit log."""
+"""What operators do: transactions across shards, removal, receipts, packs, snapshots, the audit log."""
 
 from membank.bank_service.knowledge.contract import (
     AdminRequest,
@@ -7,6 +7,7 @@ from membank.bank_service.knowledge.contract import (
     ExportedPack,
 )
 from membank.bank_service.knowledge.operations import BankOperations
+from membank.bank_service.knowledge.receipts import NoRecycler, ReceiptDesk, Recycler
 from membank.bank_service.knowledge.revisions import RevisionLog
 from membank.bank_service.knowledge.shards import (
     ShardDirectory,
@@ -25,6 +26,9 @@ __all__ = [
     "Coordinator",
     "CoordinatorConfig",
     "ExportedPack",
+    "NoRecycler",
+    "ReceiptDesk",
+    "Recycler",
     "RevisionLog",
     "ShardDirectory",
     "ShardGroup",

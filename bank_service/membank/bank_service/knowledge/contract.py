@@ -109,6 +109,8 @@ class BankAdmin(Protocol):
     def apply(self, request: AdminRequest, steps: Sequence[Step]) -> Applied:
         """Apply steps as one transaction; returns once every owner has done its part.
 
+        Where something is deleted, that is once nothing of it is left and its receipt is signed.
+
         Parameters
         ----------
         request
@@ -241,6 +243,12 @@ class BankAdmin(Protocol):
         keep_revisions
             Newest revisions whose history is kept, at least 1, whatever the settings say; older
             history goes for good, but for snapshots. None = as the settings say.
+        """
+
+    def receipt(self, revision: int) -> bytes:
+        """Return the signed receipt of what `revision` deleted.
+
+        `NotFoundError` (UNKNOWN_RECEIPT) if it deleted nothing.
         """
 
     def stats(self) -> BankStats:

@@ -9,6 +9,7 @@ from membank.bank_service.knowledge.contract import AdminRequest, ExportedPack
 from membank.bank_service.knowledge.garbage import GarbageCollector
 from membank.bank_service.knowledge.history import History
 from membank.bank_service.knowledge.pack_operations import PackOperations
+from membank.bank_service.knowledge.receipts import read_receipt
 from membank.bank_service.knowledge.revisions import RevisionLog
 from membank.bank_service.knowledge.shards import ShardGroup
 from membank.bank_service.knowledge.snapshots import SnapshotCatalog
@@ -20,6 +21,7 @@ from membank.bank_service.store import Bank
 from membank.wire.crc import Buffer
 from membank.wire.errors import InvalidArgumentError
 from membank.wire.format import RevisionRecord
+from membank.wire.format.receipt import DELETION
 from membank.wire.records import (
     Applied,
     AuditRecord,
@@ -35,7 +37,7 @@ from membank.wire.signing import Signer, TrustedKeys
 from membank.wire.spec import BankSpec, BlockRef
 from membank.wire.steps import Step
 
-_AUDIT_HIDES = frozenset({"changes", "tree_changes"})
+_AUDIT_HIDES = frozenset({"changes", "tree_changes", DELETION})
 """Parts of a record's detail that are there for retries and too long for an account."""
 
 
@@ -154,6 +156,10 @@ class BankOperations:
             num_blocks_written=sum(status.version > 0 for status in statuses.values()),
         )
 
+    def receipt(self, revision: int) -> bytes:
+        # docstring inherited
+        return read_receipt(self._bank, revision)
+
     def audit(self, limit: int, *, retained_only: bool = False) -> tuple[AuditRecord, ...]:
         # docstring inherited
         records = self._history.retained() if retained_only else self._log.newest(limit)
@@ -166,7 +172,7 @@ class BankOperations:
         outcome = self._coordinator.run(
             request, operation_of(steps), lambda: self._planner.plan(steps)
         )
-        return Applied(report=outcome.report)
+        return Applied(report=outcome.report, receipt=outcome.receipt)
 
     def import_topic(
         self,

@@ -17,6 +17,7 @@ from membank.bank_service.shard.contract import (
 )
 from membank.wire.errors import Reason, UnavailableError
 from membank.wire.format import RevisionRecord
+from membank.wire.format.receipt import ProcessLife
 from membank.wire.records import ShardStats
 from membank.wire.spec import BankSpec, BlockRef
 
@@ -35,6 +36,10 @@ class ShardHandle(Protocol):
     @property
     def revision(self) -> int:
         """Newest revision that the shard has installed."""
+
+    @property
+    def process(self) -> ProcessLife:
+        """Process that the shard lives in."""
 
     def prepare(
         self,

@@ -140,19 +140,25 @@ class StoredPacks:
         May be repeated. A pack of which nobody can tell what it holds goes as well: knowledge that is
         to be gone must not survive in a damaged file.
         """
-        deleted = deleted_by(record)
+        for name in self.holding(deleted_by(record), record.revision):
+            self._destroy(name)
+
+    def holding(self, deleted: frozenset[BlockRef], revision: int) -> tuple[str, ...]:
+        """Return the names of the packs that go where `revision` deletes these blocks."""
         if not deleted:
-            return
+            return ()
+        doomed = []
         for name in self._names():
             try:
                 held = self._find(name)
             except CorruptionError as err:
-                _LOG.warning("pack %s goes with revision %d: %s", name, record.revision, err)
+                _LOG.warning("pack %s goes with revision %d: %s", name, revision, err)
                 held = None
             # One of a later revision holds what was created anew.
-            is_older = held is None or held.pack.revision < record.revision
+            is_older = held is None or held.pack.revision < revision
             if is_older and (held is None or not deleted.isdisjoint(held.refs)):
-                self._destroy(name)
+                doomed.append(name)
+        return tuple(doomed)
 
     def _names(self) -> Sequence[str]:
         names = {pack_name(key) for key in self._objects.list(PACKS)}

@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from membank.bank_service.knowledge.contract import AdminRequest
+from membank.bank_service.knowledge.receipts import ReceiptDesk, read_receipt
 from membank.bank_service.knowledge.revisions import RevisionDraft, RevisionLog
 from membank.bank_service.knowledge.shards import (
     ShardGroup,
@@ -35,7 +36,7 @@ from membank.bank_service.knowledge.shards import (
 )
 from membank.bank_service.knowledge.stored_packs import StoredPacks
 from membank.bank_service.knowledge.trees import TreeStore
-from membank.bank_service.shard.contract import BlockOperation, Prepared
+from membank.bank_service.shard.contract import BlockOperation, Erase, Prepared
 from membank.bank_service.store import Bank
 from membank.wire.errors import (
     ConflictError,
@@ -45,6 +46,7 @@ from membank.wire.errors import (
     UnavailableError,
 )
 from membank.wire.format import RevisionRecord, TreeDocument
+from membank.wire.format.receipt import DELETION
 from membank.wire.records import BlockChange, CentroidChange, TransactionReport, TreeChange
 from membank.wire.spec import BlockRef, BlockState
 
@@ -95,6 +97,8 @@ class Outcome:
     """What it did."""
     record: RevisionRecord | None
     """Its record; None for a dry run."""
+    receipt: bytes = b""
+    """Signed receipt of what it deleted; empty where it deleted nothing."""
 
 
 class Coordinator:
@@ -113,6 +117,8 @@ class Coordinator:
         The bank's records.
     trees
         The bank's tree documents.
+    receipts
+        Makes the receipts of deletions; None = there are none.
     config
         Patience.
     sleep
@@ -128,6 +134,7 @@ class Coordinator:
         *,
         log: RevisionLog,
         trees: TreeStore,
+        receipts: ReceiptDesk | None = None,
         config: CoordinatorConfig | None = None,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
@@ -137,6 +144,7 @@ class Coordinator:
         self._log = log
         self._trees = trees
         self._packs = StoredPacks(bank)
+        self._receipts = receipts
         self._config = config or CoordinatorConfig()
         self._sleep = sleep
         self._clock = clock
@@ -227,25 +235,34 @@ class Coordinator:
 
     def _run(self, request: AdminRequest, operation: str, plan: Plan) -> Outcome:
         revision = self._log.last + 1
+        if self._receipts is not None and any(isinstance(o, Erase) for o in plan.operations):
+            self._receipts.check_storage()
         self._unsettled = True
         results = self._prepare(revision, plan)
         try:
             prepared = raise_first(results)
-            manifests = {p: n for part in prepared for p, n in part.manifests.items()}
             if plan.tree is not None:
                 self._trees.write(revision, plan.tree)
             if plan.before_commit is not None:
                 plan.before_commit(revision)
+            if self._receipts is not None:
+                self._receipts.introduce(prepared)
             report = _report(revision, prepared, plan)
-            record = self._log.append(_draft(request, operation, plan, manifests, report))
+            record = self._log.append(self._draft(request, operation, plan, prepared, report))
         except Exception:
             self._give_up(revision)
             done = self._log.find(request.request_id)
             if done is None:
                 raise
             # The store created the record, though it did not say so.
-            return Outcome(report=report_of(done), record=done)
+            return self._outcome(report_of(done), done)
         self._install(record)
+        return self._outcome(report, record)
+
+    def _outcome(self, report: TransactionReport, record: RevisionRecord) -> Outcome:
+        if self._receipts is not None and DELETION in record.detail:
+            receipt = read_receipt(self._bank, record.revision)
+            return Outcome(report=report, record=record, receipt=receipt)
         return Outcome(report=report, record=record)
 
     def _prepare(
@@ -270,6 +287,45 @@ class Coordinator:
 
         return self._shards.call(members, prepare)
 
+    def _draft(
+        self,
+        request: AdminRequest,
+        operation: str,
+        plan: Plan,
+        prepared: Sequence[Prepared],
+        report: TransactionReport,
+    ) -> RevisionDraft:
+        changes_tree = plan.tree is not None
+        deleted = [c.ref for c in report.changes if c.state_after is BlockState.DELETED]
+        destroyed = (
+            {}
+            if self._receipts is None
+            else self._receipts.detail_of(
+                prepared,
+                packs=self._packs.holding(frozenset(deleted), report.revision),
+                changes_tree=changes_tree,
+            )
+        )
+        return RevisionDraft(
+            operation=operation,
+            principal=request.principal,
+            request_id=request.request_id,
+            manifests={p: n for part in prepared for p, n in part.manifests.items()},
+            changes_tree=changes_tree,
+            removes=any(change.state_after is not BlockState.ACTIVE for change in report.changes),
+            detail={
+                **plan.detail,
+                **destroyed,
+                "changes": [_row(change) for change in report.changes],
+                **(
+                    {"tree_changes": [_tree_row(change) for change in report.tree_changes]}
+                    if report.tree_changes
+                    else {}
+                ),
+                "num_slots_destroyed": report.num_slots_destroyed,
+            },
+        )
+
     def _give_up(self, revision: int) -> None:
         try:
             self._settle()
@@ -291,7 +347,7 @@ class Coordinator:
                 "give every request an id of its own"
             )
         self._settle()
-        return Outcome(report=report_of(record), record=record)
+        return self._outcome(report_of(record), record)
 
     # ---- bringing shards and store to what the records say
 
@@ -310,15 +366,20 @@ class Coordinator:
     def _install(self, record: RevisionRecord) -> None:
         """Tell every shard of `record`, waiting for those that are down; then what it ended goes."""
         self._unsettled = True
+        self._confirm(record)
+        self._trees.destroy_others(record.tree_revision)
+        self._packs.destroy_holding(record)
+        self._bank.remove_ended_snapshot(record)
+        if self._receipts is not None and (owed := self._receipts.owed()) is not None:
+            self._receipts.issue(owed, self._confirm)
+        self._unsettled = False
+
+    def _confirm(self, record: RevisionRecord) -> None:
         deadline = self._clock() + self._config.commit_patience_s
         while lagging := self._tell(record):
             if self._clock() >= deadline:
                 raise unreachable(lagging, record.revision)
             self._sleep(self._config.commit_pause_s)
-        self._trees.destroy_others(record.tree_revision)
-        self._packs.destroy_holding(record)
-        self._bank.remove_ended_snapshot(record)
-        self._unsettled = False
 
     def _tell(self, record: RevisionRecord) -> list[str]:
         members = self._shards.members()
@@ -394,44 +455,21 @@ def _report(
     )
 
 
-def _draft(
-    request: AdminRequest,
-    operation: str,
-    plan: Plan,
-    manifests: Mapping[int, int],
-    report: TransactionReport,
-) -> RevisionDraft:
-    changes = [
-        [
-            *change.ref,
-            change.version_before,
-            change.version_after,
-            int(change.state_before),
-            int(change.state_after),
-            change.num_bytes,
-        ]
-        for change in report.changes
+def _row(change: BlockChange) -> list[int]:
+    return [
+        *change.ref,
+        change.version_before,
+        change.version_after,
+        int(change.state_before),
+        int(change.state_after),
+        change.num_bytes,
     ]
-    tree_changes = [
-        [
-            *change.topic,
-            int(change.changes_label),
-            int(change.changes_num_documents),
-            int(change.centroid_change),
-        ]
-        for change in report.tree_changes
+
+
+def _tree_row(change: TreeChange) -> list[int]:
+    return [
+        *change.topic,
+        int(change.changes_label),
+        int(change.changes_num_documents),
+        int(change.centroid_change),
     ]
-    return RevisionDraft(
-        operation=operation,
-        principal=request.principal,
-        request_id=request.request_id,
-        manifests=manifests,
-        changes_tree=plan.tree is not None,
-        removes=any(change.state_after is not BlockState.ACTIVE for change in report.changes),
-        detail={
-            **plan.detail,
-            "changes": changes,
-            **({"tree_changes": tree_changes} if tree_changes else {}),
-            "num_slots_destroyed": report.num_slots_destroyed,
-        },
-    )

@@ -252,6 +252,13 @@ class AdminServicer(AdminServiceServicer):
             records=[convert.audit_to_pb(record) for record in records]
         )
 
+    def GetReceipt(
+        self, request: pb.GetReceiptRequest, context: grpc.ServicerContext
+    ) -> pb.GetReceiptResponse:
+        # docstring inherited
+        admin = self._open(request.bank, context)
+        return pb.GetReceiptResponse(receipt=admin.receipt(request.revision))
+
     def _open(self, bank: str, context: grpc.ServicerContext) -> BankAdmin:
         check_alive(context)
         admin = self._host.operations()

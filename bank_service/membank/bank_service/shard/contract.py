@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from membank.wire.format import RevisionRecord
+from membank.wire.format.receipt import DestroyedBlock, ProcessLife
 from membank.wire.records import (
     Block,
     BlockChange,
@@ -135,6 +136,22 @@ class PushResult:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Destruction:
+    """What a shard destroys at commit, for the receipt of it."""
+
+    partitions: tuple[int, ...]
+    """Partitions that hold it."""
+    blocks: tuple[DestroyedBlock, ...]
+    """Every block of it."""
+    num_manifests: int
+    """Manifests to be rewritten, as they name the blocks."""
+    journal_bytes: int
+    """Bytes of the partitions' journals before they were folded."""
+    process: ProcessLife
+    """Process of the shard."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
     """What a shard would do at commit."""
 
@@ -145,6 +162,8 @@ class Prepared:
     """The blocks that change."""
     num_slots_destroyed: int = 0
     """Slots that the commit destroys, every retained version counted."""
+    destruction: Destruction | None = None
+    """What it destroys, in full; None = nothing, or for a dry run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -237,6 +256,10 @@ class ShardApi(Protocol):
     @property
     def revision(self) -> int:
         """Newest revision that this shard has installed."""
+
+    @property
+    def process(self) -> ProcessLife:
+        """Process that it lives in."""
 
     def fetch(
         self,

@@ -9,9 +9,10 @@ from threading import RLock
 
 from membank.bank_service.shard.content import BlockRecord
 from membank.bank_service.shard.context import ShardContext
-from membank.bank_service.shard.contract import BlockOperation, Prepared
+from membank.bank_service.shard.contract import BlockOperation, Destruction, Prepared
 from membank.bank_service.shard.draft import Draft, check_operations, draft_changes
 from membank.bank_service.shard.partition import Partition
+from membank.bank_service.shard.process import this_process
 from membank.bank_service.shard.state import Hold
 from membank.wire.errors import (
     ConflictError,
@@ -82,18 +83,20 @@ class Participant:
             if dry_run:
                 return self._dry_run(by_partition)
             self._require_next(revision, by_partition)
+            journal_bytes = {n: self._partitions[n].journal_bytes for n in by_partition}
             with self._held(revision, sorted(by_partition)):
                 drafts = {
                     number: self._draft(self._partitions[number], by_partition[number])
                     for number in sorted(by_partition)
                 }
+                destruction = self._destruction(drafts, journal_bytes)
                 manifests = {
                     number: self._partitions[number]
                     .prepare({draft.ref: draft.after for draft in found})
                     .number
                     for number, found in drafts.items()
                 }
-                return self._prepared(manifests, drafts)
+                return self._prepared(manifests, drafts, destruction)
 
     def commit(self, record: RevisionRecord) -> None:
         """See `ShardApi.commit`."""
@@ -271,21 +274,44 @@ class Participant:
         }
         return self._prepared({}, drafts)
 
+    def _destruction(
+        self, drafts: Mapping[int, Sequence[Draft]], journal_bytes: Mapping[int, int]
+    ) -> Destruction | None:
+        """Take down what is to be destroyed: afterwards nobody can."""
+        found = {
+            number: self._partitions[number].take_inventory(erased)
+            for number, erased in _erased(drafts).items()
+        }
+        if not found:
+            return None
+        return Destruction(
+            partitions=tuple(sorted(found)),
+            blocks=tuple(block for inventory in found.values() for block in inventory.blocks),
+            num_manifests=sum(inventory.num_manifests for inventory in found.values()),
+            journal_bytes=sum(journal_bytes[number] for number in found),
+            process=this_process(),
+        )
+
     def _prepared(
-        self, manifests: Mapping[int, int], drafts: Mapping[int, Sequence[Draft]]
+        self,
+        manifests: Mapping[int, int],
+        drafts: Mapping[int, Sequence[Draft]],
+        destruction: Destruction | None = None,
     ) -> Prepared:
-        num_slots = 0
-        for number, found in drafts.items():
-            partition = self._partitions[number]
-            erased = [draft.ref for draft in found if draft.erases]
-            if erased:
-                num_slots += partition.count_slots(erased)
+        if destruction is None:
+            num_slots = sum(
+                self._partitions[number].count_slots(erased)
+                for number, erased in _erased(drafts).items()
+            )
+        else:
+            num_slots = sum(block.num_slots for block in destruction.blocks)
         return Prepared(
             manifests=dict(manifests),
             changes=tuple(
                 draft.change(self._bank.spec) for found in drafts.values() for draft in found
             ),
             num_slots_destroyed=num_slots,
+            destruction=destruction,
         )
 
     def _owner(self, ref: BlockRef) -> Partition:
@@ -340,6 +366,14 @@ def owned(partitions: Mapping[int, Partition], number: int) -> Partition:
             reason=Reason.NOT_OWNER,
             metadata={"partition": str(number)},
         ) from None
+
+
+def _erased(drafts: Mapping[int, Sequence[Draft]]) -> dict[int, list[BlockRef]]:
+    """Return the blocks that are deleted, by partition, where there are any."""
+    erased = {
+        number: [draft.ref for draft in found if draft.erases] for number, found in drafts.items()
+    }
+    return {number: refs for number, refs in erased.items() if refs}
 
 
 def _is_named(partition: Partition, record: RevisionRecord) -> bool:

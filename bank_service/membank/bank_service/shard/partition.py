@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from membank.bank_service.shard.content import BlockRecord, Content
 from membank.bank_service.shard.contract import PartitionGarbage, PartitionHistory
 from membank.bank_service.shard.folding import Folding
+from membank.bank_service.shard.inventory import Inventory, take_inventory
 from membank.bank_service.shard.state import Hold, PartitionState
 from membank.bank_service.shard.update_frame import UpdateFrame
 from membank.bank_service.shard.update_path import UpdatePath
@@ -174,7 +175,16 @@ class Partition:
         """Return how many slots hold versions of `refs`; one to come counts for a dirty block."""
         with self._state.folding:
             dirty = sum(self._state.record(ref).is_dirty for ref in refs)
-            return self.store.num_slots(refs, self.manifest.owner) + dirty
+            held = self.store.holdings(refs, self.manifest.owner)
+            return sum(map(len, held.slots.values())) + dirty
+
+    def take_inventory(self, refs: Iterable[BlockRef]) -> Inventory:
+        """Return what there is of blocks, for a transaction that holds the partition, folded."""
+        state = self._state
+        with state.folding:
+            records = {ref: state.record(ref) for ref in refs}
+            spec = state.context.bank.spec
+            return take_inventory(self.store, spec, records, self.manifest.owner)
 
     def hold(self, revision: int) -> None:
         """Hold updates back until `release` or `finish`; a consolidation under way ends first."""

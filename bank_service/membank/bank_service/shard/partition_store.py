@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from threading import Lock
 
 from membank.bank_service.shard.content import (
@@ -37,6 +37,16 @@ from membank.wire.spec import Array, BlockRef, BlockState, Role
 _MAX_WRITERS = 8
 _IN_FLIGHT_BYTES = 64 << 20
 """Bytes of blocks that are written side by side, at most; one block may have more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """What a partition's storage holds of some blocks."""
+
+    slots: Mapping[BlockRef, Collection[SlotName]]
+    """Slots with stored versions of each block."""
+    num_manifests: int
+    """Stored manifests that do not call all of the blocks deleted."""
 
 
 class PartitionStore:
@@ -178,11 +188,16 @@ class PartitionStore:
         self._unpublished -= members(named, self._unpublished)
         return published
 
-    def num_slots(self, refs: Collection[BlockRef], owner: str) -> int:
-        """Return how many slots hold stored versions of `refs`."""
+    def holdings(self, refs: Collection[BlockRef], owner: str) -> Holdings:
+        """Return what is stored of `refs`."""
         self.manifests.look_again(owner)
-        stored = map(self.manifests.read, self.manifests.numbers)
-        return len({slot for manifest in stored for slot in slots_named(manifest, refs)})
+        slots: dict[BlockRef, set[SlotName]] = {ref: set() for ref in refs}
+        num_manifests = 0
+        for manifest in map(self.manifests.read, self.manifests.numbers):
+            num_manifests += not calls_deleted(manifest, set(refs))
+            for ref in refs:
+                slots[ref].update(slots_named(manifest, [ref]))
+        return Holdings(slots, num_manifests)
 
     def retire(self) -> None:
         """Remove the manifests that nothing retained needs, and the slots that only they name."""

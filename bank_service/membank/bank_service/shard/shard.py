@@ -35,6 +35,7 @@ from membank.bank_service.shard.maintenance import InlineMaintenance, Maintenanc
 from membank.bank_service.shard.participant import Participant, owned
 from membank.bank_service.shard.partition import Partition
 from membank.bank_service.shard.pinned import PinnedReader
+from membank.bank_service.shard.process import this_process
 from membank.bank_service.shard.reader import BlockReader
 from membank.bank_service.shard.recovery import lock_partitions, open_partitions
 from membank.bank_service.shard.residency import Residency
@@ -52,6 +53,7 @@ from membank.wire.errors import (
     UnavailableError,
 )
 from membank.wire.format import Entry, RevisionRecord
+from membank.wire.format.receipt import ProcessLife
 from membank.wire.loaders import Loaders
 from membank.wire.records import (
     Gradient,
@@ -195,6 +197,11 @@ class Shard:
     def spec(self) -> BankSpec:
         # docstring inherited
         return self._context.bank.spec
+
+    @property
+    def process(self) -> ProcessLife:
+        # docstring inherited
+        return this_process()
 
     @property
     def revision(self) -> int:

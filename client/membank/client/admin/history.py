@@ -209,3 +209,30 @@ class HistoryCalls(GatewayCalls):
         return await self._session.ask_gateway(
             call, what="audit", deadline=self._session.deadline(timeout_s)
         )
+
+    async def receipt(self, revision: int, *, timeout_s: float | None = None) -> bytes:
+        """Return the signed receipt of a deletion (`membank.wire.format.receipt`).
+
+        Whether its signature is right, and its key to be trusted, is not checked here.
+
+        Parameters
+        ----------
+        revision
+            Revision of the deletion.
+        timeout_s
+            Deadline; None = ``config.timeout_s``.
+
+        Raises
+        ------
+        NotFoundError
+            If the revision deleted nothing, or there is none (UNKNOWN_RECEIPT).
+        """
+        if revision < 0:
+            raise InvalidArgumentError(f"revision is {revision}; accepted: >= 0")
+
+        async def call(gateway: Transport, timeout_s: float) -> bytes:
+            return await gateway.get_receipt(revision, timeout_s=timeout_s)
+
+        return await self._session.ask_gateway(
+            call, what="receipt", deadline=self._session.deadline(timeout_s)
+        )

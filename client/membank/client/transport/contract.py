@@ -278,6 +278,9 @@ class AdminTransport(Protocol):
     async def get_stats(self, *, timeout_s: float) -> BankStats:
         """Return counters and sizes."""
 
+    async def get_receipt(self, revision: int, *, timeout_s: float) -> bytes:
+        """Return the signed receipt of what a revision deleted."""
+
     async def list_audit_records(
         self, *, limit: int, retained_only: bool, timeout_s: float
     ) -> tuple[AuditRecord, ...]:

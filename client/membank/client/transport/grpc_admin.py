@@ -290,6 +290,12 @@ class GrpcAdminTransport:
         call = self._admin.GetStats(request, timeout=timeout_s, metadata=self._channel.metadata)
         return stats_from_pb(await self._channel.unary("GetStats", call))
 
+    async def get_receipt(self, revision: int, *, timeout_s: float) -> bytes:
+        """Return the signed receipt of what a revision deleted."""
+        request = admin_pb.GetReceiptRequest(bank=self._bank, revision=revision)
+        call = self._admin.GetReceipt(request, timeout=timeout_s, metadata=self._channel.metadata)
+        return (await self._channel.unary("GetReceipt", call)).receipt
+
     async def list_audit_records(
         self, *, limit: int, retained_only: bool, timeout_s: float
     ) -> tuple[AuditRecord, ...]:

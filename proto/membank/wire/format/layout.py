@@ -8,6 +8,8 @@
     snapshots/NAME.json                         pinned revisions
     packs/NAME.json                             what a pack that is kept here holds
     packs/NAME.pack                             the pack
+    receipts/0000000007.json                    signed receipt of what revision 7 deleted
+    keys/0123456789abcdef.json                  public key that receipts are signed with
     partitions/0002/manifests/0000000031        block -> (slot, version, CRCs, ...)
     partitions/0002/log/0000000123              a batch of updates that are not in slots yet
     partitions/0002/level-1/weight/zarr.json    a zarr v3 array; one chunk = one slot
@@ -31,6 +33,8 @@ REVISIONS = "revisions"
 TREES = "trees"
 SNAPSHOTS = "snapshots"
 PACKS = "packs"
+RECEIPTS = "receipts"
+KEYS = "keys"
 CLAIMS = "claims"
 """Who serves the bank; not part of it."""
 
@@ -71,6 +75,22 @@ def pack_name(key: str) -> str | None:
     name = key.removeprefix(f"{PACKS}/").rpartition(".")[0]
     is_named = key in {pack_key(name), pack_record_key(name)}
     return name if is_named and NAME_PATTERN.fullmatch(name) else None
+
+
+def receipt_key(revision: int) -> str:
+    """Key of the receipt of what `revision` deleted."""
+    return f"{RECEIPTS}/{revision:010d}.json"
+
+
+def public_key_key(key_id: str) -> str:
+    """Key of the public key whose id this is."""
+    return f"{KEYS}/{key_id}.json"
+
+
+def key_id_in(key: str) -> str | None:
+    """Return the id of the public key whose key this is; None = it is a stray (see `number_in`)."""
+    name = key.removeprefix(f"{KEYS}/").removesuffix(".json")
+    return name if public_key_key(name) == key and "/" not in name else None
 
 
 def claim_key(number: int) -> str:
