@@ -88,6 +88,14 @@ def test_a_receipt_says_what_was_destroyed_by_whom_and_for_whom(rig: ShardRig) -
     check_verified(rig, 1)
 
 
+def test_packs_that_go_with_it_are_named(rig: ShardRig) -> None:
+    rig.operations.store_pack(TOPIC, "kept").close()
+    rig.operations.store_pack(OTHER, "another").close()
+    assert read(delete(rig)).deletion.packs == ("kept",)
+    assert [pack.name for pack in rig.operations.list_packs()] == ["another"]
+    check_verified(rig, 1)
+
+
 def test_a_retry_gets_the_same_receipt(rig: ShardRig) -> None:
     first = delete(rig)
     assert delete(rig) == first
