@@ -21,6 +21,7 @@ _COMMAND_MODULES = (
     "transact",
     "packs",
     "grow",
+    "edit_command",
     "history",
     "audit",
     "fsck_command",

@@ -107,6 +107,7 @@ class Reason(StrEnum):
     UNKNOWN_RECEIPT = "UNKNOWN_RECEIPT"
     TREE_FULL = "TREE_FULL"
     BASE_MISMATCH = "BASE_MISMATCH"
+    EDIT_FELL_SHORT = "EDIT_FELL_SHORT"
 
 
 class MembankError(Exception):
