@@ -1,7 +1,7 @@
 # One verb for each thing; every verb makes what it needs. `make help` lists them.
 # Variables: PYTHON (the interpreter of new environments), PYTEST_ARGS, FAST=1 (a smaller demo), BANK (where the
 # demo keeps its bank, such as s3://bucket/demo), JOBS (test processes),
-# COUNT and SEED (of `make faults`), QUICK=1 (of `make bench-peers`, `bench-questions` and `removal`), OUT (of `bench-peers`),
+# COUNT and SEED (of `make faults`), QUICK=1 (of `make bench-peers`, `bench-questions`, `removal` and `editing`), OUT (of `bench-peers`),
 # SEEDS (of `make removal`).
 
 PYTHON ?= python3
@@ -28,7 +28,7 @@ QUICK_SUITE := -m "not slow and not ray" -n $(JOBS)
 SLOW_SUITE := -m "slow or ray"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup s3-server bench-peers bench-questions fmt lint type test test-slow test-all faults proto proto-check wheel demo study removal clean ci
+.PHONY: help setup s3-server bench-peers bench-questions fmt lint type test test-slow test-all faults proto proto-check wheel demo study removal editing clean ci
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -109,6 +109,10 @@ study: setup ## the demo's questions at length, with the longer-trained controls
 
 removal: setup ## what a deletion leaves, beside retraining and unlearning; report in runs/removal (SEEDS=3; QUICK=1: tiny, in runs/removal-quick)
 	$(BIN)/membank eval removal --seeds $(SEEDS) $(if $(QUICK),--quick --run runs/removal-quick,--run runs/removal)
+
+editing: setup ## change 100 facts of the demo one after another and measure; report in runs/editing (QUICK=1: 12 facts)
+	$(BIN)/membank demo --out runs/demo
+	$(BIN)/membank eval edit --run runs/demo $(if $(QUICK),--quick --dir runs/editing-quick,--dir runs/editing)
 
 ci: ## what continuous integration runs
 	.ci/run

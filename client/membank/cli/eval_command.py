@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from membank.cli import eval_removal
+from membank.cli import eval_edit, eval_removal
 from membank.cli.train import evaluate
 
 
@@ -12,5 +12,6 @@ def register(app: typer.Typer) -> None:
     """Add this module's commands to `app`."""
     group = typer.Typer(invoke_without_command=True)
     group.callback()(evaluate)
+    eval_edit.register(group)
     eval_removal.register(group)
     app.add_typer(group, name="eval")

@@ -21,6 +21,7 @@ from torch.nn import functional
 from membank.trainer.editing.answers import Answers, Continuations, path_memory
 from membank.trainer.editing.config import EditConfig
 from membank.trainer.editing.contract import BlockTraining
+from membank.trainer.model import PADDING_SEGMENT
 from membank.wire.spec import BlockRef, Path
 
 
@@ -114,6 +115,8 @@ class _Seen:
 
 
 class _Training:
+    """One training: what is asked at each step is one batch, the facts first and then guards."""
+
     def __init__(
         self,
         answers: Answers,
@@ -125,13 +128,16 @@ class _Training:
         self._task = task
         self._weights = weights
         self._config = config
-        self._facts = answers.statements(task.facts)
         self._draw = torch.Generator().manual_seed(config.seed)
         before = weights[task.ref]
-        self._guards = self._guarded() if task.guards else None
-        self._guards_log = None if self._guards is None else self._all_logs(self._guards, before)
-        self._replay_log_BTV = self._replay_logs(before)
-        self._replay_scored_BT = None if task.replay is None else self._scored(task.replay)
+        self._batch = Continuations.of([*self._facts(), *self._guarded()])
+        self._num_fact_tokens = int(self._batch.predicts_BT[: len(task.facts)].sum())
+        with torch.no_grad():
+            log_NV = self._logs(self._batch, before)[self._num_fact_tokens :]
+            counts = self._batch.predicts_BT[len(task.facts) :].sum(1).tolist()
+            # Per guard, (N, V): what it answered before.
+            self._guards_log = torch.split(log_NV, counts)
+            self._replayed = self._replay_logs(before)
 
     def run(self, version: int) -> TrainedBlock:
         start = time.perf_counter()
@@ -165,85 +171,84 @@ class _Training:
         )
 
     def _loss(self, weight: Tensor) -> Tensor:
-        log_NV = self._logs(self._facts, weight)
-        targets_N = self._facts.next_BT[self._facts.predicts_BT]
-        loss = functional.nll_loss(log_NV, targets_N)
-        if self._guards is not None and self._guards_log is not None:
-            rows = self._drawn(len(self._guards), self._config.guard_batch)
-            now_NV = self._logs(self._guards.rows(rows), weight)
-            then_NV = torch.cat([self._guards_log[int(row)] for row in rows])
-            loss = loss + self._config.guard_weight * _divergence(then_NV, now_NV)
-        replay = self._task.replay
-        if replay is not None and self._config.replay_batch:
-            assert self._replay_log_BTV is not None
-            assert self._replay_scored_BT is not None
-            rows = self._drawn(len(replay.tokens_BT), self._config.replay_batch)
-            now_BTV = self._log_softmax(replay.tokens_BT[rows], replay.segments_BT[rows], weight)
-            scored_BT = self._replay_scored_BT[rows]
-            then_NV, now_NV = self._replay_log_BTV[rows][scored_BT], now_BTV[scored_BT]
-            if len(then_NV):
-                loss = loss + self._config.guard_weight * _divergence(then_NV, now_NV)
+        num_facts = len(self._task.facts)
+        drawn = self._drawn(len(self._task.guards), self._config.guard_batch)
+        part = self._batch.rows(torch.cat((torch.arange(num_facts), num_facts + drawn)))
+        log_NV = self._logs(part, weight)
+        fact_NV, guard_NV = log_NV[: self._num_fact_tokens], log_NV[self._num_fact_tokens :]
+        loss = functional.nll_loss(fact_NV, self._targets_N())
+        if len(guard_NV):
+            then_NV = torch.cat([self._guards_log[int(row)] for row in drawn])
+            loss = loss + self._config.guard_weight * _divergence(then_NV, guard_NV)
+        if self._replayed is not None:
+            loss = loss + self._config.guard_weight * self._replay_loss(self._replayed, weight)
         return loss
+
+    def _replay_loss(self, replayed: _Replayed, weight: Tensor) -> Tensor:
+        rows = self._drawn(len(replayed.tokens_BT), self._config.replay_batch)
+        now_BTV = self._log_softmax(replayed.tokens_BT[rows], replayed.segments_BT[rows], weight)
+        scored_BT = replayed.scored_BT[rows]
+        if not bool(scored_BT.any()):
+            return now_BTV.sum() * 0
+        return _divergence(replayed.log_BTV[rows][scored_BT], now_BTV[scored_BT])
 
     @torch.no_grad()
     def _look(self, weight: Tensor) -> _Seen:
-        log_NV = self._logs(self._facts, weight)
-        targets_N = self._facts.next_BT[self._facts.predicts_BT]
-        right_N = log_NV.argmax(-1) == targets_N
-        least = float(log_NV.gather(1, targets_N[:, None]).min().exp())
+        log_NV = self._logs(self._batch, weight)
+        fact_NV, guard_NV = log_NV[: self._num_fact_tokens], log_NV[self._num_fact_tokens :]
+        targets_N = self._targets_N()
+        right_N = fact_NV.argmax(-1) == targets_N
         return _Seen(
-            least_probability=least,
+            least_probability=float(fact_NV.gather(1, targets_N[:, None]).min().exp()),
             learnt_share=float(right_N.float().mean()),
-            kept_share=self._kept_share(weight),
+            kept_share=self._kept_share(guard_NV),
         )
 
-    def _kept_share(self, weight: Tensor) -> float:
-        if self._guards is None or self._guards_log is None:
+    def _kept_share(self, now_NV: Tensor) -> float:
+        if not len(now_NV):
             return 1.0
-        then_NV = torch.cat(list(self._guards_log))
-        now_N = self._logs(self._guards, weight).argmax(-1)
-        highest_N, then_N = then_NV.max(-1)
+        highest_N, then_N = torch.cat(self._guards_log).max(-1)
         decided_N = highest_N.exp() >= self._config.decided_probability
-        return float((now_N == then_N)[decided_N].float().mean()) if bool(decided_N.any()) else 1.0
+        kept_N = (now_NV.argmax(-1) == then_N)[decided_N]
+        return float(kept_N.float().mean()) if len(kept_N) else 1.0
 
-    def _guarded(self) -> Continuations:
+    def _facts(self) -> list[tuple[list[int], list[int]]]:
+        encode, target_tokens = self._answers.tokenizer.encode, self._answers.target_tokens
+        return [(encode(prompt), target_tokens(target)) for prompt, target in self._task.facts]
+
+    def _guarded(self) -> list[tuple[list[int], list[int]]]:
         """Return the guarded prompts with what the block answers to them before."""
+        if not self._task.guards:
+            return []
+        most = self._config.guard_tokens
         found = self._answers.complete_tokens(
-            self._task.path,
-            self._weights,
-            self._task.guards,
-            max_new_tokens=self._config.guard_tokens,
+            self._task.path, self._weights, self._task.guards, max_new_tokens=most
         )
         tokenizer = self._answers.tokenizer
-        return Continuations.of(
-            [
-                # With the end of the statement, which is a part of the answer.
-                (tokenizer.encode(prompt), [*answer, tokenizer.eot_id][: self._config.guard_tokens])
-                for prompt, answer in zip(self._task.guards, found, strict=True)
-            ]
-        )
+        return [
+            # With the end of the statement, which is a part of the answer.
+            (tokenizer.encode(prompt), [*answer, tokenizer.eot_id][:most])
+            for prompt, answer in zip(self._task.guards, found, strict=True)
+        ]
 
-    @torch.no_grad()
-    def _all_logs(self, batch: Continuations, weight: Tensor) -> tuple[Tensor, ...]:
-        """Return (N, V) log-probabilities for each sequence of the batch."""
-        counts = batch.predicts_BT.sum(1).tolist()
-        return tuple(torch.split(self._logs(batch, weight), counts))
-
-    @torch.no_grad()
-    def _replay_logs(self, weight: Tensor) -> Tensor | None:
+    def _replay_logs(self, weight: Tensor) -> _Replayed | None:
         replay = self._task.replay
         if replay is None or not self._config.replay_batch:
             return None
-        return self._log_softmax(replay.tokens_BT, replay.segments_BT, weight)
-
-    def _scored(self, replay: Replay) -> Tensor:
-        """Return (B, T) bool: predictions that stay, all but those of the facts themselves."""
-        after_BT = functional.pad(replay.segments_BT[:, 1:], (0, 1), value=-1)
-        scored_BT = (after_BT == replay.segments_BT) & (after_BT != -1)
+        after_BT = functional.pad(replay.segments_BT[:, 1:], (0, 1), value=PADDING_SEGMENT)
+        scored_BT = (after_BT == replay.segments_BT) & (after_BT != PADDING_SEGMENT)
         for prompt, _ in self._task.facts:
             prompt_T = torch.tensor(self._answers.tokenizer.encode(prompt))
             _unscore(scored_BT, replay, prompt_T)
-        return scored_BT
+        return _Replayed(
+            tokens_BT=replay.tokens_BT,
+            segments_BT=replay.segments_BT,
+            scored_BT=scored_BT,
+            log_BTV=self._log_softmax(replay.tokens_BT, replay.segments_BT, weight),
+        )
+
+    def _targets_N(self) -> Tensor:
+        return self._batch.next_BT[self._batch.predicts_BT][: self._num_fact_tokens]
 
     def _logs(self, batch: Continuations, weight: Tensor) -> Tensor:
         return self._log_softmax(batch.tokens_BT, None, weight)[batch.predicts_BT]
@@ -258,6 +263,16 @@ class _Training:
 
     def _drawn(self, count: int, at_most: int) -> Tensor:
         return torch.randperm(count, generator=self._draw)[:at_most]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Replayed:
+    """Training sequences with what the block said of them before, and where that is to stay."""
+
+    tokens_BT: Tensor
+    segments_BT: Tensor
+    scored_BT: Tensor
+    log_BTV: Tensor
 
 
 def _divergence(then_NV: Tensor, now_NV: Tensor) -> Tensor:
