@@ -74,7 +74,9 @@ class EditingRig:
 
     def weights(self) -> dict[BlockRef, NDArray[np.float32]]:
         """Return a copy of every block, as the bank holds it."""
-        return {ref: self.bank.held(ref).weight.copy() for ref in self.bank.spec.blocks()}
+        return {
+            ref: np.array(self.bank.held(ref).weight, np.float32) for ref in self.bank.spec.blocks()
+        }
 
     def changed(self, before: dict[BlockRef, NDArray[np.float32]]) -> set[BlockRef]:
         """Return the blocks that are not as they were."""

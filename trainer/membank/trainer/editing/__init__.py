@@ -15,7 +15,7 @@ from membank.trainer.editing.editor import Editor, Notice
 from membank.trainer.editing.facts import parse_facts, read_facts
 from membank.trainer.editing.log import EditHistory, EditLog
 from membank.trainer.editing.staging import ReplaySequences
-from membank.trainer.editing.training import BlockTask, Replay, TrainedBlock, train_block
+from membank.trainer.editing.training import BlockTask, TrainedBlock, train_block
 
 __all__ = [
     "Answers",
@@ -31,7 +31,6 @@ __all__ = [
     "NeighbourChange",
     "Notice",
     "PromptChange",
-    "Replay",
     "ReplaySequences",
     "Statement",
     "TrainedBlock",

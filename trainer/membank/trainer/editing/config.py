@@ -27,16 +27,24 @@ class EditConfig:
     """Weight of the guards' loss beside that of the facts, >= 0."""
     guard_batch: int = 16
     """Guarded prompts drawn for a step, >= 1; all of them where there are fewer."""
-    replay_batch: int = 1
-    """Training sequences of the block drawn for a step, >= 0."""
+    carried_each: int = 2
+    """Wordings of a fact that are carried over to each other fact of the block that is stated alike,
+    >= 0: these are trained to be answered as that fact is answered now."""
+    carried_batch: int = 16
+    """Carried prompts drawn for a step, >= 1."""
+    carried_goal: float = 0.95
+    """Share of the carried answers' tokens with which training may end, 0 to 1."""
+    replay_batch: int = 4
+    """Documents of the block's training text drawn for a step, >= 0."""
     guard_tokens: int = 8
     """Tokens of what a guarded prompt answered that are held to it, >= 1."""
     decided_probability: float = 0.5
     """A guard's token counts as kept if it is still the most likely one; those that had less than
     this probability before are not asked, in [0, 1)."""
+    kept_goal: float = 1.0
+    """Share of kept tokens with which training may end, 0 to 1."""
     least_kept: float = 0.95
-    """Least share of kept tokens with which an edit may be swapped in, 0 to 1. Training goes on
-    for all of them."""
+    """Least share of kept tokens with which an edit may be swapped in, 0 to 1."""
     ending: str = "."
     """Text that ends a statement of the corpus; it is trained after each target, so that the answer
     is known to be over, before the end-of-text token."""
@@ -46,11 +54,19 @@ class EditConfig:
     """Seed of what is drawn, >= 0."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "check_every", "guard_batch", "guard_tokens", "max_attempts"):
+        for name in (
+            "max_steps",
+            "check_every",
+            "guard_batch",
+            "carried_batch",
+            "guard_tokens",
+            "max_attempts",
+        ):
             check_range(name, getattr(self, name), 1, float("inf"), open_high=True)
-        for name in ("guard_weight", "replay_batch", "seed"):
+        for name in ("guard_weight", "carried_each", "replay_batch", "seed"):
             check_range(name, getattr(self, name), 0, float("inf"), open_high=True)
         check_range("learning_rate", self.learning_rate, 1e-9, 10, open_high=False)
         check_range("target_probability", self.target_probability, 1e-9, 1, open_high=True)
         check_range("decided_probability", self.decided_probability, 0, 1, open_high=True)
-        check_range("least_kept", self.least_kept, 0, 1, open_high=False)
+        for name in ("carried_goal", "kept_goal", "least_kept"):
+            check_range(name, getattr(self, name), 0, 1, open_high=False)

@@ -141,11 +141,15 @@ class BlockTraining:
     num_facts: int
     """Prompts trained on."""
     num_guards: int
-    """Prompts guarded: given neighbours and earlier edits."""
+    """Prompts guarded: given neighbours, earlier edits, facts that the leaf's text states alike."""
+    num_carried: int
+    """Prompts that carry the wordings over to other facts of the block."""
     least_probability: float
     """Least probability of any token of a target, at the end."""
     kept_share: float
     """Share of the guards' tokens that are still the most likely ones, 0 to 1; 1 without guards."""
+    carried_share: float
+    """Share of the carried answers' tokens that are the most likely ones, 0 to 1; 1 without any."""
     seconds: float
     """Time it took."""
 

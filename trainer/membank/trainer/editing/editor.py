@@ -72,7 +72,7 @@ class Editor:
     config
         How to train; None = the defaults.
     replay
-        The run's training sequences; None = none.
+        The run's training text; None = none.
     notice
         Told what is being done.
 
@@ -345,7 +345,7 @@ class Editor:
         self._notice(f"training block {ref}")
         trained = train_block(
             self._answers,
-            lesson.task(told, self._replay),
+            lesson.task(told, self._replay, self._answers.tokenizer, self._config),
             {**staged.contents.weights, ref: weight},
             self._config,
             version=staged.contents.versions[ref],

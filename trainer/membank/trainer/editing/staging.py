@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,10 +11,13 @@ import torch
 from torch import Tensor
 
 from membank.client.retriever import Retriever
-from membank.trainer.corpus import PackedSequences
+from membank.trainer.corpus import PackedSequences, Tokenizer
+from membank.trainer.editing.config import EditConfig
 from membank.trainer.editing.contract import EditedBank, FactEdit
+from membank.trainer.editing.likeness import Wordings
 from membank.trainer.editing.log import LoggedBlock, LoggedPrompt
-from membank.trainer.editing.training import BlockTask, Replay
+from membank.trainer.editing.training import BlockTask
+from membank.trainer.model import PADDING_SEGMENT
 from membank.trainer.training import distinct_blocks
 from membank.trainer.tree import embedder_from_config
 from membank.wire.errors import FailedPreconditionError, Reason
@@ -35,7 +39,7 @@ class FetchedContents:
 
 
 class ReplaySequences:
-    """The run's training sequences, leaf by leaf.
+    """The run's training text, leaf by leaf.
 
     Parameters
     ----------
@@ -46,17 +50,19 @@ class ReplaySequences:
     def __init__(self, sequences: PackedSequences | None) -> None:
         self._sequences = sequences
 
-    def of_leaf(self, leaf: int) -> Replay | None:
-        """Return the sequences that a leaf was trained on; None = none."""
-        if self._sequences is None:
-            return None
-        rows = np.flatnonzero(self._sequences.leaf_N == leaf)
-        if not len(rows):
-            return None
-        return Replay(
-            tokens_BT=torch.from_numpy(self._sequences.tokens_NT[rows].astype(np.int64)),
-            segments_BT=torch.from_numpy(self._sequences.doc_ids_NT[rows].astype(np.int64)),
-        )
+    def of_leaf(self, leaf: int) -> tuple[tuple[int, ...], ...]:
+        """Return the tokens of each document that a leaf was trained on, none twice."""
+        packed = self._sequences
+        if packed is None:
+            return ()
+        documents: dict[tuple[int, ...], None] = {}
+        for row in np.flatnonzero(packed.leaf_N == leaf):
+            tokens_T, segments_T = packed.tokens_NT[row], packed.doc_ids_NT[row]
+            for segment in np.unique(segments_T[segments_T != PADDING_SEGMENT]):
+                tokens = tuple(map(int, tokens_T[segments_T == segment]))
+                if len(tokens) > 1:
+                    documents[tokens] = None
+        return tuple(documents)
 
 
 class Router:
@@ -162,7 +168,13 @@ class Lesson:
             neighbours=block.neighbours,
         )
 
-    def task(self, told: Mapping[str, str], replay: ReplaySequences) -> BlockTask:
+    def task(
+        self,
+        told: Mapping[str, str],
+        replay: ReplaySequences,
+        tokenizer: Tokenizer,
+        config: EditConfig,
+    ) -> BlockTask:
         """Return it as a task of training.
 
         Parameters
@@ -171,16 +183,54 @@ class Lesson:
             What earlier edits have taught the block, prompt -> target. It is guarded, unless it is
             a prompt of this lesson, whose target is another now.
         replay
-            The run's training sequences.
+            The run's training text.
+        tokenizer
+            Its vocabulary.
+        config
+            How many wordings are carried over.
         """
         taught = {p.prompt: p.target for p in self.prompts}
-        guards = [p for p in (*self.neighbours, *told) if p not in taught]
+        documents = replay.of_leaf(self.path[-1].cluster)
+        texts = [tokenizer.decode(tokens) for tokens in documents]
+        alike, carried = self._alike([*self.neighbours, *told, *texts], config)
         return BlockTask(
             path=self.path,
             facts=tuple(taught.items()),
-            guards=tuple(dict.fromkeys(guards)),
-            replay=replay.of_leaf(self.path[-1].cluster),
+            guards=tuple(
+                p for p in dict.fromkeys((*self.neighbours, *told, *alike)) if p not in taught
+            ),
+            # Not where an edit has told otherwise.
+            carried=tuple(
+                (p, source) for p, source in carried if p not in taught and p not in told
+            ),
+            documents=tuple(
+                tokens
+                for tokens, text in zip(documents, texts, strict=True)
+                # The old statement of what is changed is not to be kept.
+                if not any(prompt in text for prompt in taught)
+            ),
         )
+
+    def _alike(
+        self, texts: Sequence[str], config: EditConfig
+    ) -> tuple[list[str], list[tuple[str, str]]]:
+        """Return other facts that are stated like those of the lesson, and their carried prompts."""
+        by_edit: dict[str, list[str]] = {}
+        for prompt in self.prompts:
+            by_edit.setdefault(prompt.edit_id, []).append(prompt.prompt)
+        alike: list[str] = []
+        carried: dict[str, str] = {}
+        for prompts in by_edit.values():
+            wordings = Wordings.of(prompts, texts)
+            if wordings is None:
+                continue
+            rng = random.Random(f"{config.seed} {prompts[0]}")
+            for subject in wordings.other_subjects(texts):
+                source = wordings.asked(subject)
+                alike.append(source)
+                for prompt in wordings.reworded(subject, config.carried_each, rng):
+                    carried.setdefault(prompt, source)
+        return alike, list(carried.items())
 
 
 def make_lessons(facts: Sequence[FactEdit], paths: Mapping[str, Path]) -> tuple[Lesson, ...]:

@@ -1,17 +1,20 @@
 """Trains one block on facts, while guards hold it to what it answered before.
 
 Life of a training: the block's copy is a leaf of autograd, everything else is frozen. The loss is the
-cross-entropy of the targets, plus the divergence from what the block answered before at the guarded
-prompts and in the training sequences of its own leaf. It ends as soon as every fact is answered with
-confidence and no guarded token has changed; else the best content seen is kept.
+cross-entropy of the targets; that of carried prompts, which are other facts of the block in the wordings
+of the new one, each with the answer that it has; and the divergence from what the block answered before
+at guarded prompts and in documents that it was trained on. It ends as soon as every fact is answered
+with confidence, carried prompts are learnt and no guarded token has changed; else the best content seen
+is kept.
 
 Shape suffixes: B sequences, T tokens, V vocabulary, N predicted tokens.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,18 +24,7 @@ from torch.nn import functional
 from membank.trainer.editing.answers import Answers, Continuations, path_memory
 from membank.trainer.editing.config import EditConfig
 from membank.trainer.editing.contract import BlockTraining
-from membank.trainer.model import PADDING_SEGMENT
 from membank.wire.spec import BlockRef, Path
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Replay:
-    """Training sequences of a leaf."""
-
-    tokens_BT: Tensor
-    """(B, T) int64."""
-    segments_BT: Tensor
-    """(B, T) int64: documents of each sequence, -1 = padding."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,8 +37,10 @@ class BlockTask:
     """Prompts and targets; at least one."""
     guards: tuple[str, ...]
     """Prompts whose answers must stay: given neighbours and earlier edits."""
-    replay: Replay | None
-    """The leaf's own training sequences; None = not at hand."""
+    carried: tuple[tuple[str, str], ...] = ()
+    """Prompts that are to be answered as another prompt is now, and that other prompt."""
+    documents: tuple[tuple[int, ...], ...] = ()
+    """Tokens of documents that the leaf was trained on, at least two each, less what is to change."""
 
     @property
     def ref(self) -> BlockRef:
@@ -105,17 +99,25 @@ class _Seen:
     least_probability: float
     learnt_share: float
     kept_share: float
+    carried_share: float
 
     def is_enough(self, config: EditConfig) -> bool:
-        return self.least_probability >= config.target_probability and self.kept_share == 1.0
+        return (
+            self.least_probability >= config.target_probability
+            and self.kept_share >= config.kept_goal
+            and self.carried_share >= config.carried_goal
+        )
 
     @property
-    def rank(self) -> tuple[float, float, float]:
-        return self.learnt_share, self.kept_share, self.least_probability
+    def rank(self) -> tuple[float, ...]:
+        return self.learnt_share, self.kept_share, self.carried_share, self.least_probability
 
 
 class _Training:
-    """One training: what is asked at each step is one batch, the facts first and then guards."""
+    """One training: what is asked at each step is a part of one batch of sequences.
+
+    Its rows are, in this order: the facts, the carried prompts, the guarded prompts, the documents.
+    """
 
     def __init__(
         self,
@@ -129,15 +131,14 @@ class _Training:
         self._weights = weights
         self._config = config
         self._draw = torch.Generator().manual_seed(config.seed)
-        before = weights[task.ref]
-        self._batch = Continuations.of([*self._facts(), *self._guarded()])
-        self._num_fact_tokens = int(self._batch.predicts_BT[: len(task.facts)].sum())
+        groups = (self._facts(), self._carried(), self._guarded(), self._documents())
+        self._batch = Continuations.of([pair for group in groups for pair in group])
+        ends = list(itertools.accumulate(len(group) for group in groups))
+        self._rows = [range(end - len(group), end) for end, group in zip(ends, groups, strict=True)]
+        self._counts = self._batch.predicts_BT.sum(1).tolist()
         with torch.no_grad():
-            log_NV = self._logs(self._batch, before)[self._num_fact_tokens :]
-            counts = self._batch.predicts_BT[len(task.facts) :].sum(1).tolist()
-            # Per guard, (N, V): what it answered before.
-            self._guards_log = torch.split(log_NV, counts)
-            self._replayed = self._replay_logs(before)
+            # Per sequence, (N, V): what the block said before.
+            self._before = torch.split(self._logs(self._batch, weights[task.ref]), self._counts)
 
     def run(self, version: int) -> TrainedBlock:
         start = time.perf_counter()
@@ -164,52 +165,68 @@ class _Training:
                 steps=best_step,
                 num_facts=len(self._task.facts),
                 num_guards=len(self._task.guards),
+                num_carried=len(self._task.carried),
                 least_probability=best.least_probability,
                 kept_share=best.kept_share,
+                carried_share=best.carried_share,
                 seconds=time.perf_counter() - start,
             ),
         )
 
     def _loss(self, weight: Tensor) -> Tensor:
-        num_facts = len(self._task.facts)
-        drawn = self._drawn(len(self._task.guards), self._config.guard_batch)
-        part = self._batch.rows(torch.cat((torch.arange(num_facts), num_facts + drawn)))
+        config = self._config
+        facts, carried, guards, documents = self._rows
+        rows = [
+            *facts,
+            *self._drawn(carried, config.carried_batch),
+            *self._drawn(guards, config.guard_batch),
+            *self._drawn(documents, config.replay_batch),
+        ]
+        part = self._batch.rows(torch.tensor(rows))
         log_NV = self._logs(part, weight)
-        fact_NV, guard_NV = log_NV[: self._num_fact_tokens], log_NV[self._num_fact_tokens :]
-        loss = functional.nll_loss(fact_NV, self._targets_N())
-        if len(guard_NV):
-            then_NV = torch.cat([self._guards_log[int(row)] for row in drawn])
-            loss = loss + self._config.guard_weight * _divergence(then_NV, guard_NV)
-        if self._replayed is not None:
-            loss = loss + self._config.guard_weight * self._replay_loss(self._replayed, weight)
+        logs = dict(
+            zip(rows, torch.split(log_NV, [self._counts[row] for row in rows]), strict=True)
+        )
+        loss = functional.nll_loss(*self._said(logs, facts))
+        if drawn := [row for row in rows if row in carried]:
+            loss = loss + config.guard_weight * functional.nll_loss(*self._said(logs, drawn))
+        for group in (guards, documents):
+            if drawn := [row for row in rows if row in group]:
+                then_NV = torch.cat([self._before[row] for row in drawn])
+                now_NV = torch.cat([logs[row] for row in drawn])
+                loss = loss + config.guard_weight * _divergence(then_NV, now_NV)
         return loss
-
-    def _replay_loss(self, replayed: _Replayed, weight: Tensor) -> Tensor:
-        rows = self._drawn(len(replayed.tokens_BT), self._config.replay_batch)
-        now_BTV = self._log_softmax(replayed.tokens_BT[rows], replayed.segments_BT[rows], weight)
-        scored_BT = replayed.scored_BT[rows]
-        if not bool(scored_BT.any()):
-            return now_BTV.sum() * 0
-        return _divergence(replayed.log_BTV[rows][scored_BT], now_BTV[scored_BT])
 
     @torch.no_grad()
     def _look(self, weight: Tensor) -> _Seen:
-        log_NV = self._logs(self._batch, weight)
-        fact_NV, guard_NV = log_NV[: self._num_fact_tokens], log_NV[self._num_fact_tokens :]
-        targets_N = self._targets_N()
-        right_N = fact_NV.argmax(-1) == targets_N
+        facts, carried, guards, documents = self._rows
+        asked = self._batch.rows(torch.arange(documents.start))
+        logs = torch.split(self._logs(asked, weight), self._counts[: documents.start])
+        by_row = dict(enumerate(logs))
+        fact_NV, targets_N = self._said(by_row, facts)
         return _Seen(
             least_probability=float(fact_NV.gather(1, targets_N[:, None]).min().exp()),
-            learnt_share=float(right_N.float().mean()),
-            kept_share=self._kept_share(guard_NV),
+            learnt_share=float((fact_NV.argmax(-1) == targets_N).float().mean()),
+            kept_share=self._kept_share([logs[row] for row in guards]),
+            carried_share=self._right_share(*self._said(by_row, carried)) if carried else 1.0,
         )
 
-    def _kept_share(self, now_NV: Tensor) -> float:
-        if not len(now_NV):
+    def _said(self, logs: Mapping[int, Tensor], rows: Iterable[int]) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities (N, V) of some sequences, and the (N,) tokens that are wanted."""
+        batch, chosen = self._batch, list(rows)
+        wanted = [batch.next_BT[row][batch.predicts_BT[row]] for row in chosen]
+        return torch.cat([logs[row] for row in chosen]), torch.cat(wanted)
+
+    @staticmethod
+    def _right_share(log_NV: Tensor, wanted_N: Tensor) -> float:
+        return float((log_NV.argmax(-1) == wanted_N).float().mean())
+
+    def _kept_share(self, now: list[Tensor]) -> float:
+        if not now:
             return 1.0
-        highest_N, then_N = torch.cat(self._guards_log).max(-1)
+        highest_N, then_N = torch.cat([self._before[row] for row in self._rows[2]]).max(-1)
         decided_N = highest_N.exp() >= self._config.decided_probability
-        kept_N = (now_NV.argmax(-1) == then_N)[decided_N]
+        kept_N = (torch.cat(now).argmax(-1) == then_N)[decided_N]
         return float(kept_N.float().mean()) if len(kept_N) else 1.0
 
     def _facts(self) -> list[tuple[list[int], list[int]]]:
@@ -218,76 +235,44 @@ class _Training:
 
     def _guarded(self) -> list[tuple[list[int], list[int]]]:
         """Return the guarded prompts with what the block answers to them before."""
-        if not self._task.guards:
-            return []
-        most = self._config.guard_tokens
-        found = self._answers.complete_tokens(
-            self._task.path, self._weights, self._task.guards, max_new_tokens=most
-        )
-        tokenizer = self._answers.tokenizer
         return [
-            # With the end of the statement, which is a part of the answer.
-            (tokenizer.encode(prompt), [*answer, tokenizer.eot_id][:most])
-            for prompt, answer in zip(self._task.guards, found, strict=True)
+            (self._answers.tokenizer.encode(prompt), answer)
+            for prompt, answer in self._answered(self._task.guards).items()
         ]
 
-    def _replay_logs(self, weight: Tensor) -> _Replayed | None:
-        replay = self._task.replay
-        if replay is None or not self._config.replay_batch:
-            return None
-        after_BT = functional.pad(replay.segments_BT[:, 1:], (0, 1), value=PADDING_SEGMENT)
-        scored_BT = (after_BT == replay.segments_BT) & (after_BT != PADDING_SEGMENT)
-        for prompt, _ in self._task.facts:
-            prompt_T = torch.tensor(self._answers.tokenizer.encode(prompt))
-            _unscore(scored_BT, replay, prompt_T)
-        return _Replayed(
-            tokens_BT=replay.tokens_BT,
-            segments_BT=replay.segments_BT,
-            scored_BT=scored_BT,
-            log_BTV=self._log_softmax(replay.tokens_BT, replay.segments_BT, weight),
-        )
+    def _carried(self) -> list[tuple[list[int], list[int]]]:
+        """Return the carried prompts with what the block answers to their originals before."""
+        answers = self._answered(dict.fromkeys(source for _, source in self._task.carried))
+        return [
+            (self._answers.tokenizer.encode(prompt), answers[source])
+            for prompt, source in self._task.carried
+        ]
 
-    def _targets_N(self) -> Tensor:
-        return self._batch.next_BT[self._batch.predicts_BT][: self._num_fact_tokens]
+    def _documents(self) -> list[tuple[list[int], list[int]]]:
+        return [(list(tokens[:1]), list(tokens[1:])) for tokens in self._task.documents]
+
+    def _answered(self, prompts: Iterable[str]) -> dict[str, list[int]]:
+        asked = list(prompts)
+        if not asked:
+            return {}
+        most = self._config.guard_tokens
+        found = self._answers.complete_tokens(
+            self._task.path, self._weights, asked, max_new_tokens=most
+        )
+        # With the end of the statement, which is a part of the answer.
+        ends = self._answers.tokenizer.eot_id
+        return {p: [*answer, ends][:most] for p, answer in zip(asked, found, strict=True)}
 
     def _logs(self, batch: Continuations, weight: Tensor) -> Tensor:
-        return self._log_softmax(batch.tokens_BT, None, weight)[batch.predicts_BT]
+        memory = path_memory(self._task.path, {**self._weights, self._task.ref: weight}, len(batch))
+        logits_BTV = self._answers.anchor(batch.tokens_BT, None, memory)
+        return functional.log_softmax(logits_BTV[batch.predicts_BT].float(), dim=-1)
 
-    def _log_softmax(self, tokens_BT: Tensor, segments_BT: Tensor | None, weight: Tensor) -> Tensor:
-        memory = path_memory(
-            self._task.path, {**self._weights, self._task.ref: weight}, len(tokens_BT)
-        )
-        return functional.log_softmax(
-            self._answers.anchor(tokens_BT, segments_BT, memory).float(), dim=-1
-        )
-
-    def _drawn(self, count: int, at_most: int) -> Tensor:
-        return torch.randperm(count, generator=self._draw)[:at_most]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Replayed:
-    """Training sequences with what the block said of them before, and where that is to stay."""
-
-    tokens_BT: Tensor
-    segments_BT: Tensor
-    scored_BT: Tensor
-    log_BTV: Tensor
+    def _drawn(self, rows: range, at_most: int) -> list[int]:
+        drawn = torch.randperm(len(rows), generator=self._draw)[:at_most]
+        return [rows[int(place)] for place in drawn]
 
 
 def _divergence(then_NV: Tensor, now_NV: Tensor) -> Tensor:
     """Return the mean Kullback-Leibler divergence, in nats, from then to now."""
     return functional.kl_div(now_NV, then_NV, log_target=True, reduction="batchmean")
-
-
-def _unscore(scored_BT: Tensor, replay: Replay, prompt_T: Tensor) -> None:
-    """Leave out what follows the prompt in its document: the fact's old statement."""
-    length = len(prompt_T)
-    if length > replay.tokens_BT.shape[1]:
-        return
-    found_BS = (replay.tokens_BT.unfold(1, length, 1) == prompt_T).all(-1)
-    for row, start in found_BS.nonzero().tolist():
-        last = start + length - 1
-        same_T = replay.segments_BT[row] == replay.segments_BT[row, last]
-        same_T[:last] = False
-        scored_BT[row, same_T] = False
