@@ -216,8 +216,8 @@ class Lesson:
     ) -> tuple[list[str], list[tuple[str, str]]]:
         """Return other facts that are stated like those of the lesson, and their carried prompts."""
         by_edit: dict[str, list[str]] = {}
-        for prompt in self.prompts:
-            by_edit.setdefault(prompt.edit_id, []).append(prompt.prompt)
+        for taught in self.prompts:
+            by_edit.setdefault(taught.edit_id, []).append(taught.prompt)
         alike: list[str] = []
         carried: dict[str, str] = {}
         for prompts in by_edit.values():
