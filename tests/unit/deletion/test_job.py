@@ -153,6 +153,19 @@ def test_a_job_that_dies_around_its_transactions_goes_on(
         assert report.to_json()["loss_after"] is not None
 
 
+def test_damaged_new_blocks_are_found_while_the_old_ones_are_there(rig: DeletionRig) -> None:
+    before = rig.contents()
+    rig.exchange.die_at = "before destroy"
+    with pytest.raises(KeyboardInterrupt):
+        rig.delete(ONE)
+    staged = rig.forecast(ONE).folder.staged_file
+    content = staged.read_bytes()
+    staged.write_bytes(content[:-100])
+    with pytest.raises(CorruptionError, match="staged"):
+        rig.delete(ONE)
+    assert (rig.exchange.calls, rig.contents()) == ([], before)
+
+
 def test_a_dominated_leaf_goes_and_what_is_above_is_trained_on_the_rest(
     rig: DeletionRig, world: World
 ) -> None:

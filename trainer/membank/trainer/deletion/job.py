@@ -81,6 +81,7 @@ class DocumentDeletion:
         self._material = material
         self._config = config
         self._spec = client.info().spec
+        self._contents: dict[BlockRef, Array] | None = None
 
     def run(
         self, forecast: DeletionForecast, *, on_progress: ProgressCallback | None = None
@@ -160,6 +161,9 @@ class DocumentDeletion:
         return replace(state, phase=Phase.DESTROYING, words=words, figures=figures)
 
     def _destroy(self, forecast: DeletionForecast, state: DeletionState) -> DeletionState:
+        # Read first: a damaged file must be found while the old blocks are there, and between the
+        # transactions no reader shall wait for it.
+        self._contents = self._staged(forecast)
         self._check_unchanged(forecast, deleted_is_fine=True)
         # Before anything is destroyed, as a later training must not bring back what goes now; and
         # after the plan was kept, as no plan can be made of documents that are in this list.
@@ -192,7 +196,7 @@ class DocumentDeletion:
 
     def _install(self, forecast: DeletionForecast, state: DeletionState) -> DeletionState:
         installed = self._exchange.install(
-            self._staged(forecast),
+            self._staged(forecast) if self._contents is None else self._contents,
             {BlockRef.parse(name): words for name, words in state.words.items()},
             expected={BlockRef.parse(name): v for name, v in state.versions.items()},
             request_id=f"{state.job_id}-install",
@@ -209,6 +213,8 @@ class DocumentDeletion:
     # ---- what they need
 
     def _staged(self, forecast: DeletionForecast) -> dict[BlockRef, Array]:
+        if not forecast.plan.retrained:
+            return {}
         memory = InProcessMemory.load(forecast.folder.staged_file)
         weights = memory.fetch(sorted(forecast.plan.retrained_refs)).weights
         # Exact: they were kept in the bank's dtype, which float32 holds.
