@@ -15,7 +15,7 @@ from membank.cli.extras import needs_extra
 from membank.cli.machine import environment
 from membank.cli.output import JsonOption, console, emit, err_console, table
 from membank.cli.progress import stage_progress
-from membank.client import BankClient
+from membank.client import BankClient, ClientConfig
 from membank.wire.errors import InvalidArgumentError, UnavailableError
 from membank.wire.format import TreeDocument
 from membank.wire.spec import BankSpec
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from membank.trainer.removal import RemovalStudy
 
 _DEFAULT_RUN = Path("runs/removal")
+
+# A study takes long, and on a machine that others use as well an answer may too: nobody waits for it.
+_PATIENCE = ClientConfig(timeout_s=600.0, admin_timeout_s=1800.0, connect_timeout_s=120.0)
 
 
 def register(group: typer.Typer) -> None:
@@ -104,9 +107,11 @@ class RayHost:
         if folder.exists():
             shutil.rmtree(folder)
         Bank.create(url, spec, tree=tree, principal="removal study")
-        endpoint = up(UpConfig(bank_url=url, num_shards=self._num_shards, port=0))
+        endpoint = up(
+            UpConfig(bank_url=url, num_shards=self._num_shards, port=0, start_timeout_s=300.0)
+        )
         try:
-            with BankClient.connect(endpoint.address) as client:
+            with BankClient.connect(endpoint.address, config=_PATIENCE) as client:
                 yield client
         finally:
             down(bank_url=url)
