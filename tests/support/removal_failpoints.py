@@ -29,12 +29,13 @@ from membank.bank_service.knowledge import (
 )
 from membank.bank_service.knowledge.shards import ShardHandle
 from membank.bank_service.shard import Shard, ShardConfig
-from membank.bank_service.shard.contract import BlockOperation, Prepared, SetContent
+from membank.bank_service.shard.contract import BlockOperation, Prepared
 from membank.bank_service.store import Bank, Data
 from membank.bank_service.store.journal import PosixLogFile
 from membank.wire.format import RevisionRecord
 from membank.wire.records import Gradient, Update
 from membank.wire.spec import BlockRef, Role
+from membank.wire.steps import Delete, Swap
 from raw_scan import marked, needles
 from shard_rig import RIG_SPEC, asked, full_tree
 from tiny_bank import UnsyncedObjects
@@ -235,13 +236,13 @@ class Service:
     def run(self, operation: str) -> None:
         """Run a transaction; that of a retry is the same."""
         if operation == "delete":
-            self.operations.delete_topic(asked("the request"), TOPIC)
+            self.operations.apply(asked("the request"), [Delete(topic=TOPIC)])
         else:
-            contents = [
-                SetContent(ref=ref, weight=marked(RIG_SPEC.block_shape(1), 900 + ref.cluster))
+            swaps = [
+                Swap(ref=ref, weight=marked(RIG_SPEC.block_shape(1), 900 + ref.cluster))
                 for ref in TOPICS
             ]
-            self.operations.swap_blocks(asked("the request"), contents)
+            self.operations.apply(asked("the request"), swaps)
 
 
 @contextmanager
@@ -302,13 +303,13 @@ def make_bank(root: Path) -> dict[str, bytes]:
     wanted: dict[str, bytes] = {}
 
     with served(root) as service:
-        contents = [
-            SetContent(ref=ref, weight=marked(RIG_SPEC.block_shape(ref.level), 100 + number))
+        swaps = [
+            Swap(ref=ref, weight=marked(RIG_SPEC.block_shape(ref.level), 100 + number))
             for number, ref in enumerate(DOOMED)
         ]
-        service.operations.swap_blocks(asked("planted"), contents)
-        for content in contents:
-            wanted |= needles(f"swapped weight of {content.ref}", content.weight)
+        service.operations.apply(asked("planted"), swaps)
+        for swap in swaps:
+            wanted |= needles(f"swapped weight of {swap.ref}", swap.weight)
         for step in range(3):
             for ref in DOOMED:
                 service.push(ref, 10 * step + ref.level)

@@ -29,11 +29,11 @@ from membank.bank_service.knowledge import (
 )
 from membank.bank_service.rpc.server import ServerConfig
 from membank.bank_service.shard import ShardConfig
-from membank.bank_service.shard.contract import SetContent
 from membank.bank_service.store import Bank
 from membank.client import BankClient, ClientConfig
 from membank.wire.records import PartitionOwner, Placement
 from membank.wire.spec import Array, BankSpec, BlockRef, LevelSpec
+from membank.wire.steps import Delete, Swap
 from raw_scan import Finding, Needles, scan_files, scan_process, stopped
 
 SPEC = BankSpec(
@@ -216,9 +216,10 @@ class _Served:
             case "swap", (level, cluster, path):
                 ref = BlockRef(int(level), int(cluster))
                 weight = np.memmap(path, np.float32, "r", shape=SPEC.block_shape(ref.level))
-                self._operations.swap_blocks(asked, [SetContent(ref=ref, weight=weight)])
+                self._operations.apply(asked, [Swap(ref=ref, weight=weight)])
             case "delete", (level, cluster):
-                self._operations.delete_topic(asked, BlockRef(int(level), int(cluster)))
+                topic = BlockRef(int(level), int(cluster))
+                self._operations.apply(asked, [Delete(topic=topic)])
             case "snapshot", (name,):
                 self._operations.create_snapshot(asked, name)
             case "consolidate", ():

@@ -112,7 +112,7 @@ class CachedBlocks:
         self._disk = disk
         self._last_removal = last_removal
         self._clock = clock
-        self._known_removal = -1
+        self._known_removal = 0  # there was none
         self._looked_in: object = _NEVER
         self._looking: asyncio.Task[None] | None = None
         self._asking: set[_Asking] = set()
