@@ -46,7 +46,7 @@ with BankClient.connect(sys.argv[1]) as bank:
         }
         base = bank.push(gradients, base=base).versions
         if step == 0:
-            bank.create_snapshot("before")
+            bank.snapshot("before")
     # What it made of them, for whoever looks for that.
     for ref, weight in bank.fetch_blocks(refs).weights.items():
         print(*ref, weight.reshape(-1)[:16].tobytes().hex(), flush=True)

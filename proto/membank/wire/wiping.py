@@ -36,8 +36,8 @@ def wipe_pools() -> None:
 
     Notes
     -----
-    It writes to as much memory as came back since the last time, at about 10 GB/s, and to nothing
-    that was wiped already; so it may be called for each of many deletions.
+    It writes to as much memory as came back since the last time, and to nothing that was wiped
+    already; so it may be called for each of many deletions.
     """
     for reference in list(_POOLS.values()):
         pool = reference()
