@@ -26,7 +26,6 @@ from raw_scan import scan_files
 from removal_failpoints import (
     DOOMED,
     OPERATIONS,
-    RIG_SPEC,
     TOPIC,
     TOPICS,
     Service,
@@ -37,6 +36,7 @@ from removal_failpoints import (
     served,
     steps_told,
 )
+from shard_rig import RIG_SPEC
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -111,9 +112,9 @@ def test_a_pool_that_is_gone_is_not_looked_for(make: Callable[[], Pool]) -> None
 def test_what_is_too_much_to_be_kept_is_overwritten_too() -> None:
     pool = BufferPool(SIZE // 2)
     memory, address = filled(pool, 7)
-    view = memory.base
-    assert isinstance(view, memoryview)
-    kept = view.obj  # what the pool would keep, were it not too much
+    # What the pool would keep, were it not too much: the array has a view of it.
+    view: Any = memory.base
+    kept = view.obj
     wipe_pools()
     del memory, view
     assert pool.idle_bytes == 0
