@@ -320,7 +320,7 @@ def test_a_rollback_to_a_damaged_slot_is_refused(tmp_path: Path) -> None:
     shard = Shard.open(bank)
     pinned = bank.named_manifest(1, 0)
     slot = bank.read_manifest(0, pinned).entries[A].slot
-    (tmp_path / f"partitions/0000/level-1/exp_avg/c.{slot}.0.0.0.0").unlink()
+    (tmp_path / f"partitions/0000/level-1/weight/c.{slot}.0.0.0.0").unlink()
     before = full_state(shard)
     with pytest.raises(CorruptionError):
         shard.prepare(4, [RestoreEntry(ref=A, manifest=pinned)])
