@@ -220,6 +220,32 @@ def test_a_store_that_stops_answering_after_it_created_the_record(rig: ShardRig)
     assert rig.log.committed.request_id == "r1"
 
 
+@pytest.mark.parametrize("change", [swap, delete])
+def test_a_commit_that_the_store_kept_to_itself_is_not_acknowledged_before_it_is_in_force(
+    rig: ShardRig, change: Callable[[ShardRig], None]
+) -> None:
+    real_run = rig.faults.run
+    created = False
+
+    def run(step: str, action: Callable[[], object]) -> object:
+        nonlocal created
+        if step.startswith("commit shard-1"):
+            raise UnavailableError("the shard does not answer")
+        if not step.startswith("put_if_absent revisions"):
+            return real_run(step, action)
+        if not created:
+            created = True
+            action()
+        raise UnavailableError("the store does not answer")
+
+    rig.faults.run = run  # type: ignore[method-assign,assignment]  # a fault of its own
+    with pytest.raises(UnavailableError, match="committed"):
+        change(rig)
+    rig.faults.run = real_run  # type: ignore[method-assign]
+    change(rig)
+    assert {shard.revision for shard in rig.shards.values()} == {1}
+
+
 def test_what_a_shard_gave_up_waiting_for_is_aborted_for_good(rig: ShardRig) -> None:
     real_run = rig.faults.run
 

@@ -250,11 +250,14 @@ class Coordinator:
             report = _report(revision, prepared, plan)
             record = self._log.append(self._draft(request, operation, plan, prepared, report))
         except Exception:
-            self._give_up(revision)
+            problem = self._give_up(revision)
             done = self._log.find(request.request_id)
             if done is None:
                 raise
             # The store created the record, though it did not say so.
+            if problem is not None:
+                # It is not in force everywhere, or what it destroys is still there.
+                raise problem from None
             return self._outcome(report_of(done), done)
         self._install(record)
         return self._outcome(report, record)
@@ -326,12 +329,16 @@ class Coordinator:
             },
         )
 
-    def _give_up(self, revision: int) -> None:
+    def _give_up(self, revision: int) -> MembankError | None:
+        """Settle what failed; return what kept that from being done."""
         try:
             self._settle()
         except MembankError as err:
-            # The caller hears of the first failure; this one is tried again before anything else.
+            # Tried again before anything else. Where nothing was committed, the caller hears of the
+            # first failure.
             _LOG.warning("revision %d is not settled yet: %s", revision, err)
+            return err
+        return None
 
     def _answer_again(
         self, request: AdminRequest, operation: str, record: RevisionRecord
