@@ -327,3 +327,42 @@ def test_a_shard_that_does_not_come_back_is_said_so_and_looked_after(
     actors.before_call = lambda shard_id, method: None
     fleet.supervise()
     assert fleet.all_serve()
+
+
+def test_a_shard_that_a_controller_stopped_and_did_not_end_is_opened_again(
+    bank: Bank, actors: LocalActors
+) -> None:
+    fleet_of(bank, actors).start(START_S)
+    # As a controller that is killed in the midst of recycling, or moving, leaves it.
+    assert close_shards(actors, ["shard-0"], 1.0) == ()
+    again = fleet_of(bank, actors)
+    again.start(START_S, insist=False)
+    again.supervise()
+    assert served(again) == [True, True]
+
+
+def test_what_a_shard_said_before_it_was_recycled_does_not_count(
+    bank: Bank, actors: LocalActors
+) -> None:
+    fleet = fleet_of(bank, actors)
+    fleet.start(START_S)
+    is_recycled, is_looked_after = threading.Event(), threading.Event()
+    recycling = threading.Thread(target=lambda: fleet.recycle(["shard-0"], 60.0))
+
+    def before_call(shard_id: str, method: str) -> None:
+        if threading.current_thread() is recycling or shard_id != "shard-0":
+            return
+        if method == "consolidate":
+            is_recycled.set()
+            assert is_looked_after.wait(30)
+        elif method == "identity" and not recycling.is_alive() and not is_recycled.is_set():
+            recycling.start()
+            assert is_recycled.wait(30)
+            raise UnavailableError("the shard is stopped; retry", reason=Reason.NOT_RUNNING)
+
+    actors.before_call = before_call
+    fleet.supervise()
+    assert fleet.statuses()[0].problem == "shard-0 is started anew; retry"
+    is_looked_after.set()
+    recycling.join()
+    assert fleet.all_serve()

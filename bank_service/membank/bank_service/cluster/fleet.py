@@ -24,12 +24,7 @@ from membank.bank_service.cluster.recycling import ShardRecycling
 from membank.bank_service.cluster.shard_actor import ShardActorHandle
 from membank.bank_service.knowledge.shards import ShardMember
 from membank.bank_service.rpc.server import ServerConfig
-from membank.wire.errors import (
-    InternalError,
-    MembankError,
-    Reason,
-    UnavailableError,
-)
+from membank.wire.errors import InternalError, MembankError, Reason, UnavailableError
 from membank.wire.records import Placement
 from membank.wire.spec import BankSpec
 
@@ -247,6 +242,8 @@ class ShardFleet:
         states = [state for state in self._states.values() if not state.is_recycled]
         # Side by side: one that does not answer must not keep the others from being looked after.
         for state, found in zip(states, in_parallel(self._probe, states), strict=True):
+            if state.is_recycled:
+                continue  # since it was asked: what it said is of the process that ends
             if isinstance(found, ShardIdentity):
                 self._note(state, found)
             elif _is_away(found):

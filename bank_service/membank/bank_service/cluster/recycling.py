@@ -65,7 +65,8 @@ class ShardRecycling:
                     return identity
                 problem = UnavailableError(f"{before.shard_id} does not end; retry")
             except UnavailableError as err:
-                if err.reason is not Reason.SHARD_UNAVAILABLE:
+                # The old process answers that it is stopped, until it has ended.
+                if err.reason not in {Reason.SHARD_UNAVAILABLE, Reason.NOT_RUNNING}:
                     raise
                 problem = err
             if self._clock() > deadline:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from membank.bank_service.cluster.identity import ShardIdentity
-from membank.wire.errors import InternalError, MembankError, UnavailableError
+from membank.wire.errors import InternalError, MembankError, Reason, UnavailableError
 
 if TYPE_CHECKING:
     # Only for the annotations: it imports torch, for which the controller has no use.
@@ -101,7 +101,10 @@ class ShardKeeper:
         with self._lock:
             server, self._server = self._server, None
             if server is not None:
-                self._error = UnavailableError("the shard is stopped; retry")
+                # Not as if nobody answered: whoever looks after it must know to open it again.
+                self._error = UnavailableError(
+                    "the shard is stopped; retry", reason=Reason.NOT_RUNNING
+                )
                 self._close(server)
             return self._is_folded
 
