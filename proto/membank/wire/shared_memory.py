@@ -234,6 +234,9 @@ class SharedMemory:
         while self._returned.loans:
             loan = self._taken.pop(id(self._returned.loans.popleft()))
             segment = loan.segment
+            if not loan.is_wiped and loan.num_wipes != self._returned.num_wipes:
+                # It came back while the others were wiped, too early to know and too late for that.
+                loan.wipe()
             segment.free.append(loan.slot)
             if not loan.is_wiped:
                 segment.stale.add(loan.slot)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -119,4 +120,32 @@ def test_what_is_too_much_to_be_kept_is_overwritten_too() -> None:
     del memory, view
     assert pool.idle_bytes == 0
     assert kept is not None
+    assert read(address) == {0}
+
+
+@pools
+def test_what_comes_back_while_pools_are_wiped_is_overwritten(make: Callable[[], Pool]) -> None:
+    pool = make()
+    memory, address = filled(pool, 7)
+    returned = pool._returned if isinstance(pool, BufferPool) else pool._returned.loans
+
+    class Late(deque[Any]):
+        """Takes in what comes back only once a wiping has looked here."""
+
+        def append(self, item: object) -> None:
+            if self.is_first:
+                self.is_first = False
+                wipe_pools()
+            super().append(item)
+
+        is_first = True
+
+    late = Late(returned)
+    if isinstance(pool, BufferPool):
+        pool._returned = late
+    else:
+        pool._returned.loans = late
+    del memory
+    assert not late.is_first
+    pool.take(2 * SIZE)  # which looks after what came back
     assert read(address) == {0}
