@@ -146,9 +146,10 @@ class BlockReader:
             if self._moved_on(ref, capture):
                 return False
             raise
-        capture.partition.keep(ref, capture.record, content)
+        # Before it is kept: from then on a removal may wipe the content at any moment.
         capture.arrays = {role: read_only(content.arrays[role]) for role in roles}
         capture.weight_crc = content.weight_crc
+        capture.partition.keep(ref, capture.record, content)
         return True
 
     def _moved_on(self, ref: BlockRef, capture: _Capture) -> bool:
