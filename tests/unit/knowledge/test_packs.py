@@ -191,6 +191,29 @@ def test_a_pack_that_does_not_fit_is_refused_with_the_reason(
         other.close()
 
 
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (np.ones(1, np.float32), Reason.BAD_SHAPE),  # numpy would fill a row with it
+        (np.ones(4, np.float32), Reason.BAD_SHAPE),
+        (np.ones(3, np.float16), Reason.BAD_DTYPE),
+        (np.array([0.0, np.nan, 1.0], np.float32), Reason.NOT_FINITE),
+        (np.array([0.0, np.inf, 1.0], np.float32), Reason.NOT_FINITE),
+    ],
+)
+def test_a_centroid_that_is_none_of_this_tree_is_refused(
+    rig: ShardRig, row: Array, reason: Reason
+) -> None:
+    pack = decode_pack(rig.export(TOPIC))
+    pack = dataclasses.replace(pack, centroids={**pack.centroids, TOPIC: row})
+    before = rig.state()
+    with pytest.raises(InvalidArgumentError) as caught:
+        rig.operations.import_topic(asked("r1"), encode_pack(pack))
+    assert caught.value.reason is reason
+    assert rig.state() == before
+    assert rig.log.last == 0
+
+
 def test_a_pack_moves_to_another_bank_of_the_same_anchor(rig: ShardRig, tmp_path: Path) -> None:
     pack = rig.export(TOPIC)
     spec = dataclasses.replace(rig.spec, bank_id="", name="second", num_partitions=2, init_seed=9)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from membank.wire.errors import FailedPreconditionError, InvalidArgumentError, Reason
 from membank.wire.format.pack.contract import Pack, PackedBlock, retriever_sha256
 from membank.wire.format.tree import TreeDocument
@@ -69,8 +71,8 @@ def check_fits(pack: Pack, spec: BankSpec, tree: TreeDocument) -> None:
     NotFoundError
         If the bank has no such topic.
     InvalidArgumentError
-        If shapes (BAD_SHAPE), element types (BAD_DTYPE) or the optimizer (BAD_PACK) differ, or
-        the pack is not whole in itself.
+        If shapes (BAD_SHAPE), element types (BAD_DTYPE) or the optimizer (BAD_PACK) differ, a
+        centroid is not finite (NOT_FINITE), or the pack is not whole in itself.
     """
     _check_fingerprints(pack, spec, tree)
     _check_shape(pack.spec, spec, pack.topic)
@@ -87,6 +89,9 @@ def check_fits(pack: Pack, spec: BankSpec, tree: TreeDocument) -> None:
             raise _stray(pack.topic, ref)
     for block in pack.blocks:
         _check_block(block, spec)
+    for ref, row in pack.centroids.items():
+        if ref.level <= len(tree.centroids):
+            _check_centroid(ref, row, dims=tree.centroids[ref.level - 1].shape[1])
 
 
 def _check_fingerprints(pack: Pack, spec: BankSpec, tree: TreeDocument) -> None:
@@ -144,6 +149,28 @@ def _check_block(block: PackedBlock, spec: BankSpec) -> None:
             "export it with weights_only",
             reason=Reason.BAD_PACK,
             metadata={"block": str(block.ref)},
+        )
+
+
+def _check_centroid(ref: BlockRef, row: Array, *, dims: int) -> None:
+    what = f"the centroid of topic {ref} in the pack"
+    metadata = {"topic": str(ref)}
+    if row.shape != (dims,):
+        raise InvalidArgumentError(
+            f"{what} has shape {row.shape}; those of the bank have {(dims,)}",
+            reason=Reason.BAD_SHAPE,
+            metadata=metadata,
+        )
+    if row.dtype != np.float32:
+        raise InvalidArgumentError(
+            f"{what} is {row.dtype}; centroids are float32",
+            reason=Reason.BAD_DTYPE,
+            metadata=metadata,
+        )
+    # A row of NaN would be none: packs leave those out.
+    if not np.isfinite(row).all():
+        raise InvalidArgumentError(
+            f"{what} is not finite", reason=Reason.NOT_FINITE, metadata=metadata
         )
 
 
