@@ -17,6 +17,7 @@ from membank.wire.errors import (
     InvalidArgumentError,
     MembankError,
     Reason,
+    UnavailableError,
 )
 from membank.wire.format import TreeDocument
 from membank.wire.format.pack import Pack, PackedBlock, decode_pack, encode_pack
@@ -31,7 +32,7 @@ from membank.wire.spec import (
     Role,
 )
 from membank.wire.steps import Delete
-from shard_rig import RIG_SPEC, ShardRig, asked, full_tree
+from shard_rig import RIG_SPEC, ShardRig, When, asked, full_tree
 
 TOPIC, LEAF = BlockRef(1, 1), BlockRef(2, 2)
 SIGNER = Signer.generate()
@@ -135,6 +136,15 @@ def test_a_deleted_block_is_not_in_the_pack(rig: ShardRig) -> None:
     rig.operations.apply(asked("r2"), [Delete(topic=TOPIC)])
     with pytest.raises(FailedPreconditionError):
         rig.operations.export_topic(TOPIC)
+
+
+def test_what_a_commit_deleted_is_in_no_pack_though_a_shard_lags(rig: ShardRig) -> None:
+    rig.faults.arm("commit shard-1", When.BEFORE, UnavailableError)
+    with pytest.raises(UnavailableError, match="committed"):
+        rig.operations.apply(asked("r1"), [Delete(topic=TOPIC)])
+    with pytest.raises(FailedPreconditionError) as caught:
+        rig.export(TOPIC)
+    assert caught.value.reason is Reason.BLOCK_DELETED
 
 
 def test_retry_of_an_import_after_a_restart_is_answered_alike(rig: ShardRig) -> None:

@@ -98,7 +98,8 @@ class PackOperations:
         """See `BankAdmin.export_topic`."""
         spool = cast("BinaryIO", tempfile.SpooledTemporaryFile(SPOOL_BYTES))  # noqa: SIM115  # handed on
         try:
-            with self._coordinator.exclusive(), _spooling():
+            # Settled: a shard that lags would hand out what a commit has deleted, as of after that.
+            with self._coordinator.settled(), _spooling():
                 head, pack = self._put_together(spool, topic, weights_only, since)
                 return ExportedPack(pack, spool, revision=head.revision)
         except BaseException:
