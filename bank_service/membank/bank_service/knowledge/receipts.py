@@ -200,11 +200,10 @@ class ReceiptDesk:
     def owed(self) -> RevisionRecord | None:
         """Return the deletion that has no receipt yet; None = there is none."""
         record = self._log.committed
-        for number in range(record.revision, -1, -1):
-            record = self._log.read(number)
-            # A key may have been made known since, in order to sign the receipt.
-            if record.committed and record.operation != KEY_OPERATION:
-                break
+        # A key may have been made known since, in order to sign the receipt. Revision 0 is the
+        # creation.
+        while not record.committed or record.operation == KEY_OPERATION:
+            record = self._log.read(record.revision - 1)
         if DELETION not in record.detail or find_receipt(self._bank, record.revision) is not None:
             return None
         return record
