@@ -12,12 +12,11 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from membank.trainer.corpus import Tokenizer
 from membank.trainer.evaluation.conditions import Condition, ConditionMemory, EvaluationPaths
-from membank.trainer.model import PADDING_SEGMENT, Anchor
+from membank.trainer.evaluation.token_losses import token_losses
+from membank.trainer.model import Anchor
 from membank.trainer.training import MemorySource
 from membank.wire.errors import InvalidArgumentError
 
@@ -182,26 +181,8 @@ def _losses(
     order = memories.order(condition)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        tokens_BT, segments_BT = _padded([ids_N[row] for row in rows])
-        tokens_BT = tokens_BT.to(anchor.embedding.weight.device)
-        segments_BT = segments_BT.to(anchor.embedding.weight.device)
         memory = memories.batch(condition, rows, without_level=without_level)
-        logits_BTV = anchor(tokens_BT, None, memory)
-        # Padding is on the right, where a causal model cannot see it; its targets do not count.
-        targets_BT = tokens_BT.masked_fill(segments_BT == PADDING_SEGMENT, -100)[:, 1:]
-        loss_BT = functional.cross_entropy(
-            logits_BTV[:, :-1].mT.float(), targets_BT, ignore_index=-100, reduction="none"
-        )
+        loss_BT = token_losses(anchor, [ids_N[row] for row in rows], memory)
         for row, value in zip(rows, loss_BT.sum(1).tolist(), strict=True):
             losses_N[row] = value
     return losses_N
-
-
-def _padded(ids_B: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    num_tokens = max(len(ids) for ids in ids_B)
-    tokens_BT = torch.zeros(len(ids_B), num_tokens, dtype=torch.int64)
-    segments_BT = torch.full((len(ids_B), num_tokens), PADDING_SEGMENT)
-    for row, ids in enumerate(ids_B):
-        tokens_BT[row, : len(ids)] = torch.tensor(list(ids))
-        segments_BT[row, : len(ids)] = 0
-    return tokens_BT, segments_BT

@@ -14,10 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from membank.trainer.corpus import Tokenizer
+from membank.trainer.evaluation.token_losses import token_losses
 from membank.trainer.model import NO_BLOCK, Anchor, LevelBlocks, MemoryBatch
 from membank.trainer.training import Fetched, join
 from membank.trainer.training.schedule import check_range
@@ -251,13 +250,8 @@ class _Scorer:
         losses_N = [0.0] * len(self.pieces)
         device = self._anchor.embedding.weight.device
         for rows in self._batches(batch_size):
-            tokens_BT, targets_BT = _padded([self.pieces[n].ids for n in rows])
             memory = self._memory(rows, without_level, device) if with_memory else None
-            logits_BTV = self._anchor(tokens_BT.to(device), None, memory)
-            loss_BT = functional.cross_entropy(
-                logits_BTV[:, :-1].mT.float(), targets_BT.to(device),
-                ignore_index=-100, reduction="none",
-            )  # fmt: skip
+            loss_BT = token_losses(self._anchor, [self.pieces[n].ids for n in rows], memory)
             for n, value in zip(rows, loss_BT.double().sum(1).tolist(), strict=True):
                 losses_N[n] = value
         return losses_N
@@ -306,17 +300,3 @@ class _Scorer:
 
 def _left_out(level: LevelBlocks) -> LevelBlocks:
     return replace(level, index_B=torch.full_like(level.index_B, NO_BLOCK))
-
-
-def _padded(ids_B: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Return (B, T) tokens, filled up on the right, and (B, T - 1) targets, -100 for filling.
-
-    A causal model cannot see what is to the right of a token.
-    """
-    num_tokens = max(len(ids) for ids in ids_B)
-    tokens_BT = torch.zeros(len(ids_B), num_tokens, dtype=torch.int64)
-    targets_BT = torch.full((len(ids_B), num_tokens - 1), -100)
-    for row, ids in enumerate(ids_B):
-        tokens_BT[row, : len(ids)] = torch.tensor(list(ids))
-        targets_BT[row, : len(ids) - 1] = torch.tensor(list(ids[1:]))
-    return tokens_BT, targets_BT

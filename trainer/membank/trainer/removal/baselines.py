@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from membank.trainer.evaluation.token_losses import padded
 from membank.trainer.model import Anchor
 from membank.trainer.removal.config import UnlearningConfig
-from membank.trainer.removal.scoring import padded
 from membank.wire.errors import InvalidArgumentError
 
 Documents = Sequence[Sequence[int]]

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from membank.trainer.evaluation.token_losses import padded
 from membank.trainer.model import Anchor, MemoryBatch, generate
 from membank.trainer.training import Fetched, distinct_blocks, join
 from membank.wire.spec import BankSpec, BlockRef, Path
@@ -165,15 +166,6 @@ def complete(
         for row, completion in zip(rows, completions, strict=True):
             found[row] = completion
     return found
-
-
-def padded(texts: Sequence[Sequence[int]]) -> Tensor:
-    """Return (B, T) int64: tokens, filled up on the right, which a causal model cannot see."""
-    longest = max(len(text) for text in texts)
-    tokens_BT = torch.zeros(len(texts), longest, dtype=torch.int64)
-    for row, text in zip(tokens_BT, texts, strict=True):
-        row[: len(text)] = torch.tensor(list(text), dtype=torch.int64)
-    return tokens_BT
 
 
 def _batches(
