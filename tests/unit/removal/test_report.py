@@ -71,6 +71,7 @@ def dense() -> dict[str, Any]:
 
 def results(num_seeds: int = 1, **shared: float) -> dict[int, Any]:
     topic = {
+        "facts": [f"number {n}" for n in range(40)],
         "num_facts": 40, "num_members": 50, "num_held_out": 9, "clusters": ["1/2"],
         "shared": bank(**shared), "blind": bank(), "dense": dense(),
         "relearning": {"bank, topic deleted": CURVE, "bank, retrained": CURVE},
@@ -145,6 +146,16 @@ def test_seeds_are_listed_and_tested_against_each_other(config: RemovalConfig) -
     assert topic["between_seeds"] == [1.0] * 3
     assert len(row_of(document, "bank, before")["p"]) == 3
     assert summarise(results(1), config)["topics"][LABELS[0]]["between_seeds"] == []
+
+
+def test_seeds_are_tested_on_the_facts_that_both_were_asked(config: RemovalConfig) -> None:
+    """Held-out documents differ by seed, and so do the facts: unlike facts are no evidence."""
+    found = results(2)
+    for seed, ratios in ((0, [1.0] * 20 + [5.0] * 20), (1, [1.0] * 20 + [0.1] * 20)):
+        topic = found[seed][LABELS[0]]
+        topic["facts"] = [f"number {n if n < 20 else 100 * (seed + 1) + n}" for n in range(40)]
+        topic["shared"]["retrained"]["served"]["truth_ratios"] = ratios
+    assert summarise(found, config)["topics"][LABELS[0]]["between_seeds"] == [1.0]
 
 
 def test_the_pages_name_what_was_missed(tmp_path: Path, config: RemovalConfig) -> None:

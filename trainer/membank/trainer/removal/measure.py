@@ -71,7 +71,8 @@ class RemovalStudy:
         -------
         dict
             By seed and label, what the stages found: ``shared`` and ``blind`` (banks), ``dense``,
-            ``relearning``; `membank.trainer.removal.report` makes sense of it.
+            ``relearning``, and the names of the ``facts`` in the order of every truth ratio;
+            `membank.trainer.removal.report` makes sense of it.
         """
         self._store.once("prepared", self._prepare)
         return {seed: self._measure(self._world(seed)) for seed in seeds}
@@ -111,6 +112,7 @@ class RemovalStudy:
         for topic in world.material.topics:
             label = topic.label
             found[label] = {
+                "facts": [f"{q.fact.relation} {q.fact.doc_id}" for q in topic.questions],
                 "num_facts": len(topic.questions),
                 "num_members": len(topic.members),
                 "num_held_out": len(topic.held_out),

@@ -80,7 +80,7 @@ def _topic(label: str, results: Results) -> dict[str, Any]:
         "leak": {"bank": _leak(shared), "blind bank": _leak(blind)},
         "residue": {"bank": _residue(shared), "blind bank": _residue(blind)},
         "relearning": _curves(found),
-        "between_seeds": _between_seeds([one["retrained"]["served"] for one in shared]),
+        "between_seeds": _between_seeds(found),
     }
 
 
@@ -239,12 +239,23 @@ def _curves(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     return shown
 
 
-def _between_seeds(reference: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Return the p-values between the reference's own seeds: what chance alone looks like."""
-    return [
-        metrics.forget_quality(one["truth_ratios"], other["truth_ratios"])
-        for one, other in combinations(reference, 2)
-    ]
+def _between_seeds(found: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Return the p-values between the retrained banks of two seeds: what chance alone looks like."""
+
+    def ratios(one: Mapping[str, Any]) -> dict[str, float]:
+        served = one["shared"]["retrained"]["served"]
+        return dict(zip(one["facts"], served["truth_ratios"], strict=True))
+
+    p_values = []
+    for one, other in combinations(map(ratios, found), 2):
+        # Each seed holds out other documents, so it is asked other facts: only the common ones are of
+        # the same difficulty, as they are in every other p-value here.
+        common = [fact for fact in one if fact in other]
+        if common:
+            p_values.append(
+                metrics.forget_quality([one[f] for f in common], [other[f] for f in common])
+            )
+    return p_values
 
 
 def _goals(topics: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
