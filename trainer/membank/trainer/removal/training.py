@@ -144,12 +144,13 @@ class ModelTrainer:
         )
 
     def dense(self, folder: Path, included: NDArray[np.bool_], title: str) -> tuple[Anchor, float]:
-        """Return the dense model that goes on from the folder's anchor, and the time it took in s."""
+        """Return the dense model that goes on from the folder's anchor, and the time of both in s."""
+        took = self.anchor(folder, included, title)
         sequences = self._topics_packed(included)
         seconds = self._once(
             folder, "dense", lambda: self._dense(folder, sequences, f"{title}: dense")
         )
-        return load_anchor(folder / _DENSE), seconds
+        return load_anchor(folder / _DENSE), took + seconds
 
     def _once(self, folder: Path, name: str, train: Callable[[], None]) -> float:
         """Train unless an earlier run did, and return the seconds that it took, or took then."""
