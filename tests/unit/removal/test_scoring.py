@@ -65,17 +65,20 @@ def test_scores_are_those_of_each_text_alone(world: World, bank: InProcessMemory
         assert scores.loss == pytest.approx(-np.mean(expected), abs=1e-4)
 
 
-def test_zeroed_blocks_add_nothing(world: World, bank: InProcessMemory) -> None:
+def test_zeroed_blocks_add_nothing_and_the_other_topics_stay(
+    world: World, bank: InProcessMemory
+) -> None:
     paths = list(world.paths.routed)
+    gone = paths[0][0]
+    assert {path[0] for path in paths} > {gone}
     with_memory = score(Model(anchor=world.anchor, bank=bank), texts_of(world), paths)
-    zeroed = score(Model(anchor=world.anchor, bank=ZeroedBlocks(bank)), texts_of(world), paths)
+    emptied = Model(anchor=world.anchor, bank=ZeroedBlocks(bank, [gone]))
+    zeroed = score(emptied, texts_of(world), paths)
     alone = score(Model(anchor=world.anchor), texts_of(world))
-    for one, other in zip(zeroed, alone, strict=True):
-        np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
-    assert any(
-        np.abs(one.log_probs - other.log_probs).max() > 0.01
-        for one, other in zip(with_memory, alone, strict=True)
-    )
+    for path, one, whole, none in zip(paths, zeroed, with_memory, alone, strict=True):
+        assert np.abs(whole.log_probs - none.log_probs).max() > 0.01
+        expected = none if path[0] == gone else whole
+        np.testing.assert_allclose(one.log_probs, expected.log_probs, atol=1e-5)
 
 
 def test_a_deleted_block_ends_the_path(world: World, bank: InProcessMemory) -> None:

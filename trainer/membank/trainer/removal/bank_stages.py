@@ -108,7 +108,9 @@ class BankStages:
         router = router_of(self._world.tree)
         models = self.models
         parent = Model(anchor=models.anchor, bank=models.bank)
-        zeroed = Model(anchor=models.anchor, bank=ZeroedBlocks(models.bank))
+        # Its own blocks alone: what is routed elsewhere reads there what it reads after a deletion.
+        gone = self._world.material.topic(label).clusters
+        zeroed = Model(anchor=models.anchor, bank=ZeroedBlocks(models.bank, gone))
         conditions: dict[str, tuple[Model, Router]] = {
             "parent": (parent, lambda texts: [path[:1] for path in router(texts)]),
             "zeroed": (zeroed, router),

@@ -5,7 +5,7 @@ Shape suffixes: B texts, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -36,16 +36,19 @@ class Blocks(Protocol):
 
 
 class ZeroedBlocks:
-    """The same bank with every block zero: what a topic would be that was emptied, not deleted.
+    """The same bank with the blocks of some topics zero: emptied, not deleted.
 
     Parameters
     ----------
     blocks
         The bank.
+    topics
+        Topics whose blocks are zero, with everything below them.
     """
 
-    def __init__(self, blocks: Blocks) -> None:
+    def __init__(self, blocks: Blocks, topics: Collection[BlockRef]) -> None:
         self._blocks = blocks
+        self._topics = frozenset(topics)
 
     @property
     def spec(self) -> BankSpec:
@@ -55,8 +58,13 @@ class ZeroedBlocks:
     def fetch(self, refs: Sequence[BlockRef]) -> Fetched:
         # docstring inherited
         found = self._blocks.fetch(refs)
-        zeros = {ref: torch.zeros_like(weight) for ref, weight in found.weights.items()}
-        return replace(found, weights=zeros)
+        weights = {
+            ref: weight
+            if self._topics.isdisjoint(self.spec.path_to(ref))
+            else torch.zeros_like(weight)
+            for ref, weight in found.weights.items()
+        }
+        return replace(found, weights=weights)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
