@@ -105,7 +105,8 @@ class CaseMeasures:
     neighbours_held: float | None
     """The same of neighbours that it was not given."""
     neighbours_leaked: float | None
-    """Share of the neighbours, asked in the unseen wordings, that state the new object and did not."""
+    """Share of the neighbours, asked in the unseen wordings, that state the new object and did not;
+    without those whose own object it is, as in `neighbourhood`."""
     neighbours_harmed: float | None
     """Of those of them that were answered right: the share that is not any more."""
     efficacy: float
@@ -113,7 +114,8 @@ class CaseMeasures:
     paraphrase: float
     """PS: share of the unseen paraphrases where it is."""
     neighbourhood: float | None
-    """NS: share of the neighbours whose own object is likelier than the new one."""
+    """NS: share of the neighbours that the edit was not given whose own object is likelier than the
+    new one."""
     portability: float
     """1 where the question of one step more is answered with the subject, else 0."""
 
@@ -159,7 +161,8 @@ def measure_case(
         return float(np.mean([scores[p, new] > scores[p, case.old] for p in prompts]))
 
     reworded = [(text, n.asked.target) for n in case.neighbours for text in n.reworded]
-    near = [n.asked for n in case.neighbours]
+    # A neighbour may have the new object by right: there it neither leaks nor is likelier than itself.
+    others = [n for n in case.neighbours if n.asked.target != new]
     routed = router.route(case.unseen)
     return CaseMeasures(
         reliability=said([case.edit.prompt]),
@@ -173,14 +176,20 @@ def measure_case(
             now[n.asked.prompt] == before[n.asked.prompt] for n in case.neighbours if not n.given
         ),
         neighbours_leaked=_share(
-            states(now[text], new) and not states(before[text], new) for text, _ in reworded
+            states(now[text], new) and not states(before[text], new)
+            for n in others
+            for text in n.reworded
         ),
         neighbours_harmed=_share(
             not states(now[text], right) for text, right in reworded if states(before[text], right)
         ),
         efficacy=likelier([case.edit.prompt]),
         paraphrase=likelier(case.unseen),
-        neighbourhood=_share(scores[n.prompt, n.target] > scores[n.prompt, new] for n in near),
+        neighbourhood=_share(
+            scores[n.asked.prompt, n.asked.target] > scores[n.asked.prompt, new]
+            for n in others
+            if not n.given
+        ),
         portability=float(states(now[case.hop], case.subject)),
     )
 
