@@ -27,6 +27,12 @@ def test_choice_probability_is_the_right_answers_part_of_all() -> None:
     assert metrics.choice_probability(math.log(2), [math.log(4), math.log(4)]) == pytest.approx(0.5)
 
 
+def test_losses_beyond_what_a_float_holds_still_give_figures() -> None:
+    """Gradient ascent has no floor, and an hour's study must not end at it."""
+    assert metrics.truth_ratio(2000.0, [0.0]) > 1e200
+    assert metrics.choice_probability(2000.0, [2000.0]) == pytest.approx(0.5)
+
+
 def test_truth_scores_of_kept_and_of_forgotten_facts() -> None:
     # Kept: max(0, 1 - R) of 1/4 and 2 = 3/4 and 0. Forgotten: min(R, 1/R) = 1/4 and 1/2.
     assert metrics.known_truth([0.25, 2.0]) == pytest.approx(0.375)

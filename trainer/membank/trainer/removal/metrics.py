@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special, stats
 from sklearn.metrics import roc_auc_score
 
 from membank.wire.errors import InvalidArgumentError
@@ -21,10 +21,7 @@ from membank.wire.errors import InvalidArgumentError
 SMALLEST_P = 1e-300
 """Below this a p-value is taken for it, so that its logarithm stays finite."""
 
-
-def probability(loss: float) -> float:
-    """Return p̄ of a continuation from its mean loss in nats per token."""
-    return math.exp(-loss)
+_LARGEST_LOG = 690.0  # above it a truth ratio is no float any more; its rank is all a test reads
 
 
 def choice_probability(right_loss: float, wrong_losses_W: Sequence[float]) -> float:
@@ -33,8 +30,8 @@ def choice_probability(right_loss: float, wrong_losses_W: Sequence[float]) -> fl
     ``p̄(a) / (p̄(a) + sum_j p̄(a_j))``, 0 to 1: TOFU's probability for facts of the world
     (arXiv 2401.06121).
     """
-    right = probability(right_loss)
-    return right / (right + sum(probability(loss) for loss in wrong_losses_W))
+    # As a softmax: the probabilities of a model that was driven away from everything are all 0.
+    return float(special.softmax([-right_loss, *(-loss for loss in wrong_losses_W)])[0])
 
 
 def truth_ratio(right_loss: float, wrong_losses_W: Sequence[float]) -> float:
@@ -52,7 +49,7 @@ def truth_ratio(right_loss: float, wrong_losses_W: Sequence[float]) -> float:
     """
     if not len(wrong_losses_W):
         raise InvalidArgumentError("a truth ratio needs at least one wrong answer")
-    return math.exp(right_loss - float(np.mean(wrong_losses_W)))
+    return math.exp(min(right_loss - float(np.mean(wrong_losses_W)), _LARGEST_LOG))
 
 
 def known_truth(ratios_N: ArrayLike) -> float:
