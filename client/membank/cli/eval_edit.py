@@ -13,7 +13,15 @@ import typer
 from membank.cli.build import RunOption
 from membank.cli.extras import needs_extra
 from membank.cli.machine import environment
-from membank.cli.output import JsonOption, console, emit, err_console, format_share, table
+from membank.cli.output import (
+    JsonOption,
+    check_out,
+    console,
+    emit,
+    err_console,
+    format_share,
+    table,
+)
 from membank.client import BankClient
 from membank.wire.errors import NotFoundError, Reason, UnavailableError
 
@@ -54,6 +62,7 @@ def edit(
         from membank.trainer.editing.study import EditingStudy, StudyConfig, write_editing_report
         from membank.trainer.run import RunDirectory
         from membank.trainer.training import load_sequences
+    check_out(out)
     # Equal bits are claimed: a rerun must add numbers up in the same order.
     torch.set_num_threads(1)
     directory = RunDirectory(run)
@@ -72,7 +81,6 @@ def edit(
         figures = study.run()
     document = write_editing_report(folder, figures, environment=environment(folder))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / "editing.json", out)
     emit(document, as_json=as_json, render=lambda: _render(document, folder))
 

@@ -13,10 +13,10 @@ import typer
 
 from membank.cli.extras import needs_extra
 from membank.cli.machine import environment
-from membank.cli.output import JsonOption, console, emit, err_console, table
+from membank.cli.output import JsonOption, check_out, console, emit, err_console, table
 from membank.cli.progress import stage_progress
 from membank.client import BankClient, ClientConfig
-from membank.wire.errors import InvalidArgumentError, UnavailableError
+from membank.wire.errors import UnavailableError
 from membank.wire.format import TreeDocument
 from membank.wire.spec import BankSpec
 
@@ -60,8 +60,7 @@ def removal(
         from membank.trainer.removal import STUDIES, RemovalStudy, summarise, write_report
     with needs_extra("service"):
         import ray  # noqa: F401  # the service runs on it: say so before an hour of training
-    if out is not None and out.is_dir():
-        raise InvalidArgumentError(f"--out {out} is a directory; name a file")
+    check_out(out)
     config = STUDIES["quick" if quick else "full"]()
     study = RemovalStudy(
         run,
@@ -77,7 +76,6 @@ def removal(
     }
     write_report(run, document)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(document, indent=1, default=str) + "\n")
     emit(document, as_json=as_json, render=lambda: _render(document, run))
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, TextIO
 
 import typer
@@ -20,6 +23,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+from membank.wire.errors import InvalidArgumentError
 
 _WIDTH_IN_FILES = 160
 """Columns where output goes to a file or a pipe, which have no width of their own."""
@@ -75,6 +80,28 @@ def format_count(count: int) -> str:
         if count >= limit:
             return f"{count / limit:.4g}{suffix}"
     return str(count)
+
+
+def check_out(out: Path | None) -> None:
+    """Make the directory of a file that a long command writes at its end.
+
+    Raises
+    ------
+    InvalidArgumentError
+        The file cannot be written; better told now than after an hour.
+    """
+    if out is None:
+        return
+    if out.is_dir():
+        raise InvalidArgumentError(f"--out {out} is a directory; name a file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(out if out.exists() else out.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as err:
+        raise InvalidArgumentError(
+            f"--out {out} cannot be written: {err.strerror}; name a file in a directory of yours"
+        ) from err
 
 
 def format_share(share: float | None) -> str:

@@ -28,6 +28,20 @@ def test_a_directory_for_a_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("study", ["removal", "edit"])
+def test_a_file_that_cannot_be_written_is_refused_before_any_work(
+    tmp_path: Path, study: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "kept.json"
+    ended = membank("eval", study, "--run", str(tmp_path / "run"), "--out", str(out))
+    assert ended.code == 2
+    assert "--out" in one_line(ended)
+    assert "cannot be written" in one_line(ended)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_a_study_of_another_configuration_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"topics": ["others"]}))
     ended = membank("eval", "removal", "--quick", "--run", str(tmp_path))
