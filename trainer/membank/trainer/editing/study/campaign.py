@@ -119,6 +119,7 @@ class EditingStudy:
         for number, case in enumerate(self.cases):
             self._on_progress("editing", number, len(self.cases))
             self._edit(number, case)
+            self._mark_course(number + 1)
         if not self._notes.has("end"):
             self._on_progress("asking after", 0, 1)
             self._notes.add("end", self._end())
@@ -175,8 +176,15 @@ class EditingStudy:
                 "training": None if report is None else _training(report),
             },
         )
-        if (number + 1) % max(1, len(self.cases) // 10) == 0:
-            self._notes.add(f"course {number + 1}", self._course(number + 1))
+
+    def _mark_course(self, count: int) -> None:
+        """Note how the edits so far are answered, after each tenth of them."""
+        last = count == len(self.cases)
+        following = "end" if last else f"before {self.cases[count].edit.edit_id}"
+        due = count % max(1, len(self.cases) // 10) == 0
+        # Not where the study went on already: it would be of another moment.
+        if due and not (self._notes.has(f"course {count}") or self._notes.has(following)):
+            self._notes.add(f"course {count}", self._course(count))
 
     def _course(self, count: int) -> object:
         """Return how the edits so far are answered."""
@@ -216,7 +224,11 @@ class EditingStudy:
         known = self._editor.history().undone
         blocks = {case.path for case in chosen}
         others = [c for c in self.cases if c.path in blocks and c not in chosen]
-        reached = {c.edit.edit_id for c in others if self._answers_right(c)}
+        if not self._notes.has("standing"):
+            # Kept, as an undo that a rerun finds made may have cost one of them.
+            standing = [c.edit.edit_id for c in others if self._answers_right(c)]
+            self._notes.add("standing", standing)
+        reached: Any = self._notes.get("standing")
         seconds = []
         for number, case in enumerate(chosen):
             self._on_progress("undoing", number, len(chosen))
@@ -325,7 +337,7 @@ class EditingStudy:
             ],
         }
 
-    def _before(self, answers: Mapping[str, str]) -> dict[str, float]:
+    def _before(self, answers: Mapping[str, str]) -> dict[str, float | None]:
         """Return how the unedited bank answered the same questions, of the old objects."""
         return {
             "reliability": _mean(states(answers[c.edit.prompt], c.old) for c in self.cases),
@@ -386,6 +398,7 @@ def _training(report: EditReport) -> dict[str, object]:
     }
 
 
-def _mean(flags: Iterable[bool] | Sequence[bool]) -> float:
+def _mean(flags: Iterable[bool] | Sequence[bool]) -> float | None:
+    """Return the share that is true; None where there is nothing to claim it of."""
     found = list(flags)
-    return sum(found) / len(found) if found else 1.0
+    return sum(found) / len(found) if found else None
