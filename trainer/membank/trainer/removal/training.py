@@ -2,9 +2,10 @@
 
 *Bank*: the anchor (stage 1), and the memories of the topics' subtrees (stage 2), in this process: the
 same blocks, bit for bit, as the service trains with one worker. *Dense*: the same anchor, its FFNs
-widened by as much as a fetch adds, then trained on stage 2's sequences in the same order and number
-with all of its weights. It has the parameters and the tokens of anchor and fetch together, and
-nowhere in it does one topic have a place of its own. A generic memory beside a frozen anchor would
+widened by as much as a fetch adds, then trained on as many of stage 2's sequences with all of its
+weights, dealt singly: runs of one leaf help only where a leaf has weights of its own. It has the
+parameters and the tokens of anchor and fetch together, and nowhere in it does one topic have a place
+of its own. A generic memory beside a frozen anchor would
 have the size too, but learns next to nothing of single facts (docs/log.md): there would be nothing
 to unlearn.
 """
