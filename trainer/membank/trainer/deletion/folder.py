@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +15,13 @@ from pydantic import TypeAdapter, ValidationError
 from membank.trainer.deletion.exchange import TopicWords
 from membank.trainer.deletion.plan import DeletionPlan
 from membank.trainer.training import Fetched
-from membank.trainer.training.files import read_json, read_tensors, write_json, write_tensors
+from membank.trainer.training.files import (
+    held_alone,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from membank.wire.errors import CorruptionError, Reason
 from membank.wire.spec import BlockRef, BlockState
 
@@ -40,6 +47,8 @@ class DeletionState:
 
     plan: DeletionPlan
     """What is done."""
+    bank_id: str = ""
+    """Identity of the bank; empty in accounts that are older than this field."""
     recipe: str
     """Digest of what blocks are trained anew on, and how; empty where none is."""
     phase: Phase = Phase.TRAINING
@@ -104,10 +113,45 @@ class DeletionFolder:
                 metadata={"path": str(self._state_file)},
             ) from err
 
-    def begin(self, plan: DeletionPlan, recipe: str) -> DeletionState:
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Keep other processes from deleting documents by this run until the block ends.
+
+        Raises
+        ------
+        FailedPreconditionError
+            If another one is at it.
+        """
+        folder = self.path.parent
+        busy = (
+            f"another deletion of documents is under way in {folder}; wait until it is done, then "
+            "give the command again"
+        )
+        with held_alone(folder / "lock", busy=busy):
+            yield
+
+    def unfinished_beside(self, bank_id: str) -> tuple[Path, DeletionState] | None:
+        """Return another deletion from the bank that has begun to destroy and is not done; or None.
+
+        Raises
+        ------
+        CorruptionError
+            The account of one is damaged.
+        """
+        for file in sorted(self.path.parent.glob(f"*/{self._state_file.name}")):
+            state = DeletionFolder(file.parent).load() if file.parent != self.path else None
+            if (
+                state is not None
+                and state.bank_id == bank_id
+                and state.phase in (Phase.DESTROYING, Phase.INSTALLING)
+            ):
+                return file.parent, state
+        return None
+
+    def begin(self, plan: DeletionPlan, recipe: str, bank_id: str) -> DeletionState:
         """Begin a job; what an earlier one left is removed."""
         self.discard_weights()
-        return self.save(DeletionState(plan=plan, recipe=recipe))
+        return self.save(DeletionState(plan=plan, bank_id=bank_id, recipe=recipe))
 
     def save(self, state: DeletionState) -> DeletionState:
         """Write how far the deletion is, and return it."""
@@ -145,6 +189,9 @@ class DeletionFolder:
         """Remove every file but the account of what was done."""
         for file in (self._fixed_file, self.staged_file, self.losses_file, self._run_file):
             file.unlink(missing_ok=True)
+            # What a kill left of a file that was being written.
+            for cut_off in self.path.glob(f".{file.name}.*"):
+                cut_off.unlink(missing_ok=True)
 
     @property
     def _state_file(self) -> Path:

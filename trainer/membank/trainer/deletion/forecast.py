@@ -18,7 +18,7 @@ from membank.trainer.deletion.retraining import Retraining, plan_retraining, sec
 from membank.trainer.finding import NamedDocument
 from membank.trainer.finding.matching import match_documents
 from membank.trainer.run import RunMaterial
-from membank.wire.errors import InvalidArgumentError, Reason
+from membank.wire.errors import FailedPreconditionError, InvalidArgumentError, Reason
 from membank.wire.spec import BankSpec, BlockRef, BlockState
 
 _MAX_DESCRIBED = 4096
@@ -97,7 +97,8 @@ def forecast_deletion(
     InvalidArgumentError
         None of them is in the corpus, or the bank was trained on none of them.
     FailedPreconditionError
-        The bank belongs to another run, or a block that is to be trained anew is withheld.
+        The bank belongs to another run, a block that is to be trained anew is withheld, or another
+        deletion has begun to destroy and is not done.
     """
     spec = client.info().spec
     material.run.check_fingerprint(spec.fingerprint)
@@ -110,6 +111,7 @@ def forecast_deletion(
             reason=Reason.BAD_ARGUMENT,
         )
     folder = DeletionFolder(material.run.deletion_dir / _digest(spec, material, named, config))
+    _check_none_beside(folder, spec, material)
     state = folder.load()
     if state is not None and state.phase is not Phase.TRAINING:
         plan, retraining = state.plan, None  # the bank is not any more what it was planned for
@@ -119,6 +121,7 @@ def forecast_deletion(
         recipe = "" if retraining is None else retraining.fingerprint
         if state is not None and (state.plan, state.recipe) != (plan, recipe):
             state = None  # the blocks or the run have changed meanwhile
+    removed = set(plan.removed)
     return DeletionForecast(
         folder=folder,
         state=state,
@@ -126,7 +129,7 @@ def forecast_deletion(
         retraining=retraining,
         unknown=matched.unknown,
         untrained=tuple(
-            material.corpus.documents[row].doc_id for row in named if row not in plan.removed
+            material.corpus.documents[row].doc_id for row in named if row not in removed
         ),
         num_repeated=_num_repeated(material, named),
     )
@@ -165,6 +168,24 @@ def states_of(
         for start in range(0, len(wanted), _MAX_DESCRIBED)
         for block in client.describe(wanted[start : start + _MAX_DESCRIBED])
     }
+
+
+def _check_none_beside(folder: DeletionFolder, spec: BankSpec, material: RunMaterial) -> None:
+    # Its documents are noted as deleted and may not be, its new blocks were trained on documents that
+    # this one is to delete: no plan beside it can be right.
+    found = folder.unfinished_beside(spec.bank_id)
+    if found is None:
+        return
+    path, other = found
+    documents = material.corpus.documents
+    names = ", ".join(documents[row].doc_id for row in other.plan.removed[:3])
+    raise FailedPreconditionError(
+        f"another deletion is in phase {other.phase} and not done: of {len(other.plan.removed)} "
+        f"documents, {names} the first of them; give its command again, and it goes on. Only if its "
+        f"blocks were put in order otherwise, remove {path}",
+        reason=Reason.TRANSACTION_IN_PROGRESS,
+        metadata={"path": str(path)},
+    )
 
 
 def _plan(

@@ -29,6 +29,9 @@ from membank.wire.errors import ConflictError, InternalError
 from membank.wire.records import TransactionReport
 from membank.wire.spec import Array, BlockRef, BlockState, Path
 
+_AUDIT_RECORDS = 10_000
+"""Newest records of the audit log that are searched for the transaction of a job."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeletionReport:
@@ -103,11 +106,37 @@ class DocumentDeletion:
         Raises
         ------
         ConflictError
-            Somebody has changed a block meanwhile: the same command begins anew.
+            Somebody has changed a block meanwhile: the same command begins anew. Or another process
+            has gone on with the deletion since the forecast.
+        FailedPreconditionError
+            Another process is deleting documents by this run.
         MembankError
             The bank cannot answer; the same command goes on.
         """
-        state = forecast.state or forecast.folder.begin(forecast.plan, forecast.recipe)
+        with forecast.folder.exclusive():
+            return self._run(forecast, self._begun(forecast), on_progress)
+
+    def _begun(self, forecast: DeletionForecast) -> DeletionState:
+        """Return how far the job is; it begins where it has not."""
+        folder = forecast.folder
+        now = folder.load()
+        is_as_seen = (
+            now == forecast.state
+            if forecast.state is not None
+            else now is None or now.phase is Phase.TRAINING
+        )
+        if not is_as_seen:
+            raise ConflictError(
+                "another process has gone on with this deletion meanwhile; give the command again"
+            )
+        return forecast.state or folder.begin(forecast.plan, forecast.recipe, self._spec.bank_id)
+
+    def _run(
+        self,
+        forecast: DeletionForecast,
+        state: DeletionState,
+        on_progress: ProgressCallback | None,
+    ) -> DeletionReport:
         steps = {
             Phase.TRAINING: lambda: self._train(forecast, state, on_progress),
             Phase.DESTROYING: lambda: self._destroy(forecast, state),
@@ -164,16 +193,18 @@ class DocumentDeletion:
         # Read first: a damaged file must be found while the old blocks are there, and between the
         # transactions no reader shall wait for it.
         self._contents = self._staged(forecast)
-        self._check_unchanged(forecast, deleted_is_fine=True)
+        try:
+            self._check_unchanged(forecast, deleted_is_fine=True)
+        except ConflictError:
+            if not self._is_destroyed(state):
+                self._give_up(forecast, state)
+                raise
         # Before anything is destroyed, as a later training must not bring back what goes now; and
         # after the plan was kept, as no plan can be made of documents that are in this list.
-        names = [self._material.corpus.documents[row].doc_id for row in state.plan.removed]
-        self._material.run.deleted_documents.add(self._spec.bank_id, names)
+        self._material.run.deleted_documents.add(self._spec.bank_id, self._names(state))
         began = time.time()
         refs = sorted(state.plan.retrained_refs)
-        destroyed = self._exchange.destroy(
-            state.plan.topics, refs, request_id=f"{state.job_id}-destroy"
-        )
+        destroyed = self._exchange.destroy(state.plan.topics, refs, request_id=_destroy_id(state))
         if destroyed.receipt:
             write_atomically(forecast.folder.receipt_file, destroyed.receipt)
         after = {change.ref: change.version_after for change in destroyed.report.changes}
@@ -210,7 +241,21 @@ class DocumentDeletion:
         state = replace(state, phase=Phase.DONE, figures=figures)
         return self._with_loss_after(forecast, state)
 
+    def _give_up(self, forecast: DeletionForecast, state: DeletionState) -> None:
+        """Let the same command begin anew; nothing was destroyed."""
+        # In this order: documents that are noted as deleted would be in no later plan, though the bank
+        # holds them still.
+        self._material.run.deleted_documents.take_back(self._spec.bank_id, self._names(state))
+        forecast.folder.save(replace(state, phase=Phase.TRAINING))
+
     # ---- what they need
+
+    def _is_destroyed(self, state: DeletionState) -> bool:
+        made = self._client.audit(limit=_AUDIT_RECORDS)
+        return any(record.request_id == _destroy_id(state) for record in made)
+
+    def _names(self, state: DeletionState) -> list[str]:
+        return [self._material.corpus.documents[row].doc_id for row in state.plan.removed]
 
     def _staged(self, forecast: DeletionForecast) -> dict[BlockRef, Array]:
         if not forecast.plan.retrained:
@@ -290,6 +335,10 @@ class DocumentDeletion:
             self._spec,
             InfluenceConfig(seq_len=material.config.seq_len),
         )
+
+
+def _destroy_id(state: DeletionState) -> str:
+    return f"{state.job_id}-destroy"
 
 
 def _summary(report: TransactionReport) -> dict[str, object]:

@@ -124,7 +124,8 @@ def plan_deletion(
     Raises
     ------
     InvalidArgumentError
-        The bank was trained on none of the documents, or they are deleted already.
+        The bank was trained on none of the documents, or they are deleted already, or every block
+        that was is.
     FailedPreconditionError
         A block that is to be trained anew is withheld, or lies under one that is not active.
     """
@@ -163,6 +164,12 @@ class _Planner:
         retrained = sorted(self._candidates(affected, gone))
         for ref in retrained:
             self._check_usable(ref, gone)
+        if not (topics or retrained):
+            raise InvalidArgumentError(
+                "every block that was trained on these documents is deleted already; there is nothing "
+                "to delete",
+                reason=Reason.BAD_ARGUMENT,
+            )
         remaining_N = self._under(retrained) & ~self._removed_N
         return DeletionPlan(
             removed=_positions(self._removed_N),

@@ -8,7 +8,6 @@ appended; a last line that a kill has cut was never relied on, and is dropped.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from membank.trainer.training.files import read_tensors, write_tensors
+from membank.trainer.training.files import held_alone, read_tensors, write_tensors
 from membank.wire.errors import (
     AlreadyExistsError,
     CorruptionError,
@@ -118,16 +117,11 @@ class EditLog:
         FailedPreconditionError
             If another one is at it.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / "lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as err:
-                raise FailedPreconditionError(
-                    f"another edit is being made by the log in {self._folder}; wait until it is "
-                    "done, then give the command again",
-                    reason=Reason.TRANSACTION_IN_PROGRESS,
-                ) from err
+        busy = (
+            f"another edit is being made by the log in {self._folder}; wait until it is done, then "
+            "give the command again"
+        )
+        with held_alone(self._folder / "lock", busy=busy):
             yield
 
     def transactions(self) -> tuple[LoggedTransaction, ...]:

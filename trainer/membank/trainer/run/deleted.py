@@ -41,6 +41,12 @@ class DeletedDocuments:
         record[bank_id] = sorted({*record.get(bank_id, ()), *doc_ids})
         write_json(self._file, record)
 
+    def take_back(self, bank_id: str, doc_ids: Iterable[str]) -> None:
+        """Take documents out of the list: their deletion was given up before it destroyed anything."""
+        record = self._read()
+        record[bank_id] = sorted({*record.get(bank_id, ())} - {*doc_ids})
+        write_json(self._file, record)
+
     def _read(self) -> dict[str, list[str]]:
         try:
             return _LISTS.validate_python(read_json(self._file) or {})

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from membank.wire.errors import CorruptionError, NotFoundError, Reason
+from membank.wire.errors import CorruptionError, FailedPreconditionError, NotFoundError, Reason
 
 _KIND_KEY = "membank.kind"
 _META_KEY = "membank.meta"
@@ -118,6 +120,31 @@ def read_json(path: Path) -> dict[str, object] | None:
     if not isinstance(record, dict):
         raise _damaged(path, "it is not a JSON object")
     return record
+
+
+@contextmanager
+def held_alone(path: Path, *, busy: str) -> Iterator[None]:
+    """Keep other processes out until the block ends; a process that dies lets go.
+
+    Parameters
+    ----------
+    path
+        File that is locked; it and its folder are made.
+    busy
+        What an error says of the other process.
+
+    Raises
+    ------
+    FailedPreconditionError
+        If another one holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise FailedPreconditionError(busy, reason=Reason.TRANSACTION_IN_PROGRESS) from err
+        yield
 
 
 def _damaged(path: Path, why: str) -> CorruptionError:
