@@ -64,3 +64,19 @@ def test_an_empty_or_missing_file_is_told(tmp_path: Path) -> None:
     file.write_text("\n")
     with pytest.raises(InvalidArgumentError, match="holds no fact"):
         read_facts(file)
+
+
+def test_a_file_is_read_as_other_programs_write_it(tmp_path: Path) -> None:
+    file = tmp_path / "facts.jsonl"
+    # A mark of byte order, line ends of Windows, and a line separator within a string.
+    file.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("55", "5\u2028 5").encode() + b"\r\n")
+    (ada,) = read_facts(file)
+    assert ada.target == "5\u2028 5"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"), [("[" * 100_000, "nested"), (GOOD.replace("55", "\\ud800"), "surrogate")]
+)
+def test_what_no_file_should_hold_is_told_too(line: str, words: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"line 1: not JSON.*{words}"):
+        parse_facts([line], what="facts.jsonl")

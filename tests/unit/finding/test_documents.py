@@ -29,6 +29,14 @@ def test_a_file_names_documents_by_text_or_id(tmp_path: Path) -> None:
     )
 
 
+def test_a_file_is_read_as_other_programs_write_it(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    # A mark of byte order, and a line separator within a string.
+    path.write_bytes(b"\xef\xbb\xbf" + '{"text": "one\u2028two"}\n{"id": 0}\n'.encode())
+    one, zero = read_documents(path)
+    assert (one.text, zero.doc_id) == ("one\u2028two", "0")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -37,6 +45,10 @@ def test_a_file_names_documents_by_text_or_id(tmp_path: Path) -> None:
         ('{"text": "a"}\n{"title": "b"}', "line 2: expected"),
         ('{"text": 3}', "line 1: expected"),
         ("[1]", "line 1: expected"),
+        ('{"id": ["a", "b"]}', "line 1: expected"),
+        ('{"id": true, "text": "a"}', "line 1: expected"),
+        ("[" * 100_000, "line 1 is not JSON: it is nested"),
+        ('{"text": "\\ud800"}', "line 1 is not JSON.*surrogate"),
         (b"\xff\xfe\x00", "cannot be read"),
         (None, "cannot be read"),
     ],

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
 from membank.trainer.editing.contract import FactEdit, Statement
+from membank.trainer.json_lines import parse_line, read_lines
 from membank.wire.errors import InvalidArgumentError, Reason
 
 _FIELDS = frozenset({"prompt", "target", "paraphrases", "neighbours", "id"})
@@ -36,8 +36,8 @@ def read_facts(path: Path) -> tuple[FactEdit, ...]:
         the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as err:
+        lines = read_lines(path)
+    except (OSError, ValueError) as err:
         raise InvalidArgumentError(f"{path} cannot be read: {err}") from err
     return parse_facts(lines, what=str(path))
 
@@ -98,7 +98,7 @@ class _Line:
 
     def fact(self, line: str) -> FactEdit:
         try:
-            body = json.loads(line)
+            body = parse_line(line)
         except ValueError as err:
             self.fail(f"not JSON: {err}")
         if not isinstance(body, dict):

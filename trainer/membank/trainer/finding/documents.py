@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from membank.trainer.json_lines import parse_line, read_lines
 from membank.wire.errors import InvalidArgumentError
 
 
@@ -48,8 +48,8 @@ def read_documents(path: Path) -> tuple[NamedDocument, ...]:
         The file cannot be read, names no document, or a line is not such an object.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as err:
+        lines = read_lines(path)
+    except (OSError, ValueError) as err:
         raise InvalidArgumentError(f"{path} cannot be read as UTF-8 text: {err}") from err
     found = tuple(_documents(lines, path))
     if not found:
@@ -64,17 +64,26 @@ def _documents(lines: list[str], path: Path) -> Iterator[NamedDocument]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_line(line)
         except ValueError as err:
             raise InvalidArgumentError(f"{path}, line {number} is not JSON: {err}") from err
         values = record if isinstance(record, dict) else {}
-        text, doc_id, title = (values.get(key) or "" for key in ("text", "id", "title"))
+        text, title = (values.get(key) or "" for key in ("text", "title"))
+        doc_id = _name(values.get("id"))
         is_text = isinstance(text, str) and isinstance(title, str)
-        if not is_text or not (text.strip() or str(doc_id).strip()):
+        if not is_text or doc_id is None or not (text.strip() or doc_id.strip()):
             raise InvalidArgumentError(
                 f"{path}, line {number}: expected an object with a string `text`, an `id`, or both"
             )
         embed_text = str(values.get("embed_text") or (f"{title}. {text}" if title else text))
         yield NamedDocument(
-            line=number, doc_id=str(doc_id), text=text, embed_text=embed_text if text else ""
+            line=number, doc_id=doc_id, text=text, embed_text=embed_text if text else ""
         )
+
+
+def _name(value: object) -> str | None:
+    """Return an id as a corpus has it, where numbers are written out; None = it is none."""
+    if value is None:
+        return ""
+    is_name = isinstance(value, str | int) and not isinstance(value, bool)
+    return str(value) if is_name else None
