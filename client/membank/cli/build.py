@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from membank.cli.extras import needs_extra
 from membank.cli.output import (
@@ -131,7 +132,7 @@ def corpus(
                 console.print(table((title, "count>"), counts.most_common()))
         step = max(1, len(found.documents) // max(1, sample))
         for document in found.documents[: step * sample : step]:
-            console.print(f"[dim]{document.doc_id}[/] {document.text[:200]}", markup=True)
+            console.print(f"[dim]{escape(document.doc_id)}[/] {escape(document.text[:200])}")
 
     emit(payload, as_json=as_json, render=render)
 

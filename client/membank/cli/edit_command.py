@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from membank.cli.build import DEFAULT_RUN, RunOption
 from membank.cli.connection import (
@@ -114,12 +115,12 @@ def _show(report: EditReport) -> None:
             f"{block.steps} steps, {block.seconds:.1f} s, kept {format_share(block.kept_share)}[/]"
         )
     if report.reapplied:
-        console.print(f"made anew: {', '.join(report.reapplied)}")
+        console.print(f"made anew: {', '.join(report.reapplied)}", markup=False)
     _show_outcome(report)
 
 
 def _show_outcome(report: EditReport) -> None:
-    ids = ", ".join(report.edit_ids)
+    ids = escape(", ".join(report.edit_ids))
     if report.dry_run:
         console.print(f"[yellow]dry run: nothing was changed[/] ({report.operation} of {ids})")
     elif not report.refused:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from membank.cli.build import RunOption
 from membank.cli.extras import needs_extra
@@ -136,7 +137,7 @@ def _render(document: dict[str, Any], folder: Path) -> None:
             format_share(goal["right_after"]),
             format_share(goal["after_all"]),
             format_share(goal["goal"]),
-            "[green]reached[/]" if goal["reached"] else "[red]missed[/]",
+            Text("reached", "green") if goal["reached"] else Text("missed", "red"),
         )
         for goal in document["goals"]
     ]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable
+
+from rich.markup import escape
 
 from membank.cli.output import err_console
 from membank.wire.errors import (
@@ -18,6 +21,7 @@ from membank.wire.errors import (
     InvalidArgumentError,
     MembankError,
     NotFoundError,
+    Reason,
     ResourceExhaustedError,
     UnauthenticatedError,
     UnavailableError,
@@ -54,6 +58,19 @@ def run(app: Callable[[], object]) -> None:
         # The reader of our output (head, less) is gone; that is its decision, not a failure.
         sys.stderr.close()
         raise SystemExit(0) from None
+    except OSError as err:
+        # A file of the user's: a run that may not be written, a disk that is full.
+        failed = _file_failed(err)
+        report(failed)
+        raise SystemExit(EXIT_CODES[type(failed)]) from None
+
+
+def _file_failed(err: OSError) -> MembankError:
+    what = f"{err.filename}: " if err.filename else ""
+    words = f"{what}{err.strerror or err}; mend that, then give the command again"
+    if err.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceExhaustedError(words, reason=Reason.NO_SPACE)
+    return FailedPreconditionError(words, reason=Reason.STORE_FAILED)
 
 
 def report(err: MembankError) -> None:
@@ -62,9 +79,4 @@ def report(err: MembankError) -> None:
         document = {"error": str(err), "reason": err.reason.value, **err.metadata}
         sys.stderr.write(json.dumps(document) + "\n")
     else:
-        err_console.print(f"[bold red]error[/]: {_escape(str(err))} [dim]({err.reason.value})[/]")
-
-
-def _escape(text: str) -> str:
-    # Square brackets in a message are text, not markup.
-    return text.replace("[", "\\[")
+        err_console.print(f"[bold red]error[/]: {escape(str(err))} [dim]({err.reason.value})[/]")

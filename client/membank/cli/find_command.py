@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
+from rich.markup import escape
 
 from membank.cli.connection import (
     DEFAULT_ENDPOINT,
@@ -17,6 +18,7 @@ from membank.cli.connection import (
 )
 from membank.cli.extras import needs_extra
 from membank.cli.output import JsonOption, console, emit, err_console, format_share, table
+from membank.cli.query import coloured_state
 from membank.client import BankClient
 from membank.client.retriever import Retriever
 from membank.wire.errors import InvalidArgumentError
@@ -137,7 +139,7 @@ def _find_influence(
         found = finder.find(client, asked)
         labels = client.tree().labels
     for unknown in found.unknown:
-        err_console.print(f"[yellow]not found[/]: {unknown}", markup=True)
+        err_console.print(f"[yellow]not found[/]: {escape(unknown)}")
     shown = {block.ref for block in found.influence.blocks}
     shown |= {block.ref for block in found.routing.blocks}
     named = {str(ref): label for ref, label in labels.items() if ref in shown}
@@ -158,7 +160,7 @@ def _render(found: Found, labels: Mapping[BlockRef, str], top: int) -> None:
         (
             block.ref,
             labels.get(block.ref, ""),
-            _coloured(block.state),
+            coloured_state(block.state),
             block.version,
             routed.get(block.ref, 0),
             trained.get(block.ref, 0),
@@ -200,12 +202,12 @@ def _block_cells(
     ref: BlockRef, blocks: Mapping[BlockRef, Mapping[str, object]]
 ) -> tuple[object, ...]:
     block = blocks[ref]
-    return ref, block["label"], _coloured(BlockState[str(block["state"]).upper()]), block["version"]
-
-
-def _coloured(state: BlockState) -> str:
-    colour = {BlockState.ACTIVE: "green", BlockState.WITHHELD: "yellow", BlockState.DELETED: "red"}
-    return f"[{colour[state]}]{state.name.lower()}[/]"
+    return (
+        ref,
+        block["label"],
+        coloured_state(BlockState[str(block["state"]).upper()]),
+        block["version"],
+    )
 
 
 def _first(items: Sequence[_Item], top: int) -> Sequence[_Item]:

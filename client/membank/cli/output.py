@@ -23,6 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from membank.wire.errors import InvalidArgumentError
 
@@ -57,7 +58,11 @@ def emit(payload: object, *, as_json: bool, render: Callable[[], None]) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> Table:
-    """Build a table; columns whose name ends in ``>`` are right-aligned."""
+    """Build a table; columns whose name ends in ``>`` are right-aligned.
+
+    Cells are printed as they are, square brackets too: they hold texts of corpora and of people. One
+    that is to be coloured is a `rich.text.Text`.
+    """
     built = Table(
         title=title or None, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD,
         pad_edge=False, padding=(0, 1),
@@ -65,7 +70,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: st
     for column in columns:
         built.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left")
     for row in rows:
-        built.add_row(*(str(cell) for cell in row))
+        built.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     return built
 
 

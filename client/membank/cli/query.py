@@ -6,6 +6,8 @@ import time
 from typing import Annotated
 
 import typer
+from rich.markup import escape
+from rich.text import Text
 
 from membank.cli.connection import (
     DEFAULT_ENDPOINT,
@@ -86,8 +88,9 @@ def show(
     }
 
     def render() -> None:
-        console.print(f"[bold]{block.topic.ref}[/] {block.topic.label or '(no label)'}")
-        console.print("path      " + " > ".join(f"{b.topic.ref} {b.topic.label}" for b in blocks))
+        console.print(f"[bold]{block.topic.ref}[/] {escape(block.topic.label or '(no label)')}")
+        steps = " > ".join(f"{b.topic.ref} {b.topic.label}" for b in blocks)
+        console.print(f"path      {steps}", markup=False)
         console.print(f"state     {block.topic.state.name.lower()}, version {block.topic.version}")
         console.print(f"weights   {block.shape}, {format_bytes(block.topic.num_bytes)}")
         console.print(f"optimizer {format_bytes(block.optimizer_bytes)}, {block.topic.step} steps")
@@ -119,7 +122,8 @@ def route(
 
     def render() -> None:
         for path in paths:
-            console.print(" > ".join(f"{ref} {labels.get(ref, '')}".rstrip() for ref in path))
+            steps = (f"{ref} {labels.get(ref, '')}".rstrip() for ref in path)
+            console.print(" > ".join(steps), markup=False)
         console.print(f"[dim]{route_ms:.1f} ms, the retriever's first use included[/]")
 
     payload = {
@@ -143,14 +147,18 @@ def topic_json(topic: Topic) -> dict[str, object]:
     }
 
 
-def _topic_row(topic: Topic) -> tuple[object, ...]:
-    state = topic.state.name.lower()
-    indent = "  " * (topic.ref.level - 1)
+def coloured_state(state: BlockState) -> Text:
+    """Return a state in words, as a table shows it."""
     colour = {BlockState.ACTIVE: "green", BlockState.WITHHELD: "yellow", BlockState.DELETED: "red"}
+    return Text(state.name.lower(), colour[state])
+
+
+def _topic_row(topic: Topic) -> tuple[object, ...]:
+    indent = "  " * (topic.ref.level - 1)
     return (
         f"{indent}{topic.ref}",
         topic.label,
-        f"[{colour[topic.state]}]{state}[/]",
+        coloured_state(topic.state),
         topic.version,
         topic.step,
         topic.num_documents,

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from membank.cli.build import DEFAULT_RUN, RunOption
@@ -176,9 +177,9 @@ def ask(
         total_ms = 1e3 * (time.perf_counter() - start)
 
     def render() -> None:
-        console.print(f"{prompt}[bold]{answer.text}[/]")
+        console.print(f"{escape(prompt)}[bold]{escape(answer.text)}[/]")
         for block in answer.blocks:
-            console.print(f"[dim]  {block.ref} v{block.version} {block.label}[/]")
+            console.print(f"[dim]  {block.ref} v{block.version} {escape(block.label)}[/]")
         if answer.ended_at is not None:
             console.print(f"[yellow]  the path ends at {answer.ended_at}: withheld or deleted[/]")
         console.print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,25 @@ def test_a_withheld_block_is_shown_without_influence(
     ended = membank("find", TEXT, "--run", str(run.path), "--bank", endpoint, "--json")
     blocks = {block["ref"]: block for block in json.loads(ended.out)["influence"]["blocks"]}
     assert (blocks[str(top)]["state"], blocks[str(top)]["nats_per_token"]) == ("withheld", None)
+
+
+def test_square_brackets_of_texts_and_labels_are_printed_as_they_are(
+    endpoint: str, bank: FakeBank, run: RunDirectory, world: World, tmp_path: Path
+) -> None:
+    top = world.paths.holding[0][0]
+    tree = tiny_tree(world)
+    labels = dict.fromkeys(tree.labels, "[/b] hello")
+    bank.tree_bytes = encode_tree(replace(tree, labels=labels))
+    bank.labels = labels
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"id": "[/nobody]"}) + "\n" + json.dumps({"text": TEXT}))
+    args = ("find", "--documents", str(path), "--run", str(run.path), "--bank", endpoint)
+    ended = membank(*args)
+    assert ended.code == 0, ended.err
+    assert "[/nobody]" in ended.err
+    assert "[/b] hello" in ended.out
+    for command in (("topics",), ("show", str(top)), ("route", TEXT), ("find", TEXT)):
+        assert "[/b] hello" in membank(*command, "--bank", endpoint).out
 
 
 def test_an_id_that_the_corpus_lacks_is_said_and_left_out(

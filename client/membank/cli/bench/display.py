@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
 
 from membank.cli.bench.comparison import Compared
 from membank.cli.bench.process_watch import ProcessFigures
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     # Only for the annotation: importing the service takes seconds.
     from membank.bank_service.bench import Row
     from membank.cli.bench.swap_results import SwapRow
+
+_PASSED, _MISSED = Text("passed", "green"), Text("missed", "red")
 
 Notice = Callable[[str, float, float], None]
 """Takes what is being done, how much of it is done, and all of it, in any unit."""
@@ -109,11 +112,11 @@ def print_load_remarks(rows: Sequence[LoadRow]) -> None:
                 )
 
 
-def _pair_cells(row: Row) -> tuple[str, ...]:
+def _pair_cells(row: Row) -> tuple[object, ...]:
     target = "" if row.target is None else str(row.target)
     if row.ours is None or row.raw is None or row.ratio is None:
-        return (row.name, "-", "-", row.unit, "-", "-", "-", target, "[yellow]not run[/]")
-    verdict = {True: "[green]passed[/]", False: "[red]missed[/]", None: "-"}[row.passed]
+        return (row.name, "-", "-", row.unit, "-", "-", "-", target, Text("not run", "yellow"))
+    verdict = {True: _PASSED, False: _MISSED, None: "-"}[row.passed]
     return (
         row.name,
         f"{row.ours:.4g}",
@@ -127,7 +130,7 @@ def _pair_cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _load_cells(row: LoadRow) -> tuple[str, ...]:
+def _load_cells(row: LoadRow) -> tuple[object, ...]:
     figures = row.figures
 
     def cell(name: str) -> str:
@@ -148,7 +151,7 @@ def _load_cells(row: LoadRow) -> tuple[str, ...]:
     )
 
 
-def _swap_cells(row: SwapRow) -> tuple[str, ...]:
+def _swap_cells(row: SwapRow) -> tuple[object, ...]:
     figures = row.figures
 
     def cell(name: str) -> str:
@@ -164,7 +167,7 @@ def _swap_cells(row: SwapRow) -> tuple[str, ...]:
         cell("swap_p50_ms"),
         str(row.errors.total()),
         str(row.num_mixed),
-        "[green]passed[/]" if row.passed else "[red]missed[/]",
+        _PASSED if row.passed else _MISSED,
     )
 
 
@@ -174,8 +177,8 @@ def _memory(group: ProcessFigures | None) -> str:
     return f"{group.rss_begin_bytes / 1e6:.0f} > {group.rss_end_bytes / 1e6:.0f}"
 
 
-def _verdict(row: LoadRow) -> str:
+def _verdict(row: LoadRow) -> str | Text:
     flat = [group.is_flat for group in (row.client, row.server) if group is not None]
     if False in flat:
-        return "[red]grows[/]"
+        return Text("grows", "red")
     return "flat" if flat and None not in flat else "-"
