@@ -34,9 +34,13 @@ def _plan(
     *removed: int,
     states: Mapping[BlockRef, BlockState] | None = None,
     leaf_N: np.ndarray[tuple[int], np.dtype[np.int64]] = LEAF_N,
+    untouched: frozenset[BlockRef] = frozenset({BlockRef(2, 4), BlockRef(2, 5)}),
     **settings: object,
 ) -> DeletionPlan:
-    blocks = {ref: (7, (states or {}).get(ref, BlockState.ACTIVE)) for ref in SPEC.blocks()}
+    blocks = {
+        ref: (0 if ref in untouched else 7, (states or {}).get(ref, BlockState.ACTIVE))
+        for ref in SPEC.blocks()
+    }
     config = replace(DeletionConfig(), **settings)  # type: ignore[arg-type]  # a test's words
     trained = TrainedDocuments(leaf_N=leaf_N, num_tokens_N=TOKENS_N)
     return plan_deletion(SPEC, trained, removed, blocks, config)
@@ -80,6 +84,13 @@ def test_a_topic_of_which_nothing_is_left_goes_as_a_whole() -> None:
     assert _refs(plan) == [TOP, LEAF_0]
     only = _plan(6, 7)
     assert (only.retrained, only.remaining) == ((), ())
+
+
+def test_what_others_put_under_a_topic_that_goes_is_listed() -> None:
+    plan = _plan(6, 7, untouched=frozenset({BlockRef(2, 4)}))
+    assert plan.topics == (BlockRef(1, 1),)
+    (other,) = (part for part in plan.deleted if not part.num_documents)
+    assert (other.ref, other.version, other.share) == (BlockRef(2, 5), 7, 0.0)
 
 
 def test_topics_train_all_blocks_under_the_level_1_topics_that_hold_something() -> None:

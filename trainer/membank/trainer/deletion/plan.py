@@ -64,7 +64,7 @@ class DeletionPlan:
     """Topics that go with all that is under them: leaves that these documents dominate, or topics
     of which nothing else is left."""
     deleted: tuple[BlockPart, ...]
-    """Every block of these topics that holds documents."""
+    """Every block of these topics that holds documents, or what others put there."""
     retrained: tuple[BlockPart, ...]
     """Blocks that are trained anew, from their initial content, on what remains."""
     remaining: tuple[int, ...]
@@ -178,7 +178,7 @@ class _Planner:
                 self._part(ref)
                 for topic in sorted(topics)
                 for ref in sorted(self._spec.subtree(topic))
-                if self._documents(ref).any()
+                if self._documents(ref).any() or self._holds_other(ref)
             ),
             retrained=tuple(self._part(ref) for ref in retrained),
             remaining=_positions(remaining_N),
@@ -247,6 +247,11 @@ class _Planner:
     def _leaves(self, mask_N: NDArray[np.bool_]) -> list[BlockRef]:
         found = np.unique(self._leaf_N[mask_N])
         return [BlockRef(self._spec.num_levels, int(leaf)) for leaf in found]
+
+    def _holds_other(self, ref: BlockRef) -> bool:
+        """Return whether a block was changed though no document is in it: imported, or grown."""
+        version, state = self._blocks[ref]
+        return version > 0 and state is not BlockState.DELETED
 
     def _is_deleted(self, ref: BlockRef) -> bool:
         return self._blocks[ref][1] is BlockState.DELETED
