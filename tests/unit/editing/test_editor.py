@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from membank.wire.errors import (
     Reason,
     UnavailableError,
 )
+from membank.wire.records import AuditRecord
 from membank.wire.spec import BlockRef, BlockState
 
 
@@ -231,3 +233,49 @@ def test_an_edit_whose_answer_was_lost_is_looked_up(
         assert rig.editor().undo("a").revision == 2
     else:
         assert rig.editor().edit([fact("a", prompts[0], "55")]).revision == 1
+
+
+@pytest.mark.parametrize("most", [1, 100])
+def test_a_lost_edit_is_looked_for_as_far_back_as_it_may_be(
+    rig: EditingRig, prompts: list[str], monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr("membank.trainer.editing.editor._AUDIT_RECORDS", 1)
+    monkeypatch.setattr("membank.trainer.editing.editor._MOST_AUDIT_RECORDS", most)
+
+    class Lost:
+        """A bank that makes a swap and never answers it, whose clock goes as ours."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(rig.client, name)
+
+        def swap(self, *args: object, **kwargs: object) -> object:
+            rig.client.swap(*args, **kwargs)  # type: ignore[arg-type]
+            raise UnavailableError("the answer was lost")
+
+        def audit(self, *, limit: int) -> tuple[AuditRecord, ...]:
+            now = time.time()
+            return tuple(replace(r, time_s=now) for r in rig.client.audit(limit=limit))
+
+    editor = rig.editor()
+    editor._bank = Lost()  # type: ignore[assignment]
+    with pytest.raises(UnavailableError):
+        editor.edit([fact("a", prompts[0], "55")])
+    meddle(rig, BlockRef(1, 0))
+    if most == 1:
+        with pytest.raises(FailedPreconditionError, match="fate is not known"):
+            editor.history()
+    else:
+        assert len(editor.history().transactions) == 1
+
+
+def test_an_undone_edit_takes_its_neighbours_along(
+    rig: EditingRig, prompts: list[str], tmp_path: Path
+) -> None:
+    leaf = rig.client.route(prompts[0])[-1]
+    a, b = fact("a", prompts[0], "55"), fact("b", prompts[1], "66", prompts[2], prompts[3])
+    assert not rig.editor().edit([a, b]).refused
+    assert not rig.editor().undo("b").refused
+    other = EditingRig(tmp_path / "other")
+    other.editor().edit([a])
+    other.client.close()
+    assert np.array_equal(rig.weights()[leaf], other.weights()[leaf])

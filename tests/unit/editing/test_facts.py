@@ -19,13 +19,13 @@ def test_a_line_is_a_fact() -> None:
             "prompt": "The number of ada is ",
             "target": " 55",
             "paraphrases": ["Ada has the number"],
-            "neighbours": [{"prompt": "The number of bob is", "target": "12"}],
+            "neighbours": [{"prompt": "The number of eve is", "target": "12"}],
         }
     )
     ada, bob = parse_facts([line, "", GOOD.replace("ada", "bob")], what="facts")
     assert (ada.prompt, ada.target) == ("The number of ada is", "55")
     assert ada.prompts == ("The number of ada is", "Ada has the number")
-    assert ada.neighbours == (Statement(prompt="The number of bob is", target="12"),)
+    assert ada.neighbours == (Statement(prompt="The number of eve is", target="12"),)
     assert (ada.line, bob.line, bob.edit_id) == (1, 3, "bob")
     assert ada.edit_id
 
@@ -48,6 +48,12 @@ def test_a_line_is_a_fact() -> None:
             "to be changed and to be kept",
         ),
         (GOOD, "id 'ada' is that of line 1"),
+        (
+            '{"prompt": "The", "target": "5", "neighbours": '
+            '[{"prompt": "The number of ada is", "target": "6"}]}',
+            "to be kept, and to be changed in line 1",
+        ),
+        ('{"prompt": "' + "a " * 501 + '", "target": "5"}', "prompt has 1002 characters"),
         (GOOD.replace('"ada"', '"a"').replace("55", "56"), "with '55' in line 1"),
     ],
 )

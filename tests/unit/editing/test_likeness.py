@@ -63,3 +63,11 @@ def test_facts_stated_alike_are_found_and_reworded() -> None:
         "What is the atomic number of iron? It is",
     ]
     assert len(wordings.reworded("iron", 2, random.Random(0))) == 2
+
+
+def test_a_long_prompt_takes_no_longer_than_what_it_has_in_common() -> None:
+    # All runs of so many words would be gigabytes.
+    long = " ".join(f"word{n}" for n in range(3000))
+    found = Wordings.of([f"{long} ada", "Ada has the number"], [])
+    assert found is not None
+    assert found.subject == "ada"

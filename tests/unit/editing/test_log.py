@@ -74,3 +74,10 @@ def test_two_cannot_edit_at_once(log: EditLog, tmp_path: Path) -> None:
         EditLog(tmp_path).exclusive(),
     ):
         pass
+
+
+def test_a_log_from_before_neighbours_had_edits_is_read(log: EditLog, tmp_path: Path) -> None:
+    file = next(tmp_path.rglob("log.jsonl"))
+    file.write_text(file.read_text().replace('"neighbours": []', '"neighbours": ["The"]'))
+    (block,) = log.transactions()[0].blocks
+    assert [(n.edit_id, n.prompt) for n in block.neighbours] == [("", "The")]

@@ -31,14 +31,21 @@ from membank.trainer.editing.staging import (
 )
 from membank.trainer.editing.training import train_block
 from membank.trainer.evaluation import states
-from membank.wire.errors import ConflictError, Reason
+from membank.wire.errors import ConflictError, FailedPreconditionError, Reason
+from membank.wire.records import AuditRecord
 from membank.wire.spec import BankSpec, BlockRef, Path
 
 Notice = Callable[[str], None]
 """Told what is being done."""
 
 _AUDIT_RECORDS = 1000
-"""Newest records of the audit log that are searched for a transaction whose fate is not known."""
+"""Newest records of the audit log that are searched at first for a transaction whose fate is not known."""
+
+_MOST_AUDIT_RECORDS = 10_000
+"""Most records that a service gives."""
+
+_CLOCKS_DIFFER_S = 3600.0
+"""By how much the clocks of client and service may differ, in seconds."""
 
 
 @dataclass(slots=True)
@@ -239,13 +246,30 @@ class Editor:
         """Find out what became of transactions whose answer never came."""
         if not history.pending:
             return
-        made = {record.request_id: record for record in self._bank.audit(limit=_AUDIT_RECORDS)}
+        made = self._made_since(min(transaction.time_s for transaction in history.pending))
         for transaction in history.pending:
             record = made.get(transaction.request_id)
             if record is None or record.operation == "aborted":
                 self._log.abandon(transaction.transaction)
             else:
                 self._log.commit(transaction.transaction, record.revision)
+
+    def _made_since(self, time_s: float) -> dict[str, AuditRecord]:
+        """Return what the bank's audit log has since a time, by request id; what is older may lack."""
+        limit = _AUDIT_RECORDS
+        while True:
+            records = self._bank.audit(limit=limit)
+            if len(records) < limit or records[-1].time_s < time_s - _CLOCKS_DIFFER_S:
+                return {record.request_id: record for record in records}
+            if limit >= _MOST_AUDIT_RECORDS:
+                # Not "it was not made": then an undo would bring the edit back, and say it is gone.
+                raise FailedPreconditionError(
+                    f"{limit} transactions or more came after an edit whose fate is not known, so the "
+                    "bank's audit log does not tell any more; keep the log of edits elsewhere and "
+                    "begin a new one, without the undoing of what is in it",
+                    reason=Reason.OBJECT_MISSING,
+                )
+            limit = min(10 * limit, _MOST_AUDIT_RECORDS)
 
     # ---- what is swapped in
 
@@ -302,15 +326,9 @@ class Editor:
         told: dict[str, str] = {}
         lessons, remade = [], []
         for transaction, block in standing:
-            left = tuple(p for p in block.prompts if p.edit_id != edit_id)
+            kept = block.without({edit_id})
+            left = kept.prompts
             if order.index(transaction.transaction) >= first and left:
-                kept = LoggedBlock(
-                    ref=block.ref,
-                    version_before=block.version_before,
-                    version_after=block.version_after,
-                    prompts=left,
-                    neighbours=block.neighbours,
-                )
                 lesson = Lesson.again(spec, kept)
                 staged.before[transaction.transaction, ref] = weight
                 weight = self._teach(lesson, weight, told, staged)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,6 +13,8 @@ from membank.wire.errors import InvalidArgumentError, Reason
 
 _FIELDS = frozenset({"prompt", "target", "paraphrases", "neighbours", "id"})
 _MAX_ID = 64
+_MAX_TEXT = 1000
+"""Characters of a prompt or a target: it is a statement, and all of a block are padded to the longest."""
 
 
 def read_facts(path: Path) -> tuple[FactEdit, ...]:
@@ -70,7 +72,7 @@ def parse_facts(lines: Iterable[str], *, what: str) -> tuple[FactEdit, ...]:
     return tuple(facts)
 
 
-def _check_contradictions(facts: Iterable[FactEdit], what: str) -> None:
+def _check_contradictions(facts: Sequence[FactEdit], what: str) -> None:
     told: dict[str, FactEdit] = {}
     for fact in facts:
         for prompt in fact.prompts:
@@ -79,6 +81,12 @@ def _check_contradictions(facts: Iterable[FactEdit], what: str) -> None:
                 _Line(what, fact.line).fail(
                     f"{prompt!r} is to be answered with {fact.target!r}, and with "
                     f"{other.target!r} in line {other.line}; give one of them"
+                )
+    for fact in facts:
+        for neighbour in fact.neighbours:
+            if (other := told.get(neighbour.prompt)) is not None:
+                _Line(what, fact.line).fail(
+                    f"{neighbour.prompt!r} is to be kept, and to be changed in line {other.line}"
                 )
 
 
@@ -143,4 +151,6 @@ class _Line:
         text = body[name]
         if not isinstance(text, str) or not text.strip():
             self.fail(f"{name} must be a text that is not empty")
+        if len(text) > _MAX_TEXT:
+            self.fail(f"{name} has {len(text)} characters; at most {_MAX_TEXT} are taken")
         return text.strip()

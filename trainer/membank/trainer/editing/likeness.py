@@ -81,12 +81,13 @@ class Wordings:
 def _subject(prompts: Sequence[str], texts: Sequence[str]) -> str:
     """Return the run of whole words of the first prompt that is in all and tells them apart."""
     words = list(re.finditer(r"\S+", prompts[0]))
-    runs = {
-        prompts[0][words[first].start() : words[last].end()].strip(",.?!:;")
-        for first in range(len(words))
-        for last in range(first, len(words))
-    }
-    common = [run for run in runs if run and all(_whole(run).search(text) for text in prompts)]
+    common: set[str] = set()
+    for first in range(len(words)):
+        for last in range(first, len(words)):
+            run = prompts[0][words[first].start() : words[last].end()].strip(",.?!:;")
+            if not all(_whole(run).search(text) for text in prompts if run):
+                break  # no longer one that begins here is in all, as it holds this one
+            common |= {run} - {""}
 
     def rank(run: str) -> tuple[int, int, str]:
         return sum(_whole(run).search(text) is not None for text in texts), -len(run), run

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
@@ -44,6 +45,16 @@ class LoggedPrompt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LoggedNeighbour:
+    """A prompt that was given to be kept."""
+
+    edit_id: str
+    """The edit that it was given with; empty in logs that are older than this field."""
+    prompt: str
+    """The prompt."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LoggedBlock:
     """What one transaction did to one block."""
 
@@ -55,10 +66,18 @@ class LoggedBlock:
     """Version after it: a swap that expects a version gives the next one."""
     prompts: tuple[LoggedPrompt, ...] = ()
     """What it was trained on; empty for an undo, which trains on what is logged already."""
-    neighbours: tuple[str, ...] = ()
+    neighbours: tuple[LoggedNeighbour, ...] = ()
     """Prompts that were given to be kept."""
     remade: tuple[str, ...] = ()
     """Transactions whose edits an undo made anew on the block, in their order."""
+
+    def without(self, edit_ids: Collection[str]) -> LoggedBlock:
+        """Return it as if some edits had not been made."""
+        return replace(
+            self,
+            prompts=tuple(p for p in self.prompts if p.edit_id not in edit_ids),
+            neighbours=tuple(n for n in self.neighbours if n.edit_id not in edit_ids),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +157,7 @@ class EditLog:
                 body = json.loads(line)
                 match body["event"]:
                     case "prepared":
-                        transaction = _TRANSACTION.validate_python(body["transaction"])
+                        transaction = _TRANSACTION.validate_python(_upgraded(body["transaction"]))
                         found[transaction.transaction] = transaction
                     case "committed":
                         name = body["transaction"]
@@ -308,9 +327,9 @@ class EditHistory:
             block = transaction.block(ref)
             if transaction.operation != "edit" or block is None:
                 continue
-            left = tuple(p for p in block.prompts if p.edit_id not in self.undone)
-            if left:
-                found.append((transaction, replace(block, prompts=left)))
+            left = block.without(self.undone)
+            if left.prompts:
+                found.append((transaction, left))
         return found
 
     def told(self, ref: BlockRef) -> dict[str, str]:
@@ -357,6 +376,16 @@ class EditHistory:
         if expected != version:
             raise _changed(ref, expected or 0, version)
         return self._log.content(touching[last].transaction, transaction, ref)
+
+
+def _upgraded(transaction: dict[str, Any]) -> dict[str, Any]:
+    """Return a transaction as it is logged now: neighbours were prompts alone once."""
+    for block in transaction["blocks"]:
+        block["neighbours"] = [
+            {"edit_id": "", "prompt": said} if isinstance(said, str) else said
+            for said in block["neighbours"]
+        ]
+    return transaction
 
 
 def _remade(transaction: LoggedTransaction, ref: BlockRef) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from membank.trainer.corpus import PackedSequences, Tokenizer
 from membank.trainer.editing.config import EditConfig
 from membank.trainer.editing.contract import EditedBank, FactEdit
 from membank.trainer.editing.likeness import Wordings
-from membank.trainer.editing.log import LoggedBlock, LoggedPrompt
+from membank.trainer.editing.log import LoggedBlock, LoggedNeighbour, LoggedPrompt
 from membank.trainer.editing.training import BlockTask
 from membank.trainer.model import PADDING_SEGMENT
 from membank.trainer.training import distinct_blocks
@@ -146,7 +146,7 @@ class Lesson:
     """Path of the block."""
     prompts: tuple[LoggedPrompt, ...]
     """Prompts and their targets."""
-    neighbours: tuple[str, ...]
+    neighbours: tuple[LoggedNeighbour, ...]
     """Prompts that were given to be kept and are routed here."""
 
     def logged(self, *, version: int) -> LoggedBlock:
@@ -192,13 +192,12 @@ class Lesson:
         taught = {p.prompt: p.target for p in self.prompts}
         documents = replay.of_leaf(self.path[-1].cluster)
         texts = [tokenizer.decode(tokens) for tokens in documents]
-        alike, carried = self._alike([*self.neighbours, *told, *texts], config)
+        given = tuple(dict.fromkeys(neighbour.prompt for neighbour in self.neighbours))
+        alike, carried = self._alike([*given, *told, *texts], config)
         return BlockTask(
             path=self.path,
             facts=tuple(taught.items()),
-            guards=tuple(
-                p for p in dict.fromkeys((*self.neighbours, *told, *alike)) if p not in taught
-            ),
+            guards=tuple(p for p in dict.fromkeys((*given, *told, *alike)) if p not in taught),
             # Not where an edit has told otherwise.
             carried=tuple(
                 (p, source) for p, source in carried if p not in taught and p not in told
@@ -244,13 +243,14 @@ def make_lessons(facts: Sequence[FactEdit], paths: Mapping[str, Path]) -> tuple[
         Path of each prompt and neighbour.
     """
     prompts: dict[Path, list[LoggedPrompt]] = {}
-    neighbours: dict[Path, list[str]] = {}
+    neighbours: dict[Path, list[LoggedNeighbour]] = {}
     for fact in facts:
         for prompt in fact.prompts:
             taught = LoggedPrompt(edit_id=fact.edit_id, prompt=prompt, target=fact.target)
             prompts.setdefault(paths[prompt], []).append(taught)
         for neighbour in fact.neighbours:
-            neighbours.setdefault(paths[neighbour.prompt], []).append(neighbour.prompt)
+            given = LoggedNeighbour(edit_id=fact.edit_id, prompt=neighbour.prompt)
+            neighbours.setdefault(paths[neighbour.prompt], []).append(given)
     return tuple(
         Lesson(
             path=path,
