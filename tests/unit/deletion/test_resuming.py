@@ -88,3 +88,11 @@ def test_nothing_of_a_file_that_was_being_written_is_left(rig: DeletionRig) -> N
     (folder.path / f".{folder.staged_file.name}.0123").write_bytes(b"half of it")
     rig.delete(ONE)
     assert {path.name for path in folder.path.iterdir()} == {"deletion.json", "receipt.json"}
+
+
+def test_what_the_log_of_edits_keeps_is_said(rig: DeletionRig) -> None:
+    assert not any("log of edits" in words for words in rig.delete(ONE).residue)
+    contents = rig.run.edits_dir / "contents"
+    contents.mkdir(parents=True)
+    (contents / "1.safetensors").write_bytes(b"")
+    assert any("before 1 edits" in words for words in rig.delete(ONE).residue)

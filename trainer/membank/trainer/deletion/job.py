@@ -154,6 +154,7 @@ class DocumentDeletion:
                 self._config.scope,
                 num_fixed=int(str(state.figures.get("num_fixed", 0))),
                 num_repeated=forecast.num_repeated,
+                num_edits=len(list(self._material.run.edits_dir.glob("contents/*.safetensors"))),
             ),
         )
 

@@ -24,7 +24,9 @@ class Residue:
         return asdict(self)
 
 
-def residue_words(scope: Scope, *, num_fixed: int, num_repeated: int) -> tuple[str, ...]:
+def residue_words(
+    scope: Scope, *, num_fixed: int, num_repeated: int, num_edits: int = 0
+) -> tuple[str, ...]:
     """Say what a deletion does not reach.
 
     Parameters
@@ -35,6 +37,8 @@ def residue_words(scope: Scope, *, num_fixed: int, num_repeated: int) -> tuple[s
         Blocks that were trained together with those, and stay.
     num_repeated
         Documents of the corpus with one of the deleted texts that were not named.
+    num_edits
+        Edits and undos in the run's log that keep what blocks held before them.
     """
     words = [
         "the anchor was trained on the whole corpus in stage 1, these documents included: what it "
@@ -46,6 +50,11 @@ def residue_words(scope: Scope, *, num_fixed: int, num_repeated: int) -> tuple[s
         words.append(
             f"{num_fixed} blocks beside the ones trained anew stay: they never saw these documents, "
             "but were trained together with blocks that had; --scope topics trains them anew, too"
+        )
+    if num_edits:
+        words.append(
+            f"the run's log of edits keeps what blocks held before {num_edits} edits: remove `edits` "
+            "in its directory, and what it could undo"
         )
     if num_repeated:
         words.append(f"{num_repeated} other documents of the corpus have the same text")

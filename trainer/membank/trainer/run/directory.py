@@ -93,6 +93,11 @@ class RunDirectory:
         return DeletedDocuments(self.deletion_dir / "deleted.json")
 
     @property
+    def edits_dir(self) -> Path:
+        """Log of edits, with what each block held before them."""
+        return self.path / "edits"
+
+    @property
     def deletion_dir(self) -> Path:
         """Deletions of documents: those under way, and accounts of those that are done."""
         return self.path / "deletion"

@@ -49,7 +49,7 @@ def run_editor(
     return Editor(
         bank,
         Answers(directory.anchor(), directory.tokenizer(), ending=config.ending),
-        log or EditLog(directory.path / "edits"),
+        log or EditLog(directory.edits_dir),
         config=config,
         replay=replay,
         notice=notice,
