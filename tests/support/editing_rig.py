@@ -40,20 +40,22 @@ class EditingRig:
     ----------
     folder
         Where edits are logged.
+    dtype
+        What the bank keeps weights in.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: str = "float32") -> None:
         self.world = make_world()
         corpus = Corpus(name="tiny", documents=self.world.documents, facts=self.world.facts)
         tree = build_tree(corpus, TreeConfig(fan_outs=(2, 2))).document()
         self.bank = FakeBank(
-            spec=replace(self.world.spec, num_partitions=4, bank_id="tiny-1"),
+            spec=replace(self.world.spec, num_partitions=4, bank_id="tiny-1", dtype=dtype),
             tree=encode_tree(tree),
         )
         rng = np.random.default_rng(0)
         for ref in self.bank.spec.blocks():
             held = self.bank.held(ref)
-            held.weight = rng.normal(0, 0.3, held.weight.shape).astype(np.float32)
+            held.weight = rng.normal(0, 0.3, held.weight.shape).astype(self.bank.spec.numpy_dtype)
         self.network = InProcessNetwork(self.bank)
         self.client = BankClient.connect(InProcessNetwork.GATEWAY, connector=self.network)
         self.answers = Answers(_anchor(self.world), self.world.tokenizer, ending=".")
@@ -92,7 +94,7 @@ class EditingRig:
     def answer(self, prompt: str) -> str:
         """Return what the bank answers now."""
         path = self.client.route(prompt)
-        fetched = self.client.fetch(path)
+        fetched = self.client.fetch(path, dtype="float32")
         weights = {
             ref: torch.from_numpy(np.array(weight)) for ref, weight in fetched.weights.items()
         }

@@ -21,7 +21,7 @@ from membank.wire.errors import (
     UnavailableError,
 )
 from membank.wire.records import AuditRecord
-from membank.wire.spec import BlockRef, BlockState
+from membank.wire.spec import Array, BlockRef, BlockState
 
 
 @pytest.fixture
@@ -279,3 +279,28 @@ def test_an_undone_edit_takes_its_neighbours_along(
     other.editor().edit([a])
     other.client.close()
     assert np.array_equal(rig.weights()[leaf], other.weights()[leaf])
+
+
+def test_a_bank_of_another_dtype_gets_what_it_keeps(tmp_path: Path) -> None:
+    rig = EditingRig(tmp_path / "half", dtype="bfloat16")
+    prompt = rig.prompts_of_one_leaf(1)[0]
+    held = rig.bank.held(rig.client.route(prompt)[-1])
+    before = held.weight.tobytes()
+
+    class Strict:
+        """A bank that takes no other dtype, as a service does."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(rig.client, name)
+
+        def swap(self, weights: dict[BlockRef, Array], **kwargs: object) -> object:
+            assert {w.dtype for w in weights.values()} == {rig.bank.spec.numpy_dtype}
+            return rig.client.swap(weights, **kwargs)  # type: ignore[arg-type]
+
+    editor = rig.editor()
+    editor._bank = Strict()  # type: ignore[assignment]
+    report = editor.edit([fact("a", prompt, "55")])
+    assert rig.answer(prompt) == report.prompts[0].after == "55"
+    rig.editor().undo("a")
+    assert held.weight.tobytes() == before
+    rig.client.close()

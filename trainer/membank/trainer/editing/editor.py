@@ -230,9 +230,11 @@ class Editor:
         """Return the revision that the swap made; None where a block was changed meanwhile."""
         self._notice("swapping")
         self._log.prepare(transaction, staged.before)
+        # Exact: what is staged is as the bank keeps it, and it takes nothing else.
+        dtype = staged.contents.spec.numpy_dtype
         try:
             report = self._bank.swap(
-                {ref: weight.numpy() for ref, weight in staged.after.items()},
+                {ref: weight.numpy().astype(dtype) for ref, weight in staged.after.items()},
                 expected={ref: staged.contents.versions[ref] for ref in staged.after},
                 request_id=transaction.request_id,
             )
