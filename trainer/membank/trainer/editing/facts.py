@@ -84,9 +84,10 @@ def _check_contradictions(facts: Sequence[FactEdit], what: str) -> None:
                 )
     for fact in facts:
         for neighbour in fact.neighbours:
-            if (other := told.get(neighbour.prompt)) is not None:
+            if neighbour.prompt in told:
                 _Line(what, fact.line).fail(
-                    f"{neighbour.prompt!r} is to be kept, and to be changed in line {other.line}"
+                    f"{neighbour.prompt!r} is to be kept, and to be changed in line "
+                    f"{told[neighbour.prompt].line}"
                 )
 
 
