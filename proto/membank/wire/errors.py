@@ -108,6 +108,7 @@ class Reason(StrEnum):
     TREE_FULL = "TREE_FULL"
     BASE_MISMATCH = "BASE_MISMATCH"
     EDIT_FELL_SHORT = "EDIT_FELL_SHORT"
+    REQUEST_ID_REUSED = "REQUEST_ID_REUSED"
 
 
 class MembankError(Exception):

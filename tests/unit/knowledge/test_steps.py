@@ -114,7 +114,7 @@ def test_an_update_that_comes_in_between_is_not_lost_by_a_move(rig: ShardRig) ->
     planner = StepPlanner(rig.spec, shards, rig.log, TreeStore(rig.bank))
 
     def run(*steps: Step, request_id: str) -> None:
-        rig.coordinator.run(asked(request_id), "combine", lambda: planner.plan(steps))
+        rig.coordinator.run(asked(request_id), "combine", {}, lambda: planner.plan(steps))
 
     before = rig.state()
     with pytest.raises(ConflictError) as caught:

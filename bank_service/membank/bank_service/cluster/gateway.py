@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +14,7 @@ from membank.bank_service.cluster.identity import server_version
 from membank.bank_service.knowledge.contract import AdminRequest, BankAdmin
 from membank.bank_service.knowledge.operations import BankOperations
 from membank.bank_service.knowledge.receipts import NoRecycler, ReceiptDesk
+from membank.bank_service.knowledge.requests import request_sha256, reused
 from membank.bank_service.knowledge.revisions import RevisionLog
 from membank.bank_service.knowledge.shards import ShardDirectory, ShardGroup
 from membank.bank_service.knowledge.transactions import Coordinator
@@ -25,8 +28,10 @@ from membank.wire.errors import (
     Reason,
     UnavailableError,
 )
-from membank.wire.format import TreeDocument, decode_tree
+from membank.wire.format import TreeDocument, decode_tree, encode_tree
+from membank.wire.format.document import spec_to_json
 from membank.wire.format.receipt import Recycling
+from membank.wire.format.revision import REQUEST_SHA256
 from membank.wire.records import (
     BankInfo,
     Placement,
@@ -203,12 +208,14 @@ class Gateway:
         document = decode_tree(tree, key="of the request") if tree else None
         self._check_ours()
         self._check_spec(spec)
+        digest = _creation_sha256(request, spec, document)
         with self._lock:
             if self._served is None:
-                self._served = self._serve(self._create(request, spec, document), insist=True)
+                bank = self._create(request, spec, document, digest)
+                self._served = self._serve(bank, insist=True)
                 return self._served.bank.spec
             served = self._served
-        if _is_made_by(served.bank, request):
+        if _is_made_by(served.bank, request, digest):
             return served.bank.spec
         raise AlreadyExistsError(
             f"this service serves the bank {served.bank.spec.name!r} already; start another one "
@@ -217,7 +224,9 @@ class Gateway:
             metadata={"bank": served.bank.spec.name},
         )
 
-    def _create(self, request: AdminRequest, spec: BankSpec, document: TreeDocument | None) -> Bank:
+    def _create(
+        self, request: AdminRequest, spec: BankSpec, document: TreeDocument | None, digest: str
+    ) -> Bank:
         try:
             return Bank.create(
                 self._bank_url,
@@ -225,10 +234,11 @@ class Gateway:
                 tree=document,
                 principal=request.principal,
                 request_id=request.request_id,
+                request_sha256=digest,
             )
         except AlreadyExistsError:
             bank = Bank.open(self._bank_url)
-            if not _is_made_by(bank, request):
+            if not _is_made_by(bank, request, digest):
                 raise
             # By this very request, but then its shards did not start.
             return bank
@@ -255,8 +265,25 @@ class Gateway:
         trusted_keys = self._load_trusted_keys()
         signer = self._load_signer()
         fleet = self._start_fleet(bank.spec, insist=insist)
+        with ExitStack() as undone:
+            shards = ShardGroup(bank.spec, fleet)
+            undone.callback(shards.close)
+            served = self._over(bank, fleet, shards, signer, trusted_keys, insist=insist)
+            undone.pop_all()
+        return served
+
+    def _over(
+        self,
+        bank: Bank,
+        fleet: Fleet,
+        shards: ShardGroup,
+        signer: Signer,
+        trusted_keys: TrustedKeys | None,
+        *,
+        insist: bool,
+    ) -> _Served:
+        """Return all there is over the shards of a bank, with what was under way settled."""
         log, trees = RevisionLog(bank), TreeStore(bank)
-        shards = ShardGroup(bank.spec, fleet)
         receipts = ReceiptDesk(
             bank,
             shards,
@@ -291,6 +318,19 @@ def _try_to_recover(coordinator: Coordinator) -> None:
         _LOG.warning("what was under way is settled by the next operation: %s", err)
 
 
-def _is_made_by(bank: Bank, request: AdminRequest) -> bool:
+def _creation_sha256(request: AdminRequest, spec: BankSpec, tree: TreeDocument | None) -> str:
+    asked = {
+        "spec": spec_to_json(spec),
+        "tree_sha256": None if tree is None else hashlib.sha256(encode_tree(tree)).hexdigest(),
+    }
+    return request_sha256(request.request_id, "create", asked)
+
+
+def _is_made_by(bank: Bank, request: AdminRequest, digest: str) -> bool:
+    """Say whether `request` made the bank; raise where its id made one, and it asks for another."""
     first = bank.record(0)
-    return first is not None and bool(request.request_id) and first.request_id == request.request_id
+    if first is None or not request.request_id or first.request_id != request.request_id:
+        return False
+    if first.detail.get(REQUEST_SHA256, digest) != digest:
+        raise reused(request.request_id, first)
+    return True

@@ -97,7 +97,8 @@ class GarbageCollector:
             )
 
         # On record before it happens, so that nothing is ever missing without an account of it.
-        record = self._coordinator.run(request, "gc", plan).record
+        asked = {"keep_revisions": keep_revisions}
+        record = self._coordinator.run(request, "gc", asked, plan).record
         assert record is not None  # it is no dry run
         return int(str(record.detail["history_from"]))
 

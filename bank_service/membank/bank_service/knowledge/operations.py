@@ -10,6 +10,7 @@ from membank.bank_service.knowledge.garbage import GarbageCollector
 from membank.bank_service.knowledge.history import History
 from membank.bank_service.knowledge.pack_operations import PackOperations
 from membank.bank_service.knowledge.receipts import read_receipt
+from membank.bank_service.knowledge.requests import asked_of
 from membank.bank_service.knowledge.revisions import RevisionLog
 from membank.bank_service.knowledge.shards import ShardGroup
 from membank.bank_service.knowledge.snapshots import SnapshotCatalog
@@ -22,6 +23,7 @@ from membank.wire.crc import Buffer
 from membank.wire.errors import InvalidArgumentError
 from membank.wire.format import RevisionRecord
 from membank.wire.format.receipt import DELETION
+from membank.wire.format.revision import REQUEST_SHA256
 from membank.wire.records import (
     Applied,
     AuditRecord,
@@ -37,7 +39,7 @@ from membank.wire.signing import Signer, TrustedKeys
 from membank.wire.spec import BankSpec, BlockRef
 from membank.wire.steps import Step
 
-_AUDIT_HIDES = frozenset({"changes", "tree_changes", DELETION})
+_AUDIT_HIDES = frozenset({"changes", "tree_changes", DELETION, REQUEST_SHA256})
 """Parts of a record's detail that are there for retries and too long for an account."""
 
 
@@ -170,7 +172,7 @@ class BankOperations:
     def apply(self, request: AdminRequest, steps: Sequence[Step]) -> Applied:
         # docstring inherited
         outcome = self._coordinator.run(
-            request, operation_of(steps), lambda: self._planner.plan(steps)
+            request, operation_of(steps), asked_of(steps), lambda: self._planner.plan(steps)
         )
         return Applied(report=outcome.report, receipt=outcome.receipt)
 
@@ -221,20 +223,18 @@ class BankOperations:
         def plan() -> Plan:
             return self._history.plan_rollback(target, topic, only_block=only_block)
 
-        return self._run(request, "rollback", plan)
+        asked = {
+            "target": target,
+            "topic": None if topic is None else str(topic),
+            "only_block": only_block,
+        }
+        return self._coordinator.run(request, "rollback", asked, plan).report
 
     def collect_garbage(
         self, request: AdminRequest, *, keep_revisions: int | None = None
     ) -> GarbageReport:
         # docstring inherited
         return self._garbage.collect(request, keep_revisions=keep_revisions)
-
-    # ---- what plans are made of
-
-    def _run(
-        self, request: AdminRequest, operation: str, plan: Callable[[], Plan]
-    ) -> TransactionReport:
-        return self._coordinator.run(request, operation, plan).report
 
 
 def _audit_record(record: RevisionRecord) -> AuditRecord:

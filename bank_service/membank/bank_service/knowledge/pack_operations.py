@@ -223,7 +223,13 @@ class PackOperations:
                 tree_changes=() if after is None else tree_changes(tree, after),
             )
 
-        return self._coordinator.run(request, "import", plan).report, pack.topic
+        asked = {
+            "pack_sha256": pack.sha256,
+            "stored_pack": detail.get("stored_pack"),
+            "topic": str(pack.topic),
+            "force": force,
+        }
+        return self._coordinator.run(request, "import", asked, plan).report, pack.topic
 
     def _expected(self, pack: Pack, *, force: bool) -> dict[BlockRef, int]:
         """Return the versions that blocks must keep; raises where a diff does not fit."""

@@ -67,7 +67,7 @@ class SnapshotCatalog:
                 ),
             )
 
-        outcome = self._coordinator.run(request, SNAPSHOT_OPERATION, plan)
+        outcome = self._coordinator.run(request, SNAPSHOT_OPERATION, {"snapshot": name}, plan)
         if outcome.record is not None:
             create_time_s = _time_of(outcome.record)
         return Snapshot(name=name, revision=outcome.report.revision, create_time_s=create_time_s)
@@ -90,7 +90,7 @@ class SnapshotCatalog:
                 all_partitions=True,
             )
 
-        outcome = self._coordinator.run(request, UNPIN_OPERATION, plan)
+        outcome = self._coordinator.run(request, UNPIN_OPERATION, {"snapshot": name}, plan)
         record = outcome.record
         assert record is not None  # there is no dry run of it
         snapshot = Snapshot(

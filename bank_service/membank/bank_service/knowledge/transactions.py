@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 
 from membank.bank_service.knowledge.contract import AdminRequest
 from membank.bank_service.knowledge.receipts import ReceiptDesk, read_receipt
+from membank.bank_service.knowledge.requests import check_same, request_sha256
 from membank.bank_service.knowledge.revisions import RevisionDraft, RevisionLog
 from membank.bank_service.knowledge.shards import (
     ShardGroup,
@@ -39,7 +40,6 @@ from membank.bank_service.knowledge.trees import TreeStore
 from membank.bank_service.shard.contract import BlockOperation, Erase, Prepared
 from membank.bank_service.store import Bank
 from membank.wire.errors import (
-    ConflictError,
     InvalidArgumentError,
     MembankError,
     Reason,
@@ -47,6 +47,7 @@ from membank.wire.errors import (
 )
 from membank.wire.format import RevisionRecord, TreeDocument
 from membank.wire.format.receipt import DELETION
+from membank.wire.format.revision import REQUEST_SHA256
 from membank.wire.records import BlockChange, CentroidChange, TransactionReport, TreeChange
 from membank.wire.spec import BlockRef, BlockState
 
@@ -184,7 +185,13 @@ class Coordinator:
             self._settle()
             yield
 
-    def run(self, request: AdminRequest, operation: str, make_plan: Callable[[], Plan]) -> Outcome:
+    def run(
+        self,
+        request: AdminRequest,
+        operation: str,
+        asked: Mapping[str, object],
+        make_plan: Callable[[], Plan],
+    ) -> Outcome:
         """Run one transaction, or return what it did before.
 
         Parameters
@@ -193,6 +200,8 @@ class Coordinator:
             Who asks, and under which id.
         operation
             Name in the audit log, such as "delete".
+        asked
+            What is asked, with every option, by which a retry is known; JSON-able.
         make_plan
             Called under the lock, unless the request is a retry.
 
@@ -204,20 +213,26 @@ class Coordinator:
         Raises
         ------
         ConflictError
-            If a block has not the expected version; nothing was changed.
+            If a block has not the expected version, or the request id is somebody else's
+            (REQUEST_ID_REUSED); nothing was changed.
         InvalidArgumentError
-            If the request id was used for something else.
+            If the request id was used for something else (REQUEST_ID_REUSED).
         UnavailableError
             If a shard or the store cannot take part; nothing was changed, unless the message says
             that the revision is committed.
         """
+        digest = request_sha256(request.request_id, operation, asked)
         with self.exclusive():
             done = None if request.dry_run else self._log.find(request.request_id)
             if done is not None:
-                return self._answer_again(request, operation, done)
+                check_same(done, request, operation, digest)
+                self._settle()
+                return self._outcome(report_of(done), done)
             self._settle()
             plan = make_plan()
-            return self._dry_run(plan) if request.dry_run else self._run(request, operation, plan)
+            if request.dry_run:
+                return self._dry_run(plan)
+            return self._run(request, operation, digest, plan)
 
     def recover(self) -> None:
         """Settle what an earlier coordinator left: wholly done, or wholly undone."""
@@ -233,7 +248,7 @@ class Coordinator:
         report = _report(self._log.committed.revision, prepared, plan, dry_run=True)
         return Outcome(report=report, record=None)
 
-    def _run(self, request: AdminRequest, operation: str, plan: Plan) -> Outcome:
+    def _run(self, request: AdminRequest, operation: str, digest: str, plan: Plan) -> Outcome:
         revision = self._log.last + 1
         if self._receipts is not None and any(isinstance(o, Erase) for o in plan.operations):
             self._receipts.check_storage()
@@ -248,7 +263,8 @@ class Coordinator:
             if self._receipts is not None:
                 self._receipts.introduce(prepared)
             report = _report(revision, prepared, plan)
-            record = self._log.append(self._draft(request, operation, plan, prepared, report))
+            draft = self._draft(request, operation, digest, plan, prepared, report)
+            record = self._log.append(draft)
         except Exception:
             problem = self._give_up(revision)
             done = self._log.find(request.request_id)
@@ -294,6 +310,7 @@ class Coordinator:
         self,
         request: AdminRequest,
         operation: str,
+        digest: str,
         plan: Plan,
         prepared: Sequence[Prepared],
         report: TransactionReport,
@@ -326,6 +343,7 @@ class Coordinator:
                     else {}
                 ),
                 "num_slots_destroyed": report.num_slots_destroyed,
+                REQUEST_SHA256: digest,
             },
         )
 
@@ -339,22 +357,6 @@ class Coordinator:
             _LOG.warning("revision %d is not settled yet: %s", revision, err)
             return err
         return None
-
-    def _answer_again(
-        self, request: AdminRequest, operation: str, record: RevisionRecord
-    ) -> Outcome:
-        if record.principal != request.principal:
-            raise ConflictError(
-                f"request id {request.request_id} was used by somebody else",
-                reason=Reason.TRANSACTION_CONFLICT,
-            )
-        if record.operation != operation:
-            raise InvalidArgumentError(
-                f"request id {request.request_id} was used for {record.operation!r} before; "
-                "give every request an id of its own"
-            )
-        self._settle()
-        return self._outcome(report_of(record), record)
 
     # ---- bringing shards and store to what the records say
 

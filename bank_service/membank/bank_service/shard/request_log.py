@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from membank.bank_service.shard.update_frame import result_from_json, result_to_json
-from membank.wire.errors import InvalidArgumentError
+from membank.wire.errors import InvalidArgumentError, Reason
 from membank.wire.format.manifest import AppliedRequest
 from membank.wire.records import UpdateResult
 from membank.wire.spec import BlockRef
@@ -66,13 +66,14 @@ def answer_of(
     Raises
     ------
     InvalidArgumentError
-        If the id was used for an update without one of `refs`.
+        If the id was used for an update without one of `refs` (REQUEST_ID_REUSED).
     """
     by_ref = {result.ref: result for result in results}
     if not by_ref.keys() >= set(refs):
         raise InvalidArgumentError(
             f"request id {request_id!r} was used for an update of other blocks; "
             "give each update an id of its own",
+            reason=Reason.REQUEST_ID_REUSED,
             metadata={"request_id": request_id},
         )
     return tuple(by_ref[ref] for ref in refs)

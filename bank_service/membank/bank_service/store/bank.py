@@ -45,6 +45,7 @@ from membank.wire.format.layout import (
     snapshot_name,
     tree_key,
 )
+from membank.wire.format.revision import REQUEST_SHA256
 from membank.wire.records import Snapshot
 from membank.wire.spec import NAME_PATTERN, BankSpec
 
@@ -76,6 +77,7 @@ class Bank:
         tree: TreeDocument | None = None,
         principal: str = "",
         request_id: str = "",
+        request_sha256: str = "",
     ) -> Bank:
         """Create an empty bank; it exists once its `bank.json` does.
 
@@ -89,6 +91,8 @@ class Bank:
             Labels and retriever, if they are known already.
         principal, request_id
             Who asks, for the record of revision 0.
+        request_sha256
+            Digest of what is asked, likewise; empty = none.
 
         Raises
         ------
@@ -111,6 +115,7 @@ class Bank:
             principal=principal,
             request_id=request_id,
             time_s=time.time(),
+            detail={REQUEST_SHA256: request_sha256} if request_sha256 else {},
         )
         documents = {revision_key(0): encode_revision(record)}
         if tree is not None:

@@ -15,6 +15,9 @@ from dataclasses import asdict, dataclass, field
 from membank.wire.errors import CorruptionError, Reason
 from membank.wire.format.layout import FORMAT_VERSION
 
+REQUEST_SHA256 = "request_sha256"
+"""Name under which the detail of a record has a digest of what was asked."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RevisionRecord:
