@@ -257,7 +257,9 @@ class ShardRig:
         self.faults = Faults()
         self.receipt_signer = Signer.generate()
         self.recycler: Recycler = RigRecycler(self) if recycles else NoRecycler()
-        self.end_coordinator: Callable[[], None] | None = None
+        self.end_coordinator: Callable[[], None] | None = (
+            self._replace_coordinator if recycles else None
+        )
         self._num_coordinators = 0
         self._lives: dict[Shard, int] = {}
         self.objects = LocalObjects(folder)
@@ -304,7 +306,7 @@ class ShardRig:
             signer=self.receipt_signer,
             recycler=self.recycler,
             end_process=self.end_coordinator,
-            process=partial(replace, this_process(), pid=-self._num_coordinators),
+            process=self._process_of_coordinator,
         )
         self.coordinator = Coordinator(
             self.bank,
@@ -324,6 +326,13 @@ class ShardRig:
             signer=self.signer,
             trusted_keys=self.trusted_keys,
         )
+
+    def _replace_coordinator(self) -> None:
+        """Go on as the next process of the coordinator would."""
+        self._num_coordinators += 1
+
+    def _process_of_coordinator(self) -> ProcessLife:
+        return replace(this_process(), pid=-self._num_coordinators)
 
     def members(self) -> tuple[ShardMember, ...]:
         """Return the shards, behind handles that can fail."""

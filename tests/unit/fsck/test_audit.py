@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from membank.bank_service.store import Bank, LocalObjects
 from membank.wire.errors import InvalidArgumentError
 from membank.wire.format import EntryTable, encode_manifest, encode_revision
 from membank.wire.format.layout import manifest_key, receipt_key, revision_key, tree_key
-from membank.wire.format.receipt import decode_receipt, sign_receipt
+from membank.wire.format.receipt import Recycling, decode_receipt, sign_receipt
 from membank.wire.signing import Signer, TrustedKeys
 from membank.wire.spec import BlockRef
 from membank.wire.steps import Delete, Swap, Withhold
@@ -168,6 +169,55 @@ def test_a_receipt_signed_by_somebody_else(root: Path, signer: Signer) -> None:
     assert found(root, trusted=trusted) == {(FindingKind.RECEIPT_UNTRUSTED, receipt_key(5))}
     nobody = TrustedKeys({Signer.generate().public_key: "them"})
     assert len(found(root, trusted=nobody)) == 2
+
+
+@pytest.fixture
+def rotated(tmp_path: Path) -> Iterator[tuple[Path, Signer, Signer]]:
+    """A bank with a deletion under one key, an update, and a deletion under the next key."""
+    rig = ShardRig(tmp_path / "rotated", recycles=True)
+    rig.operations.apply(asked("d1"), [Delete(topic=TOPIC)])
+    rig.operations.apply(asked("w"), [Withhold(topic=OTHER)])
+    old = rig.receipt_signer
+    rig.receipt_signer = Signer.generate()
+    rig.start_coordinator()
+    rig.operations.apply(asked("d2"), [Delete(topic=OTHER)])
+    assert found(rig.objects.root) == set()
+    yield rig.objects.root, old, rig.receipt_signer
+    rig.close()
+
+
+@pytest.mark.parametrize("is_trusted", [False, True])
+def test_only_the_key_of_that_very_deletion_signs_its_receipt(
+    rotated: tuple[Path, Signer, Signer], is_trusted: bool
+) -> None:
+    root, old, new = rotated
+    trusted = TrustedKeys({old.public_key: "before", new.public_key: "now"})
+    for number, forger in ((3, old), (1, new)):
+        path = root / receipt_key(number)
+        data = path.read_bytes()
+        path.write_bytes(sign_receipt(decode_receipt(data, what="it").receipt, forger))
+        assert found(root, trusted=trusted if is_trusted else None) == {
+            (FindingKind.RECEIPT_UNTRUSTED, receipt_key(number))
+        }
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("who", ["coordinator", "an owner that ended"])
+def test_who_has_ended_signs_nothing(rotated: tuple[Path, Signer, Signer], who: str) -> None:
+    root, _, signer = rotated
+    path = root / receipt_key(3)
+    receipt = decode_receipt(path.read_bytes(), what="it").receipt
+    assert receipt.recycling is Recycling.DONE
+    ended = {
+        "coordinator": receipt.deletion.coordinator,
+        "an owner that ended": receipt.acknowledgements[0].confirmed_by,
+    }
+    forged = replace(receipt, issuer=ended[who])
+    path.write_bytes(sign_receipt(forged, signer))
+    assert found(root) == {(FindingKind.RECEIPT_MISMATCH, receipt_key(3))}
+    # Where nobody is said to have ended, it may be.
+    path.write_bytes(sign_receipt(replace(forged, recycling=Recycling.OFF), signer))
+    assert found(root) == set()
 
 
 def test_a_key_that_is_missing_or_another(root: Path) -> None:

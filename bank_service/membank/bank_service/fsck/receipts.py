@@ -83,21 +83,46 @@ class ReceiptCheck:
                 affects=f"what is proved of the deletion at revision {number}",
                 remedy=f"compare it and {revision_key(number)} with copies; {RESTORE}",
             )
-        signer = found.signature.public_key
-        if not self._knows(bank, signer):
+        doubt = self._doubt(bank, number, found.signature.public_key)
+        if doubt:
             yield Finding(
                 kind=FindingKind.RECEIPT_UNTRUSTED,
                 key=key,
-                problem=f"it is signed with the key {signer.text}, which "
-                + ("no record names" if self.trusted is None else "is not among the trusted ones"),
+                problem=f"it is signed with the key {found.signature.public_key.text}, {doubt}",
                 affects=f"what is proved of the deletion at revision {number}",
                 remedy="find out whose key it is",
             )
 
-    def _knows(self, bank: BankView, key: PublicKey) -> bool:
-        if self.trusted is not None:
-            return key in self.trusted
-        return any(link.signing_key == key.text for link in bank.chain.links.values())
+    def _doubt(self, bank: BankView, number: int, key: PublicKey) -> str:
+        """Return why a key does not sign for the deletion at `number`; empty = it does."""
+        if self.trusted is not None and key not in self.trusted:
+            return "which is not among the trusted ones"
+        # A record that deleted nothing names none; that it has a receipt is a fault of its own.
+        if not bank.chain.links[number].owes_receipt or key.text in _keys_for(bank, number):
+            return ""
+        is_named = any(link.signing_key == key.text for link in bank.chain.links.values())
+        return (
+            "which the log names for other deletions, and not for this one"
+            if is_named
+            else "which no record names"
+        )
+
+
+def _keys_for(bank: BankView, number: int) -> Iterator[str]:
+    """Yield the keys that may sign for the deletion at `number`.
+
+    Its record names one. Where the service came back with another one before there was a receipt,
+    the next commit made that known, as nothing else is committed before.
+    """
+    yield bank.chain.links[number].signing_key
+    for later in range(number + 1, bank.chain.latest + 1):
+        link = bank.chain.links.get(later)
+        # A record that cannot be read is reported as such, and may have been one of these.
+        if link is None or not link.committed:
+            continue
+        if link.operation != KEY_OPERATION:
+            return
+        yield link.signing_key
 
 
 def _difference(bank: BankView, number: int, receipt: Receipt) -> str:
@@ -133,11 +158,14 @@ def _incomplete(receipt: Receipt, deleted: tuple[object, ...]) -> str:
     said = {number for one in receipt.acknowledgements for number in one.partitions}
     if said != deletion.partitions:
         return "not every owner has acknowledged the deletion"
+    if receipt.recycling is not Recycling.DONE:
+        return ""
     holders = {one.confirmed_by for one in receipt.acknowledgements}
     holders |= {owner.process for owner in deletion.owners}
-    live = {one.now for one in receipt.acknowledgements}
-    if receipt.recycling is Recycling.DONE and holders & live:
+    if holders & {one.now for one in receipt.acknowledgements}:
         return "a process that held what was deleted has not ended"
+    if receipt.issuer in holders | {deletion.coordinator}:
+        return "a process that is said to have ended has signed it"
     return ""
 
 

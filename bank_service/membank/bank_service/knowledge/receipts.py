@@ -233,12 +233,19 @@ class ReceiptDesk:
         self._make_known(deletion, confirm)
         owners = self._owners(deletion)
         before = self._processes(owners)
+        outcome = self._outcome(deletion)
         self._recycler.recycle([owner.shard_id for owner in owners])
         confirm(self._log.committed)
         after = self._processes(owners)
         if self._recycler.outcome is Recycling.DONE:
             _require_ended(deletion, before, after)
-        self._publish(record, deletion, owners, before, after)
+        self._publish(record, deletion, outcome, owners, before, after)
+
+    def _outcome(self, deletion: Deletion) -> Recycling:
+        """Return what the receipt is to say: content of swaps and imports came through here, too."""
+        outcome = self._recycler.outcome
+        lives_on = self._process() == deletion.coordinator
+        return Recycling.NONE if outcome is Recycling.DONE and lives_on else outcome
 
     def _make_known(self, deletion: Deletion, confirm: Callable[[RevisionRecord], None]) -> None:
         """Have the chain vouch for the key, where another one was there for the commit."""
@@ -264,6 +271,7 @@ class ReceiptDesk:
         self,
         record: RevisionRecord,
         deletion: Deletion,
+        outcome: Recycling,
         owners: Sequence[ShardMember],
         before: Sequence[ProcessLife],
         after: Sequence[ProcessLife],
@@ -278,7 +286,7 @@ class ReceiptDesk:
             request_id=record.request_id,
             time_s=record.time_s,
             deletion=deletion,
-            recycling=self._recycler.outcome,
+            recycling=outcome,
             acknowledgements=tuple(
                 Acknowledgement(
                     shard_id=owner.shard_id,

@@ -33,11 +33,11 @@ class Recycling(StrEnum):
     """What became of the processes that had held what was destroyed."""
 
     DONE = "done"
-    """Each ended, and another one has taken its place."""
+    """Each ended, the coordinator's among them, and another one has taken its place."""
     OFF = "off"
     """They run on: the service is set so."""
     NONE = "none"
-    """They run on: nothing is there that could start them again."""
+    """They run on, or one does: nothing is there that could start it again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,7 +187,8 @@ class Receipt:
     acknowledgements: tuple[Acknowledgement, ...]
     """One for each owner, by name."""
     issuer: ProcessLife
-    """Process that signed it; where it is not the one that committed the deletion, that has ended."""
+    """Process that signed it; where it is not the one that committed the deletion, that has ended.
+    It never is where recycling is done."""
     issue_time_s: float
     """When all of that was done, seconds since 1970-01-01 UTC."""
 
