@@ -254,6 +254,8 @@ def _show_what_is_known(address: str) -> None:
         for shard in known.shards
     ]
     err_console.print(table(("shard", "endpoint", "pid>", "does not answer because"), rows))
+    if known.problem:
+        err_console.print(known.problem)
 
 
 def _promise(info: BankInfo) -> str:

@@ -141,6 +141,35 @@ def test_nothing_else_is_committed_before_there_is_a_receipt(rig: ShardRig) -> N
     check_verified(rig, 1)
 
 
+def test_a_shard_that_does_not_come_back_holds_up_the_others_with_a_word(rig: ShardRig) -> None:
+    run = rig.faults.run
+
+    def away(step: str, action: Callable[[], object]) -> object:
+        if step == "recycle shard-1":
+            raise UnavailableError("shard-1 is down and being started again; retry")
+        return run(step, action)
+
+    rig.faults.run = away  # type: ignore[method-assign,assignment]  # a fault of its own
+    with pytest.raises(UnavailableError) as caught:
+        delete(rig)
+    assert "revision 1 is committed" in caught.value.message
+    assert "shard-1 is down" in caught.value.message
+    for _ in range(2):
+        # Of a partition that has nothing to do with it.
+        with pytest.raises(UnavailableError, match="nothing was changed") as caught:
+            rig.operations.apply(asked("w"), [Withhold(topic=OTHER)])
+        for word in ("deletion at revision 1", "shard-1 is down", "membank status"):
+            assert word in caught.value.message
+        assert caught.value.metadata["revision"] == "1"
+        assert rig.coordinator.held_up == caught.value.message
+    with pytest.raises(UnavailableError, match="deletion at revision 1"):
+        rig.operations.export_topic(OTHER)
+    rig.faults.run = run  # type: ignore[method-assign]
+    rig.operations.apply(asked("w"), [Withhold(topic=OTHER)])
+    assert rig.coordinator.held_up == ""
+    check_verified(rig, 1)
+
+
 def test_a_coordinator_with_another_key_makes_that_known_first(rig: ShardRig) -> None:
     run = rig.faults.run
 

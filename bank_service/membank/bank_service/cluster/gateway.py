@@ -82,6 +82,7 @@ class _Served:
     fleet: Fleet
     log: RevisionLog
     trees: TreeStore
+    coordinator: Coordinator
     operations: BankAdmin
 
 
@@ -179,6 +180,11 @@ class Gateway:
     def revision(self) -> int:
         """Newest committed revision; 0 without a bank."""
         return 0 if self._served is None else self._served.log.committed.revision
+
+    @property
+    def held_up(self) -> str:
+        """What keeps every transaction waiting, and what to do; empty = nothing known."""
+        return "" if self._served is None else self._served.coordinator.held_up
 
     def info(self) -> BankInfo:
         """Return what clients must know before their first fetch."""
@@ -308,7 +314,7 @@ class Gateway:
             signer=signer,
             trusted_keys=trusted_keys,
         )
-        return _Served(bank, fleet, log, trees, operations)
+        return _Served(bank, fleet, log, trees, coordinator, operations)
 
 
 def _try_to_recover(coordinator: Coordinator) -> None:

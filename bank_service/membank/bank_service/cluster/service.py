@@ -60,7 +60,8 @@ class ControllerStatus:
     shards: tuple[ShardStatus, ...]
     """The shards; empty without a bank."""
     problem: str = ""
-    """What somebody must look at: another service has claimed the bank; "" = nothing."""
+    """What somebody must look at: another service has claimed the bank, or something unfinished
+    holds up every transaction; "" = nothing."""
 
 
 class Service:
@@ -163,7 +164,7 @@ class Service:
             has_bank=self._gateway.has_bank,
             revision=self._gateway.revision,
             shards=() if self._fleet is None else self._fleet.statuses(),
-            problem="" if why is None else str(why),
+            problem=self._gateway.held_up if why is None else str(why),
         )
 
     def stop(self, timeout_s: float) -> tuple[str, ...]:

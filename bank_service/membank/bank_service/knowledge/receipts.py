@@ -334,6 +334,40 @@ def find_receipt(bank: Bank, revision: int) -> bytes | None:
         return None
 
 
+def held_up(
+    error: UnavailableError, own: RevisionRecord | None, owed: RevisionRecord | None
+) -> UnavailableError:
+    """Return the error for a request that waits for what is to be finished before it.
+
+    Parameters
+    ----------
+    error
+        What keeps that from being finished.
+    own
+        Record that the request has already; None = it has none, so it changed nothing.
+    owed
+        Deletion that has no receipt yet; None = there is none.
+    """
+    revision = owed or own
+    if owed is not None:
+        what = f"the deletion at revision {owed.revision} is not finished"
+    elif own is not None:
+        what = "it is not finished"
+    else:
+        what = "what was begun before is not finished"
+    begun = "nothing was changed" if own is None else f"revision {own.revision} is committed"
+    return UnavailableError(
+        f"{begun}, but {what}, and nothing else is committed before: {error.message}. `membank "
+        "status` says which shard does not serve, and why; mend that (or end the service and start "
+        "it again), then ask again with the same request id",
+        reason=error.reason,
+        metadata={
+            **error.metadata,
+            **({} if revision is None else {"revision": str(revision.revision)}),
+        },
+    )
+
+
 def _key_draft(key: PublicKey) -> RevisionDraft:
     return RevisionDraft(
         operation=KEY_OPERATION,

@@ -204,8 +204,8 @@ def raise_first(results: Sequence[T | Exception]) -> list[T]:
 def unreachable(shard_ids: Sequence[str], revision: int) -> UnavailableError:
     """Return the error for shards that have not confirmed a committed revision."""
     return UnavailableError(
-        f"revision {revision} is committed, but {', '.join(shard_ids)} has not confirmed it yet; "
-        "ask again with the same request id",
+        f"{', '.join(shard_ids)} {'has' if len(shard_ids) == 1 else 'have'} not confirmed revision "
+        f"{revision} yet",
         reason=Reason.SHARD_UNAVAILABLE,
         metadata={"revision": str(revision), "shards": ",".join(shard_ids)},
     )

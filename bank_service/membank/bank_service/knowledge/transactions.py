@@ -26,7 +26,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from membank.bank_service.knowledge.contract import AdminRequest
-from membank.bank_service.knowledge.receipts import ReceiptDesk, read_receipt
+from membank.bank_service.knowledge.receipts import ReceiptDesk, held_up, read_receipt
+from membank.bank_service.knowledge.reports import (
+    change_row,
+    report_of,
+    report_on,
+    tree_change_row,
+)
 from membank.bank_service.knowledge.requests import check_same, request_sha256
 from membank.bank_service.knowledge.revisions import RevisionDraft, RevisionLog
 from membank.bank_service.knowledge.shards import (
@@ -48,8 +54,8 @@ from membank.wire.errors import (
 from membank.wire.format import RevisionRecord, TreeDocument
 from membank.wire.format.receipt import DELETION
 from membank.wire.format.revision import REQUEST_SHA256
-from membank.wire.records import BlockChange, CentroidChange, TransactionReport, TreeChange
-from membank.wire.spec import BlockRef, BlockState
+from membank.wire.records import TransactionReport, TreeChange
+from membank.wire.spec import BlockState
 
 _LOG = logging.getLogger(__name__)
 
@@ -152,6 +158,12 @@ class Coordinator:
         self._lock = threading.Lock()
         # True while shards may hold something prepared, or lag, that nobody has settled.
         self._unsettled = True
+        self._held_up = ""
+
+    @property
+    def held_up(self) -> str:
+        """What keeps every transaction waiting, and what to do about it; empty = nothing known."""
+        return self._held_up
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -182,7 +194,7 @@ class Coordinator:
             If another transaction holds the bank, or a shard cannot be told.
         """
         with self.exclusive():
-            self._settle()
+            self._settle_first()
             yield
 
     def run(
@@ -226,9 +238,9 @@ class Coordinator:
             done = None if request.dry_run else self._log.find(request.request_id)
             if done is not None:
                 check_same(done, request, operation, digest)
-                self._settle()
+                self._settle_first(own=done)
                 return self._outcome(report_of(done), done)
-            self._settle()
+            self._settle_first()
             plan = make_plan()
             if request.dry_run:
                 return self._dry_run(plan)
@@ -245,7 +257,7 @@ class Coordinator:
     def _dry_run(self, plan: Plan) -> Outcome:
         revision = self._log.last + 1
         prepared = raise_first(self._prepare(revision, plan, dry_run=True))
-        report = _report(self._log.committed.revision, prepared, plan, dry_run=True)
+        report = report_on(self._log.committed.revision, prepared, plan.tree_changes, dry_run=True)
         return Outcome(report=report, record=None)
 
     def _run(self, request: AdminRequest, operation: str, digest: str, plan: Plan) -> Outcome:
@@ -262,7 +274,7 @@ class Coordinator:
                 plan.before_commit(revision)
             if self._receipts is not None:
                 self._receipts.introduce(prepared)
-            report = _report(revision, prepared, plan)
+            report = report_on(revision, prepared, plan.tree_changes)
             draft = self._draft(request, operation, digest, plan, prepared, report)
             record = self._log.append(draft)
         except Exception:
@@ -273,9 +285,11 @@ class Coordinator:
             # The store created the record, though it did not say so.
             if problem is not None:
                 # It is not in force everywhere, or what it destroys is still there.
-                raise problem from None
+                with self._worded(own=done):
+                    raise problem from None
             return self._outcome(report_of(done), done)
-        self._install(record)
+        with self._worded(own=record):
+            self._install(record)
         return self._outcome(report, record)
 
     def _outcome(self, report: TransactionReport, record: RevisionRecord) -> Outcome:
@@ -336,9 +350,9 @@ class Coordinator:
             detail={
                 **plan.detail,
                 **destroyed,
-                "changes": [_row(change) for change in report.changes],
+                "changes": [change_row(change) for change in report.changes],
                 **(
-                    {"tree_changes": [_tree_row(change) for change in report.tree_changes]}
+                    {"tree_changes": [tree_change_row(change) for change in report.tree_changes]}
                     if report.tree_changes
                     else {}
                 ),
@@ -359,6 +373,31 @@ class Coordinator:
         return None
 
     # ---- bringing shards and store to what the records say
+
+    def _settle_first(self, own: RevisionRecord | None = None) -> None:
+        """Settle what is under way, before a request whose record is `own`, if it has one yet."""
+        with self._worded(own):
+            self._settle()
+
+    @contextmanager
+    def _worded(self, own: RevisionRecord | None) -> Iterator[None]:
+        """Have an error of settling say what waits for it, and what to do.
+
+        The caller's own request may have nothing to do with what is under way, or with the shard.
+        """
+        try:
+            yield
+        except UnavailableError as err:
+            worded = held_up(err, own, self._owed())
+            self._held_up = worded.message
+            raise worded from err
+        self._held_up = ""
+
+    def _owed(self) -> RevisionRecord | None:
+        try:
+            return None if self._receipts is None else self._receipts.owed()
+        except MembankError:
+            return None  # the caller has an error to tell already
 
     def _settle(self) -> None:
         """Make every shard and the trees agree with the records, after any failure."""
@@ -408,77 +447,3 @@ class Coordinator:
             elif isinstance(result, Exception):
                 raise result
         return lagging
-
-
-def report_of(record: RevisionRecord) -> TransactionReport:
-    """Return the report of a committed transaction, from its record."""
-    changes = record.detail.get("changes")
-    destroyed = record.detail.get("num_slots_destroyed")
-    tree = record.detail.get("tree_changes")
-    return TransactionReport(
-        revision=record.revision,
-        changes=tuple(
-            BlockChange(
-                ref=BlockRef(level, cluster),
-                version_before=version_before,
-                version_after=version_after,
-                state_before=BlockState(state_before),
-                state_after=BlockState(state_after),
-                num_bytes=num_bytes,
-            )
-            for (
-                level,
-                cluster,
-                version_before,
-                version_after,
-                state_before,
-                state_after,
-                num_bytes,
-            ) in (changes if isinstance(changes, list) else ())
-        ),
-        num_slots_destroyed=destroyed if isinstance(destroyed, int) else 0,
-        tree_changes=tuple(
-            TreeChange(
-                topic=BlockRef(level, cluster),
-                changes_label=bool(label),
-                changes_num_documents=bool(count),
-                centroid_change=CentroidChange(centroid),
-            )
-            for level, cluster, label, count, centroid in (tree if isinstance(tree, list) else ())
-        ),
-    )
-
-
-def _report(
-    revision: int, prepared: Sequence[Prepared], plan: Plan, *, dry_run: bool = False
-) -> TransactionReport:
-    changes = sorted(
-        (change for part in prepared for change in part.changes), key=lambda change: change.ref
-    )
-    return TransactionReport(
-        revision=revision,
-        changes=tuple(changes),
-        dry_run=dry_run,
-        num_slots_destroyed=sum(part.num_slots_destroyed for part in prepared),
-        tree_changes=plan.tree_changes,
-    )
-
-
-def _row(change: BlockChange) -> list[int]:
-    return [
-        *change.ref,
-        change.version_before,
-        change.version_after,
-        int(change.state_before),
-        int(change.state_after),
-        change.num_bytes,
-    ]
-
-
-def _tree_row(change: TreeChange) -> list[int]:
-    return [
-        *change.topic,
-        int(change.changes_label),
-        int(change.changes_num_documents),
-        int(change.centroid_change),
-    ]
