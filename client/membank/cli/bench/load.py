@@ -92,7 +92,7 @@ def prepare(
     notice
         Told of the warm-up.
     """
-    with BankClient.connect(endpoint, config=config) as bank:
+    with BankClient.connect(endpoint, config=_for_warm_up(config)) as bank:
         spec = bank.spec
         leaves = choose_leaves(
             spec,
@@ -167,6 +167,19 @@ def run_load(target: Target, traffic: Traffic, num_clients: int, notice: Notice)
         _row(target, traffic, operation, reports, client=figures[0], server=figures[1])
         for operation in traffic.operations
     ]
+
+
+def _for_warm_up(config: ClientConfig) -> ClientConfig:
+    """Return `config` with no more retries than a call of the run has time for.
+
+    A call of the warm-up may take minutes, as it has much to compute. A shard that is not there is to
+    be said as soon as in the run, and not be looked for in all of these minutes.
+    """
+    attempts, waited_s, bound_s = 1, 0.0, config.retry.initial_backoff_s
+    while waited_s < config.timeout_s and attempts < config.retry.max_attempts:
+        attempts, waited_s = attempts + 1, waited_s + bound_s
+        bound_s = min(2 * bound_s, config.retry.max_backoff_s)
+    return replace(config, retry=replace(config.retry, max_attempts=attempts))
 
 
 def _touch(bank: BankClient, refs: Sequence[BlockRef], traffic: Traffic) -> Mapping[BlockRef, int]:
