@@ -12,6 +12,7 @@ import typer
 from rich.text import Text
 
 from membank.cli.build import RunOption
+from membank.cli.ending import ended_by_sigterm
 from membank.cli.extras import needs_extra
 from membank.cli.machine import environment
 from membank.cli.output import (
@@ -108,10 +109,11 @@ def _served_copy(bank: Path, folder: Path) -> Iterator[str]:
     # A study that was killed could not stop its service.
     with suppress(UnavailableError):
         down(bank_url=str(copy))
-    with err_console.status("starting the service"):
+    with err_console.status("starting the service"), ended_by_sigterm():
         endpoint = up(UpConfig(bank_url=str(copy), num_shards=2, port=0))
     try:
-        yield endpoint.address
+        with ended_by_sigterm():
+            yield endpoint.address
     finally:
         with err_console.status("stopping the service"):
             down(bank_url=str(copy))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from membank.cli.ending import ended_by_sigterm
 from membank.cli.extras import needs_extra
 from membank.cli.machine import environment
 from membank.cli.output import JsonOption, check_out, console, emit, err_console, table
@@ -105,11 +106,15 @@ class RayHost:
         if folder.exists():
             shutil.rmtree(folder)
         Bank.create(url, spec, tree=tree, principal="removal study")
-        endpoint = up(
-            UpConfig(bank_url=url, num_shards=self._num_shards, port=0, start_timeout_s=300.0)
-        )
+        with ended_by_sigterm():
+            endpoint = up(
+                UpConfig(bank_url=url, num_shards=self._num_shards, port=0, start_timeout_s=300.0)
+            )
         try:
-            with BankClient.connect(endpoint.address, config=_PATIENCE) as client:
+            with (
+                ended_by_sigterm(),
+                BankClient.connect(endpoint.address, config=_PATIENCE) as client,
+            ):
                 yield client
         finally:
             down(bank_url=url)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from membank.cli.connection import DEFAULT_ENDPOINT, CaOption, TokenOption, connect
+from membank.cli.ending import ended_by_sigterm
 from membank.cli.extras import needs_extra
 from membank.cli.output import JsonOption, console, emit, err_console, format_bytes, table
 from membank.wire.errors import MembankError
@@ -125,7 +126,7 @@ def up(
         signing_key=signing_key,
         recycle=recycle,
     )
-    with err_console.status(f"starting {shards} shards on {bank}"):
+    with err_console.status(f"starting {shards} shards on {bank}"), ended_by_sigterm():
         endpoint = start(config)
     payload = {
         "endpoint": endpoint.address,

@@ -124,6 +124,10 @@ def start_ray(*, num_cpus: int | None, object_store_bytes: int, timeout_s: float
     except subprocess.TimeoutExpired as err:
         stop_ray(local, timeout_s=5.0)
         raise UnavailableError(f"Ray did not start within {timeout_s:g} s") from err
+    except BaseException:
+        # An interrupt too: it ends the command, and not what that has started already.
+        stop_ray(local, timeout_s=5.0)
+        raise
     if done.returncode != 0:
         stop_ray(local, timeout_s=5.0)
         said = (done.stderr or done.stdout).strip().splitlines()[-8:]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from membank.bank_service.cluster import UpConfig, down, status, up
+from membank.cli.ending import ended_by_sigterm
 from membank.client import BankClient
 from membank.wire.spec import BankSpec
 
@@ -56,15 +57,17 @@ def own_service(
         resident_bytes=resident_bytes,
         max_in_flight_bytes=_IN_FLIGHT_BYTES,
     )
-    endpoint = up(config)
+    with ended_by_sigterm():
+        endpoint = up(config)
     try:
-        with BankClient.connect(endpoint.address) as bank:
+        with ended_by_sigterm(), BankClient.connect(endpoint.address) as bank:
             bank.create_bank(spec)
         found = status(runtime_dir=config.runtime_dir)
-        yield OwnService(
-            endpoint=endpoint.address,
-            shard_pids=tuple(shard.pid for shard in found.shards),
-            controller_pid=found.controller_pid,
-        )
+        with ended_by_sigterm():
+            yield OwnService(
+                endpoint=endpoint.address,
+                shard_pids=tuple(shard.pid for shard in found.shards),
+                controller_pid=found.controller_pid,
+            )
     finally:
         down(runtime_dir=config.runtime_dir)

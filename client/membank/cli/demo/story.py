@@ -16,6 +16,7 @@ from membank.cli.demo.document import report_document
 from membank.cli.demo.operations import Operator, fetch_latencies
 from membank.cli.demo.report import write_report
 from membank.cli.demo.state import DemoState
+from membank.cli.ending import ended_by_sigterm
 from membank.cli.output import err_console
 from membank.cli.progress import counted_progress, stage_progress
 from membank.client import BankClient
@@ -264,7 +265,11 @@ class Demo:
         # A run that was killed could not stop its service.
         with suppress(UnavailableError):
             down(bank_url=self._bank_url)
-        with err_console.status("starting the service"), self._state.timed("up"):
+        with (
+            err_console.status("starting the service"),
+            self._state.timed("up"),
+            ended_by_sigterm(),
+        ):
             endpoint = up(
                 UpConfig(
                     bank_url=self._bank_url,
@@ -274,7 +279,8 @@ class Demo:
                 )
             )
         try:
-            yield endpoint
+            with ended_by_sigterm():
+                yield endpoint
         finally:
             with err_console.status("stopping the service"):
                 down(bank_url=self._bank_url)
