@@ -74,6 +74,7 @@ class AdminTransportSuite:
         self, bank: FakeBank, gateway: Transport
     ) -> None:
         before = {ref: bank.held(ref).weight.copy() for ref in (LEAF, OTHER)}
+        bank.store_pack(LEAF, "kept")
         steps = (
             Swap(ref=BlockRef(1, 2), weight=5 * _ones(TOPIC)),
             Combine(ref=BlockRef(1, 3), keep=0.0, other=OTHER, add=0.5, expected_other_version=0),
@@ -90,6 +91,7 @@ class AdminTransportSuite:
         assert (done.report.revision, bank.revision) == (1, 1)
         assert replace(done.report, revision=0, dry_run=True) == dry.report
         assert json.loads(done.receipt) == {"deleted": [str(LEAF)]}
+        assert (done.report.packs, bank.list_packs()) == (("kept",), ())
         assert done.report.tree_changes == (
             TreeChange(
                 topic=TOPIC,
@@ -171,9 +173,11 @@ class AdminTransportSuite:
             "kept", request_id="i", dry_run=True, timeout_s=TIMEOUT_S
         )
         assert answer.topic == TOPIC
-        assert await gateway.delete_pack("kept", timeout_s=TIMEOUT_S) == kept
+        for _ in range(2):
+            gone = await gateway.delete_pack("kept", request_id="x", timeout_s=TIMEOUT_S)
+            assert gone == kept
         for call in (
-            gateway.delete_pack("kept", timeout_s=TIMEOUT_S),
+            gateway.delete_pack("kept", request_id="y", timeout_s=TIMEOUT_S),
             gateway.import_pack("kept", request_id="j", dry_run=False, timeout_s=TIMEOUT_S),
         ):
             with pytest.raises(NotFoundError) as caught:

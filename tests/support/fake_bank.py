@@ -91,6 +91,7 @@ class FakeBank:
         self.reports: dict[str, TransactionReport] = {}
         self.snapshots: dict[str, Pinned] = {}
         self.packs: dict[str, bytes] = {}
+        self.deleted_packs: dict[str, StoredPack] = {}
         self.given_up: dict[str, tuple[Snapshot, int]] = {}
         self.ends: dict[int, dict[BlockRef, Held]] = {}
         self.garbage: tuple[Garbage, ...] = ()
@@ -277,10 +278,11 @@ class FakeBank:
     def list_packs(self) -> tuple[StoredPack, ...]:
         return tuple(self._stored(name) for name in sorted(self.packs))
 
-    def delete_pack(self, name: str) -> StoredPack:
-        found = self._stored(name)
-        del self.packs[name]
-        return found
+    def delete_pack(self, name: str, *, request_id: str) -> StoredPack:
+        if request_id not in self.deleted_packs:
+            self.deleted_packs[request_id] = self._stored(name)
+            del self.packs[name]
+        return self.deleted_packs[request_id]
 
     def _stored(self, name: str) -> StoredPack:
         if name not in self.packs:
@@ -425,19 +427,27 @@ class FakeBank:
                     num_bytes=before.weight.nbytes,
                 )
             )
+        deleted = {c.ref for c in changes if c.state_after is BlockState.DELETED}
+        packs = tuple(pack.name for pack in self.list_packs() if pack.topic in deleted)
         if dry_run:
             return TransactionReport(
                 revision=self.revision,
                 changes=tuple(changes),
                 dry_run=True,
                 tree_changes=tree_changes,
+                packs=packs,
             )
+        for name in packs:
+            del self.packs[name]
         self.ends[self.revision] = self._copy()
         self.revision += 1
         for shard in self.shards:
             shard.install(self.revision, self._commit(shard, by_shard[shard.shard_id], change))
         report = TransactionReport(
-            revision=self.revision, changes=tuple(changes), tree_changes=tree_changes
+            revision=self.revision,
+            changes=tuple(changes),
+            tree_changes=tree_changes,
+            packs=packs,
         )
         self.reports[request_id or f"anonymous-{next(self._counter)}"] = report
         self.audit.insert(

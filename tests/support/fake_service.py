@@ -343,8 +343,8 @@ class FakeAdminServicer(_Servicer, AdminServiceServicer):
     def DeletePack(
         self, request: admin_pb.DeletePackRequest, context: grpc.ServicerContext
     ) -> admin_pb.DeletePackResponse:
-        pack = convert.stored_pack_to_pb(self._bank.delete_pack(request.name))
-        return admin_pb.DeletePackResponse(pack=pack)
+        pack = self._bank.delete_pack(request.name, request_id=request.request_id)
+        return admin_pb.DeletePackResponse(pack=convert.stored_pack_to_pb(pack))
 
     @_rpc
     def ImportTopic(

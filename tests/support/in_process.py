@@ -247,8 +247,8 @@ class InProcessTransport:
     async def list_packs(self, *, timeout_s: float) -> tuple[StoredPack, ...]:
         return self._bank.list_packs()
 
-    async def delete_pack(self, name: str, *, timeout_s: float) -> StoredPack:
-        return self._bank.delete_pack(name)
+    async def delete_pack(self, name: str, *, request_id: str, timeout_s: float) -> StoredPack:
+        return self._bank.delete_pack(name, request_id=request_id)
 
     def _pack_info(self, pack: bytes) -> PackInfo:
         return PackInfo(num_bytes=len(pack), crc32c=crc32c(pack), revision=self._bank.revision)

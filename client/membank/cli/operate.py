@@ -175,6 +175,9 @@ def show_report_lines(operation: str, report: TransactionReport) -> None:
     if report.num_slots_destroyed:
         would = "would be " if report.dry_run else ""
         console.print(f"stored versions {would}destroyed: {report.num_slots_destroyed}")
+    if report.packs:
+        would = "would be " if report.dry_run else ""
+        console.print(f"stored packs {would}destroyed: {', '.join(report.packs)}")
     rows = [
         (
             change.ref,
@@ -198,7 +201,8 @@ def show_report_lines(operation: str, report: TransactionReport) -> None:
 def confirm_deletion(plan: TransactionReport) -> None:
     """Ask whether what `plan` deletes is to be deleted, and end the command unless it is."""
     deleted = [c.num_bytes for c in plan.changes if c.state_after is BlockState.DELETED]
-    question = f"Delete {len(deleted)} blocks ({format_bytes(sum(deleted))}) for good?"
+    packs = f", and the stored packs {', '.join(plan.packs)}" if plan.packs else ""
+    question = f"Delete {len(deleted)} blocks ({format_bytes(sum(deleted))}){packs} for good?"
     typer.confirm(question, abort=True, err=True)
 
 
@@ -208,6 +212,7 @@ def report_json(report: TransactionReport) -> dict[str, object]:
         "revision": report.revision,
         "dry_run": report.dry_run,
         "slots_destroyed": report.num_slots_destroyed,
+        "packs_destroyed": list(report.packs),
         "changes": [
             {
                 "block": str(change.ref),

@@ -175,6 +175,7 @@ class TransactionReport(google.protobuf.message.Message):
     DRY_RUN_FIELD_NUMBER: builtins.int
     NUM_SLOTS_DESTROYED_FIELD_NUMBER: builtins.int
     TREE_CHANGES_FIELD_NUMBER: builtins.int
+    PACKS_FIELD_NUMBER: builtins.int
     revision: builtins.int
     """Revision of the bank after it; the present one for a dry run."""
     dry_run: builtins.bool
@@ -189,6 +190,10 @@ class TransactionReport(google.protobuf.message.Message):
     def tree_changes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TreeChange]:
         """What it changed in the tree, by topic."""
 
+    @property
+    def packs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Names of the packs in the bank's own store that go with what it deletes."""
+
     def __init__(
         self,
         *,
@@ -197,8 +202,9 @@ class TransactionReport(google.protobuf.message.Message):
         dry_run: builtins.bool = ...,
         num_slots_destroyed: builtins.int = ...,
         tree_changes: collections.abc.Iterable[Global___TreeChange] | None = ...,
+        packs: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["changes", b"changes", "dry_run", b"dry_run", "num_slots_destroyed", b"num_slots_destroyed", "revision", b"revision", "tree_changes", b"tree_changes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["changes", b"changes", "dry_run", b"dry_run", "num_slots_destroyed", b"num_slots_destroyed", "packs", b"packs", "revision", b"revision", "tree_changes", b"tree_changes"]) -> None: ...
 
 Global___TransactionReport: typing_extensions.TypeAlias = TransactionReport
 
@@ -945,17 +951,21 @@ class DeletePackRequest(google.protobuf.message.Message):
 
     BANK_FIELD_NUMBER: builtins.int
     NAME_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
     bank: builtins.str
     """Name of the bank; empty = the one that is served."""
     name: builtins.str
     """Its name."""
+    request_id: builtins.str
+    """Unique id of the request."""
     def __init__(
         self,
         *,
         bank: builtins.str = ...,
         name: builtins.str = ...,
+        request_id: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bank", b"bank", "name", b"name"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bank", b"bank", "name", b"name", "request_id", b"request_id"]) -> None: ...
 
 Global___DeletePackRequest: typing_extensions.TypeAlias = DeletePackRequest
 

@@ -181,6 +181,8 @@ class TransactionReport:
     """Slots destroyed (delete), every retained version counted."""
     tree_changes: tuple[TreeChange, ...] = ()
     """What it changed in the tree, by topic."""
+    packs: tuple[str, ...] = ()
+    """Packs in the bank's own store that go with what it deletes, by name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

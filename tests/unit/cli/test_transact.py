@@ -61,6 +61,27 @@ def test_a_block_is_blended_scaled_and_zeroed(bank: FakeBank, service: FakeServi
     assert (ended.code, "VERSION_MISMATCH" in ended.err) == (5, True)
 
 
+def test_a_deletion_names_the_stored_packs_that_go(
+    bank: FakeBank, service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = ("--bank", service.endpoint)
+    bank.store_pack(A, "iron")
+    bank.store_pack(LEAF, "steel")
+    bank.store_pack(B, "another")
+    dry = membank("delete", "1/0", "--dry-run", *at)
+    assert "stored packs would be destroyed: iron, steel" in dry.out
+    document = json.loads(membank("delete", "1/0", "--dry-run", *at, "--json").out)
+    assert document["packs_destroyed"] == ["iron", "steel"]
+    assert len(bank.list_packs()) == 3
+    monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
+    ended = membank("delete", "1/0", *at)
+    assert (ended.code, bank.revision) == (1, 0)
+    assert "the stored packs iron, steel for good?" in " ".join(ended.err.split())
+    ended = membank("delete", "1/0", "--yes", *at)
+    assert "stored packs destroyed: iron, steel" in ended.out
+    assert [pack.name for pack in bank.list_packs()] == ["another"]
+
+
 def test_deleted_blocks_are_left_out_and_said(bank: FakeBank, service: FakeService) -> None:
     bank.held(LEAF).state = BlockState.DELETED
     ended = membank("zero", "1/0", "--bank", service.endpoint)

@@ -17,7 +17,7 @@ from membank.wire.errors import (
     Reason,
 )
 from membank.wire.spec import BlockRef, BlockState
-from membank.wire.steps import Delete
+from membank.wire.steps import Delete, Withhold
 from shard_rig import Crash, ShardRig, When, asked
 
 TOPIC, LEAF, SIBLING, ELSEWHERE = BlockRef(1, 1), BlockRef(2, 2), BlockRef(2, 3), BlockRef(1, 2)
@@ -79,14 +79,71 @@ def test_a_name_stands_for_one_pack(rig: ShardRig) -> None:
 
 def test_a_pack_is_destroyed_by_name(rig: ShardRig) -> None:
     keep(rig, TOPIC, "kept")
-    assert rig.operations.delete_pack("kept").topic == TOPIC
+    gone = rig.operations.delete_pack(asked("x"), "kept")
+    assert (gone.name, gone.topic, gone.revision) == ("kept", TOPIC, 0)
     assert rig.objects.list("packs") == []
     for name in ("kept", "never", "Not A Name"):
         with pytest.raises(NotFoundError) as caught:
-            rig.operations.delete_pack(name)
+            rig.operations.delete_pack(asked("y"), name)
         assert caught.value.reason is Reason.UNKNOWN_PACK
         with pytest.raises(NotFoundError):
             rig.operations.import_stored(asked("i"), name)
+
+
+def test_who_destroyed_a_pack_is_on_record(rig: ShardRig) -> None:
+    keep(rig, TOPIC, "kept")
+    before = rig.state()
+    gone = rig.operations.delete_pack(asked("x", principal="bob"), "kept")
+    (record, *_) = rig.operations.audit(1)
+    assert (record.operation, record.principal, record.request_id) == ("delete-pack", "bob", "x")
+    assert (record.detail["stored_pack"], record.detail["topic"]) == ("kept", str(TOPIC))
+    assert rig.state() == before
+    # A retry gets the first answer, also where another pack has the name by now.
+    assert rig.operations.delete_pack(asked("x", principal="bob"), "kept") == gone
+    keep(rig, ELSEWHERE, "kept")
+    assert rig.operations.delete_pack(asked("x", principal="bob"), "kept") == gone
+    with pytest.raises(InvalidArgumentError) as caught:
+        rig.operations.delete_pack(asked("x", principal="bob"), "another")
+    assert caught.value.reason is Reason.REQUEST_ID_REUSED
+    rig.start_coordinator()
+    assert names(rig) == ["kept"], "not even a restart takes it for the one that went"
+    assert kinds(rig) == set()
+
+
+@pytest.mark.parametrize("when", When)
+@pytest.mark.parametrize(
+    "step", ["put_if_absent revisions", "delete packs/kept.pack", "delete packs/kept.json"]
+)
+def test_who_dies_while_a_pack_is_destroyed_by_name_has_it_destroyed_by_the_next(
+    rig: ShardRig, step: str, when: When
+) -> None:
+    keep(rig, TOPIC, "kept")
+    rig.faults.arm(step, when, Crash)
+    with pytest.raises(Crash):
+        rig.operations.delete_pack(asked("x"), "kept")
+    is_committed = step != "put_if_absent revisions" or when is When.AFTER
+    rig.start_coordinator()
+    assert bool(rig.objects.list("packs")) is not is_committed
+    assert rig.operations.delete_pack(asked("x"), "kept").topic == TOPIC
+    assert rig.objects.list("packs") == []
+    assert rig.log.last == 1
+
+
+def test_a_dry_run_of_a_deletion_names_the_packs_that_would_go(rig: ShardRig) -> None:
+    keep(rig, TOPIC, "topic")
+    keep(rig, SIBLING, "sibling")
+    keep(rig, LEAF, "leaf")
+    dry = rig.operations.apply(asked("", dry_run=True), [Delete(topic=LEAF)]).report
+    assert dry.packs == ("leaf", "topic")
+    assert names(rig) == ["leaf", "sibling", "topic"]
+    report = rig.operations.apply(asked("d"), [Delete(topic=LEAF)]).report
+    assert report.packs == dry.packs
+    assert names(rig) == ["sibling"]
+    # So does the answer to a retry, and the account.
+    assert rig.operations.apply(asked("d"), [Delete(topic=LEAF)]).report == report
+    (record, *_) = rig.operations.audit(1)
+    assert record.detail["packs"] == ["leaf", "topic"]
+    assert rig.operations.apply(asked("w"), [Withhold(topic=SIBLING)]).report.packs == ()
 
 
 @pytest.mark.parametrize(
@@ -121,7 +178,7 @@ def test_what_is_made_anew_is_kept_by_a_deletion_that_is_repeated(rig: ShardRig)
     rig.operations.import_topic(asked("i"), pack)
     keep(rig, TOPIC, "anew")
     deletion = rig.bank.require_record(1)
-    rig.coordinator._packs.destroy_holding(deletion)  # as a restart would
+    rig.coordinator._packs.destroy_ended(deletion)  # as a restart would
     assert names(rig) == ["anew"]
     # A retry of the deletion deletes nothing that came after it.
     rig.operations.apply(asked("d"), [Delete(topic=TOPIC)])
@@ -213,7 +270,7 @@ def test_a_damaged_pack_is_refused_reported_and_can_be_destroyed(rig: ShardRig) 
     assert kinds(rig) == {FindingKind.PACK_DAMAGED}
     keep(rig, ELSEWHERE, "other")
     assert names(rig) == ["other"]
-    rig.operations.delete_pack("kept")
+    rig.operations.delete_pack(asked("x"), "kept")
     assert kinds(rig) == set()
 
 

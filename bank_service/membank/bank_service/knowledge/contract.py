@@ -163,7 +163,7 @@ class BankAdmin(Protocol):
     def list_packs(self) -> tuple[StoredPack, ...]:
         """Return the packs in the bank's own store, by name."""
 
-    def delete_pack(self, name: str) -> StoredPack:
+    def delete_pack(self, request: AdminRequest, name: str) -> StoredPack:
         """Destroy a pack in the bank's own store; `NotFoundError` (UNKNOWN_PACK) without one."""
 
     def import_topic(

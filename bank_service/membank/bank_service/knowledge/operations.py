@@ -140,9 +140,9 @@ class BankOperations:
         # docstring inherited
         return self._packs.list()
 
-    def delete_pack(self, name: str) -> StoredPack:
+    def delete_pack(self, request: AdminRequest, name: str) -> StoredPack:
         # docstring inherited
-        return self._packs.delete(name)
+        return self._packs.delete(request, name)
 
     def list_snapshots(self) -> tuple[Snapshot, ...]:
         # docstring inherited

@@ -17,7 +17,13 @@ from membank.bank_service.knowledge.history import History
 from membank.bank_service.knowledge.revisions import RevisionLog
 from membank.bank_service.knowledge.shards import ShardGroup
 from membank.bank_service.knowledge.steps import deleted_topic
-from membank.bank_service.knowledge.stored_packs import StoredPacks
+from membank.bank_service.knowledge.stored_packs import (
+    PACK_OPERATION,
+    STORED_PACK,
+    StoredPacks,
+    detail_of,
+    pack_of,
+)
 from membank.bank_service.knowledge.transactions import Coordinator, Plan
 from membank.bank_service.knowledge.trees import TreeStore, tree_changes
 from membank.bank_service.store import Bank
@@ -136,10 +142,16 @@ class PackOperations:
         """See `BankAdmin.list_packs`."""
         return self._stored.list()
 
-    def delete(self, name: str) -> StoredPack:
+    def delete(self, request: AdminRequest, name: str) -> StoredPack:
         """See `BankAdmin.delete_pack`."""
-        with self._coordinator.settled():
-            return self._stored.delete(name)
+
+        def plan() -> Plan:
+            # The coordinator destroys it once that is on record.
+            return Plan(detail=detail_of(self._stored.doomed(name)))
+
+        outcome = self._coordinator.run(request, PACK_OPERATION, {STORED_PACK: name}, plan)
+        assert outcome.record is not None  # there is no dry run of it
+        return pack_of(outcome.record)
 
     def import_pack(
         self, request: AdminRequest, data: Buffer, *, topic: BlockRef | None, force: bool
@@ -156,7 +168,7 @@ class PackOperations:
         what = f"the stored pack {name!r}"
         pack = decode_pack(self._stored.read(name), what=what)
         signers = check_signatures(pack, self._trusted, what=what)
-        detail = {"signed_by": list(signers), "stored_pack": name}
+        detail = {"signed_by": list(signers), STORED_PACK: name}
         return self._install(request, pack, topic, force=force, detail=detail)
 
     def _put_together(
@@ -225,7 +237,7 @@ class PackOperations:
 
         asked = {
             "pack_sha256": pack.sha256,
-            "stored_pack": detail.get("stored_pack"),
+            STORED_PACK: detail.get(STORED_PACK),
             "topic": str(pack.topic),
             "force": force,
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from membank.bank_service.shard.contract import Prepared
 from membank.wire.format import RevisionRecord
@@ -15,6 +15,7 @@ def report_of(record: RevisionRecord) -> TransactionReport:
     changes = record.detail.get("changes")
     destroyed = record.detail.get("num_slots_destroyed")
     tree = record.detail.get("tree_changes")
+    packs = record.detail.get("packs")
     return TransactionReport(
         revision=record.revision,
         changes=tuple(
@@ -46,6 +47,7 @@ def report_of(record: RevisionRecord) -> TransactionReport:
             )
             for level, cluster, label, count, centroid in (tree if isinstance(tree, list) else ())
         ),
+        packs=tuple(packs) if isinstance(packs, list) else (),
     )
 
 
@@ -54,9 +56,24 @@ def report_on(
     prepared: Sequence[Prepared],
     tree_changes: tuple[TreeChange, ...],
     *,
+    packs_holding: Callable[[frozenset[BlockRef]], tuple[str, ...]],
     dry_run: bool = False,
 ) -> TransactionReport:
-    """Return the report of what shards have prepared."""
+    """Return the report of what shards have prepared.
+
+    Parameters
+    ----------
+    revision
+        What the report gives as the revision of the bank.
+    prepared
+        What they have prepared.
+    tree_changes
+        What changes in the tree.
+    packs_holding
+        Returns the names of stored packs that go with deleted blocks.
+    dry_run
+        Whether nothing is to come of it.
+    """
     changes = sorted(
         (change for part in prepared for change in part.changes), key=lambda change: change.ref
     )
@@ -66,6 +83,9 @@ def report_on(
         dry_run=dry_run,
         num_slots_destroyed=sum(part.num_slots_destroyed for part in prepared),
         tree_changes=tree_changes,
+        packs=packs_holding(
+            frozenset(c.ref for c in changes if c.state_after is BlockState.DELETED)
+        ),
     )
 
 

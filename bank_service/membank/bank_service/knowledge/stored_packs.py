@@ -25,6 +25,11 @@ from membank.wire.spec import NAME_PATTERN, BlockRef, BlockState
 
 _LOG = logging.getLogger(__name__)
 
+PACK_OPERATION = "delete-pack"
+"""Operation of a record that ends a stored pack by name."""
+STORED_PACK = "stored_pack"
+"""Name under which the detail of a record has that of a stored pack."""
+
 
 class StoredPacks:
     """The packs in the store of one bank. Written to only while no transaction is under way.
@@ -113,8 +118,8 @@ class StoredPacks:
         self._objects.put(pack_record_key(name), encode_pack_record(record), durable=True)
         self._objects.put(pack_key(name), data, durable=True)
 
-    def delete(self, name: str) -> StoredPack:
-        """Destroy the pack called `name`, or what is left of it, and return it.
+    def doomed(self, name: str) -> StoredPack:
+        """Return the pack called `name`, or what is left of it, before it is destroyed.
 
         Raises
         ------
@@ -127,38 +132,49 @@ class StoredPacks:
             record = self._find(name)
         except CorruptionError:
             record = None
-        self._destroy(name)
         # Of what was cut off or damaged, only the name is known.
         nothing = StoredPack(
             name=name, topic=BlockRef(1, 0), revision=0, num_bytes=0, create_time_s=0.0
         )
         return nothing if record is None else record.pack
 
-    def destroy_holding(self, record: RevisionRecord) -> None:
-        """Destroy every pack that tells of a block which the transaction of `record` deleted.
+    def destroy_ended(self, record: RevisionRecord) -> None:
+        """Destroy the packs that the transaction of `record` ends; may be repeated.
 
-        May be repeated. A pack of which nobody can tell what it holds goes as well: knowledge that is
+        These are the one that it names, where that was asked for, and every one that tells of a block
+        which it deleted. A pack of which nobody can tell what it holds goes as well: knowledge that is
         to be gone must not survive in a damaged file.
         """
         for name in self.holding(deleted_by(record), record.revision):
             self._destroy(name)
+        if record.operation == PACK_OPERATION:
+            name = str(record.detail[STORED_PACK])
+            if name in self._names() and self._is_older(name, record.revision):
+                self._destroy(name)
 
     def holding(self, deleted: frozenset[BlockRef], revision: int) -> tuple[str, ...]:
         """Return the names of the packs that go where `revision` deletes these blocks."""
         if not deleted:
             return ()
-        doomed = []
-        for name in self._names():
-            try:
-                held = self._find(name)
-            except CorruptionError as err:
-                _LOG.warning("pack %s goes with revision %d: %s", name, revision, err)
-                held = None
-            # One of a later revision holds what was created anew.
-            is_older = held is None or held.pack.revision < revision
-            if is_older and (held is None or not deleted.isdisjoint(held.refs)):
-                doomed.append(name)
-        return tuple(doomed)
+        return tuple(
+            name for name in self._names() if self._is_older(name, revision, among=deleted)
+        )
+
+    def _is_older(
+        self, name: str, revision: int, *, among: frozenset[BlockRef] | None = None
+    ) -> bool:
+        """Say whether a pack is of before `revision`, and tells of a block `among` these (None = any).
+
+        One of a later revision holds what was created anew. Of what cannot be read, it is taken for so.
+        """
+        try:
+            held = self._find(name)
+        except CorruptionError as err:
+            _LOG.warning("pack %s goes with revision %d: %s", name, revision, err)
+            return True
+        if held is None:
+            return True
+        return held.pack.revision < revision and (among is None or not among.isdisjoint(held.refs))
 
     def _names(self) -> Sequence[str]:
         names = {pack_name(key) for key in self._objects.list(PACKS)}
@@ -188,6 +204,29 @@ class StoredPacks:
             reason=Reason.UNKNOWN_PACK,
             metadata={"pack": name},
         )
+
+
+def detail_of(pack: StoredPack) -> dict[str, object]:
+    """Return what a record says of a pack; `pack_of` reads it."""
+    return {
+        STORED_PACK: pack.name,
+        "topic": str(pack.topic),
+        "from_revision": pack.revision,
+        "num_bytes": pack.num_bytes,
+        "create_time_s": pack.create_time_s,
+    }
+
+
+def pack_of(record: RevisionRecord) -> StoredPack:
+    """Return the pack that `record` ended by name."""
+    detail = record.detail
+    return StoredPack(
+        name=str(detail[STORED_PACK]),
+        topic=BlockRef.parse(str(detail["topic"])),
+        revision=int(str(detail["from_revision"])),
+        num_bytes=int(str(detail["num_bytes"])),
+        create_time_s=float(str(detail["create_time_s"])),
+    )
 
 
 def deleted_by(record: RevisionRecord) -> frozenset[BlockRef]:

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from membank.bank_service.knowledge.contract import AdminRequest
 from membank.bank_service.knowledge.receipts import ReceiptDesk, held_up, read_receipt
@@ -257,7 +258,7 @@ class Coordinator:
     def _dry_run(self, plan: Plan) -> Outcome:
         revision = self._log.last + 1
         prepared = raise_first(self._prepare(revision, plan, dry_run=True))
-        report = report_on(self._log.committed.revision, prepared, plan.tree_changes, dry_run=True)
+        report = self._report(self._log.committed.revision, prepared, plan, dry_run=True)
         return Outcome(report=report, record=None)
 
     def _run(self, request: AdminRequest, operation: str, digest: str, plan: Plan) -> Outcome:
@@ -274,7 +275,7 @@ class Coordinator:
                 plan.before_commit(revision)
             if self._receipts is not None:
                 self._receipts.introduce(prepared)
-            report = report_on(revision, prepared, plan.tree_changes)
+            report = self._report(revision, prepared, plan)
             draft = self._draft(request, operation, digest, plan, prepared, report)
             record = self._log.append(draft)
         except Exception:
@@ -330,13 +331,12 @@ class Coordinator:
         report: TransactionReport,
     ) -> RevisionDraft:
         changes_tree = plan.tree is not None
-        deleted = [c.ref for c in report.changes if c.state_after is BlockState.DELETED]
         destroyed = (
             {}
             if self._receipts is None
             else self._receipts.detail_of(
                 prepared,
-                packs=self._packs.holding(frozenset(deleted), report.revision),
+                packs=report.packs,
                 changes_tree=changes_tree,
             )
         )
@@ -356,9 +356,19 @@ class Coordinator:
                     if report.tree_changes
                     else {}
                 ),
+                **({"packs": list(report.packs)} if report.packs else {}),
                 "num_slots_destroyed": report.num_slots_destroyed,
                 REQUEST_SHA256: digest,
             },
+        )
+
+    def _report(
+        self, revision: int, prepared: Sequence[Prepared], plan: Plan, *, dry_run: bool = False
+    ) -> TransactionReport:
+        # Only what is older than the transaction goes.
+        goes_with = partial(self._packs.holding, revision=self._log.last + 1)
+        return report_on(
+            revision, prepared, plan.tree_changes, packs_holding=goes_with, dry_run=dry_run
         )
 
     def _give_up(self, revision: int) -> MembankError | None:
@@ -416,7 +426,7 @@ class Coordinator:
         self._unsettled = True
         self._confirm(record)
         self._trees.destroy_others(record.tree_revision)
-        self._packs.destroy_holding(record)
+        self._packs.destroy_ended(record)
         self._bank.remove_ended_snapshot(record)
         if self._receipts is not None and (owed := self._receipts.owed()) is not None:
             self._receipts.issue(owed, self._confirm)

@@ -175,9 +175,8 @@ class AdminServicer(AdminServiceServicer):
     ) -> pb.DeletePackResponse:
         # docstring inherited
         admin = self._open(request.bank, context)
-        return pb.DeletePackResponse(
-            pack=convert.stored_pack_to_pb(admin.delete_pack(request.name))
-        )
+        pack = admin.delete_pack(_request(request.request_id), request.name)
+        return pb.DeletePackResponse(pack=convert.stored_pack_to_pb(pack))
 
     def CreateSnapshot(
         self, request: pb.CreateSnapshotRequest, context: grpc.ServicerContext

@@ -184,17 +184,34 @@ class PackCalls(GatewayCalls):
             call, what="packs", deadline=self._session.deadline(timeout_s)
         )
 
-    async def delete_pack(self, name: str, *, timeout_s: float | None = None) -> StoredPack:
+    async def delete_pack(
+        self, name: str, *, request_id: str | None = None, timeout_s: float | None = None
+    ) -> StoredPack:
         """Destroy a pack in the bank's own store, and return what it was.
+
+        Parameters
+        ----------
+        name
+            Its name.
+        request_id
+            Unique id; None = a new one.
+        timeout_s
+            Longest wait; None = as configured.
+
+        Returns
+        -------
+        StoredPack
+            What it was.
 
         Raises
         ------
         NotFoundError
             If there is none of this name (UNKNOWN_PACK).
         """
+        request_id = request_id or new_request_id()
 
         async def call(gateway: Transport, timeout_s: float) -> StoredPack:
-            return await gateway.delete_pack(name, timeout_s=timeout_s)
+            return await gateway.delete_pack(name, request_id=request_id, timeout_s=timeout_s)
 
         return await self._session.ask_gateway(
             call, what="delete_pack", deadline=self._session.admin_deadline(timeout_s)

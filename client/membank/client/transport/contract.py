@@ -229,7 +229,7 @@ class AdminTransport(Protocol):
     async def list_packs(self, *, timeout_s: float) -> tuple[StoredPack, ...]:
         """Return the packs in the bank's own store, by name."""
 
-    async def delete_pack(self, name: str, *, timeout_s: float) -> StoredPack:
+    async def delete_pack(self, name: str, *, request_id: str, timeout_s: float) -> StoredPack:
         """Destroy a pack in the bank's own store, and return it."""
 
     async def import_pack(

@@ -176,9 +176,9 @@ class GrpcAdminTransport:
         answer = await self._channel.unary("ListPacks", call)
         return tuple(map(stored_pack_from_pb, answer.packs))
 
-    async def delete_pack(self, name: str, *, timeout_s: float) -> StoredPack:
+    async def delete_pack(self, name: str, *, request_id: str, timeout_s: float) -> StoredPack:
         """Destroy a pack in the bank's own store, and return it."""
-        request = admin_pb.DeletePackRequest(bank=self._bank, name=name)
+        request = admin_pb.DeletePackRequest(bank=self._bank, name=name, request_id=request_id)
         call = self._admin.DeletePack(request, timeout=timeout_s, metadata=self._channel.metadata)
         return stored_pack_from_pb((await self._channel.unary("DeletePack", call)).pack)
 

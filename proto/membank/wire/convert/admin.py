@@ -56,6 +56,7 @@ def report_to_pb(report: TransactionReport) -> admin_pb.TransactionReport:
             )
             for change in report.tree_changes
         ],
+        packs=report.packs,
     )
 
 
@@ -85,6 +86,7 @@ def report_from_pb(message: admin_pb.TransactionReport) -> TransactionReport:
             )
             for change in message.tree_changes
         ),
+        packs=tuple(message.packs),
     )
 
 
