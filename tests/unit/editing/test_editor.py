@@ -235,6 +235,38 @@ def test_an_edit_whose_answer_was_lost_is_looked_up(
         assert rig.editor().edit([fact("a", prompts[0], "55")]).revision == 1
 
 
+def test_an_edit_that_still_waits_in_the_service_is_not_taken_for_abandoned(
+    rig: EditingRig, prompts: list[str]
+) -> None:
+    class Slow:
+        """A bank behind another transaction: a swap that was not answered comes before the next one."""
+
+        late: list[tuple[tuple[object, ...], dict[str, object]]]
+
+        def __init__(self) -> None:
+            self.late = []
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(rig.client, name)
+
+        def swap(self, *args: object, **kwargs: object) -> object:
+            if kwargs.get("dry_run"):
+                for arguments, options in self.late:
+                    rig.client.swap(*arguments, **options)  # type: ignore[arg-type]
+                self.late.clear()
+                return rig.client.swap(*args, **kwargs)  # type: ignore[arg-type]
+            self.late.append((args, kwargs))
+            raise UnavailableError("the answer was lost")
+
+    editor = rig.editor()
+    editor._bank = Slow()  # type: ignore[assignment]
+    with pytest.raises(UnavailableError):
+        editor.edit([fact("a", prompts[0], "55")])
+    assert rig.bank.revision == 0
+    assert len(editor.history().transactions) == 1
+    assert rig.bank.revision == 1
+
+
 @pytest.mark.parametrize("most", [1, 100])
 def test_a_lost_edit_is_looked_for_as_far_back_as_it_may_be(
     rig: EditingRig, prompts: list[str], monkeypatch: pytest.MonkeyPatch, most: int
@@ -249,7 +281,9 @@ def test_a_lost_edit_is_looked_for_as_far_back_as_it_may_be(
             return getattr(rig.client, name)
 
         def swap(self, *args: object, **kwargs: object) -> object:
-            rig.client.swap(*args, **kwargs)  # type: ignore[arg-type]
+            report = rig.client.swap(*args, **kwargs)  # type: ignore[arg-type]
+            if report.dry_run:
+                return report
             raise UnavailableError("the answer was lost")
 
         def audit(self, *, limit: int) -> tuple[AuditRecord, ...]:

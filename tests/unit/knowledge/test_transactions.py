@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from membank.wire.errors import (
     ConflictError,
+    DeadlineError,
     MembankError,
     NotFoundError,
     UnavailableError,
@@ -57,11 +59,14 @@ def rig(tmp_path: Path) -> Iterator[ShardRig]:
 
 def swap(rig: ShardRig, request_id: str = "r1") -> None:
     """Swap one block of every topic, so on both shards, in every partition."""
-    contents = [
+    rig.operations.apply(asked(request_id), swap_steps())
+
+
+def swap_steps() -> list[Swap]:
+    return [
         Swap(ref=ref, weight=np.full(RIG_SPEC.block_shape(1), 3.0, np.float32))
         for ref in ALL_TOPICS
     ]
-    rig.operations.apply(asked(request_id), contents)
 
 
 def delete(rig: ShardRig, request_id: str = "r1") -> None:
@@ -264,6 +269,21 @@ def test_what_a_shard_gave_up_waiting_for_is_aborted_for_good(rig: ShardRig) -> 
     swap(rig)
     assert swapped_blocks(rig) == 4
     check_usable(rig)
+
+
+def test_whoever_is_gone_when_it_is_his_turn_changes_nothing(rig: ShardRig) -> None:
+    def gone() -> None:
+        with pytest.raises(UnavailableError), rig.coordinator.exclusive():
+            pass  # so it is this one's turn, and nobody commits between this question and the change
+        raise DeadlineError("the caller is gone")
+
+    steps = swap_steps()
+    with pytest.raises(DeadlineError):
+        rig.operations.apply(replace(asked("gone"), check_wanted=gone), steps)
+    assert (swapped_blocks(rig), rig.log.last) == (0, 0)
+    done = rig.operations.apply(asked("gone"), steps)
+    # A retry is answered from the record, and asks for nothing that could be unwanted.
+    assert rig.operations.apply(replace(asked("gone"), check_wanted=gone), steps) == done
 
 
 def test_an_abort_of_a_coordinator_that_is_gone_may_come_late(rig: ShardRig) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import BinaryIO, Protocol, Self, runtime_checkable
 
@@ -34,6 +34,8 @@ class AdminRequest:
     """Name of the caller, as written to the audit log."""
     dry_run: bool = False
     """True only reports what would change."""
+    check_wanted: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
+    """Raises where nobody waits for the answer any more; asked when it is the request's turn."""
 
 
 class ExportedPack:

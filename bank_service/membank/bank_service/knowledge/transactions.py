@@ -233,6 +233,8 @@ class Coordinator:
         UnavailableError
             If a shard or the store cannot take part; nothing was changed, unless the message says
             that the revision is committed.
+        DeadlineError
+            If nobody waits for it any more, now that it is its turn; nothing was changed.
         """
         digest = request_sha256(request.request_id, operation, asked)
         with self.exclusive():
@@ -242,6 +244,9 @@ class Coordinator:
                 self._settle_first(own=done)
                 return self._outcome(report_of(done), done)
             self._settle_first()
+            # Whoever is gone may have been told, or have concluded, that nothing was done: a change
+            # that waited for its turn must not come after that.
+            request.check_wanted()
             plan = make_plan()
             if request.dry_run:
                 return self._dry_run(plan)

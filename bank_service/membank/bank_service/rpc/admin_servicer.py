@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import grpc
 
@@ -48,7 +49,7 @@ class AdminServicer(AdminServiceServicer):
         if not request.HasField("spec"):
             raise InvalidArgumentError("a bank needs its spec")
         spec = self._host.create_bank(
-            _request(request.request_id), convert.spec_from_pb(request.spec), request.tree
+            _request(request.request_id, context), convert.spec_from_pb(request.spec), request.tree
         )
         return pb.CreateBankResponse(spec=convert.spec_to_pb(spec))
 
@@ -108,7 +109,7 @@ class AdminServicer(AdminServiceServicer):
                 for step in head.steps
             ]
             check_alive(context)
-            applied = admin.apply(_request(head.request_id, head.dry_run), steps)
+            applied = admin.apply(_request(head.request_id, context, head.dry_run), steps)
         return pb.ApplyTransactionResponse(
             report=convert.report_to_pb(applied.report), receipt=applied.receipt
         )
@@ -147,7 +148,7 @@ class AdminServicer(AdminServiceServicer):
             raise InvalidArgumentError("the import is empty; its first message announces the pack")
         admin = self._open(head.bank, context)
         topic = _topic(head.topic, admin.spec) if head.HasField("topic") else None
-        request = _request(head.request_id, head.dry_run)
+        request = _request(head.request_id, context, head.dry_run)
         if head.stored:
             sizes = {pack.name: pack.num_bytes for pack in admin.list_packs()}
             with self._budget.reserve(sizes.get(head.stored, 0), what="import"):
@@ -175,7 +176,7 @@ class AdminServicer(AdminServiceServicer):
     ) -> pb.DeletePackResponse:
         # docstring inherited
         admin = self._open(request.bank, context)
-        pack = admin.delete_pack(_request(request.request_id), request.name)
+        pack = admin.delete_pack(_request(request.request_id, context), request.name)
         return pb.DeletePackResponse(pack=convert.stored_pack_to_pb(pack))
 
     def CreateSnapshot(
@@ -183,7 +184,7 @@ class AdminServicer(AdminServiceServicer):
     ) -> pb.CreateSnapshotResponse:
         # docstring inherited
         admin = self._open(request.bank, context)
-        snapshot = admin.create_snapshot(_request(request.request_id), request.snapshot)
+        snapshot = admin.create_snapshot(_request(request.request_id, context), request.snapshot)
         return pb.CreateSnapshotResponse(snapshot=convert.snapshot_to_pb(snapshot))
 
     def ListSnapshots(
@@ -205,7 +206,7 @@ class AdminServicer(AdminServiceServicer):
         if request.HasField("topic"):
             topic = _topic(request.topic, admin.spec)
         report = admin.rollback(
-            _request(request.request_id, request.dry_run),
+            _request(request.request_id, context, request.dry_run),
             _target(request),
             topic,
             only_block=request.only_block,
@@ -217,7 +218,9 @@ class AdminServicer(AdminServiceServicer):
     ) -> pb.DeleteSnapshotResponse:
         # docstring inherited
         admin = self._open(request.bank, context)
-        snapshot, revision = admin.delete_snapshot(_request(request.request_id), request.snapshot)
+        snapshot, revision = admin.delete_snapshot(
+            _request(request.request_id, context), request.snapshot
+        )
         return pb.DeleteSnapshotResponse(
             snapshot=convert.snapshot_to_pb(snapshot), revision=revision
         )
@@ -228,7 +231,7 @@ class AdminServicer(AdminServiceServicer):
         # docstring inherited
         admin = self._open(request.bank, context)
         report = admin.collect_garbage(
-            _request(request.request_id, request.dry_run),
+            _request(request.request_id, context, request.dry_run),
             keep_revisions=request.keep_revisions or None,
         )
         return convert.garbage_to_pb(report)
@@ -308,13 +311,16 @@ def _target(request: pb.RollbackRequest) -> str | int:
     return request.snapshot or request.revision_plus_one - 1
 
 
-def _request(request_id: str, dry_run: bool = False) -> AdminRequest:
+def _request(request_id: str, context: grpc.ServicerContext, dry_run: bool = False) -> AdminRequest:
     if not request_id and not dry_run:
         raise InvalidArgumentError(
             "a change needs a request id (UUID), so that a retry is harmless"
         )
     return AdminRequest(
-        request_id=request_id, principal=current_principal.get().name, dry_run=dry_run
+        request_id=request_id,
+        principal=current_principal.get().name,
+        dry_run=dry_run,
+        check_wanted=partial(check_alive, context),
     )
 
 

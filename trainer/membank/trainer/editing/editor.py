@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -248,6 +249,7 @@ class Editor:
         """Find out what became of transactions whose answer never came."""
         if not history.pending:
             return
+        self._wait_for_turn(history.pending[0])
         made = self._made_since(min(transaction.time_s for transaction in history.pending))
         for transaction in history.pending:
             record = made.get(transaction.request_id)
@@ -255,6 +257,18 @@ class Editor:
                 self._log.abandon(transaction.transaction)
             else:
                 self._log.commit(transaction.transaction, record.revision)
+
+    def _wait_for_turn(self, lost: LoggedTransaction) -> None:
+        """Return once no transaction of before can be committed any more.
+
+        One whose caller was killed may still be under way in the service. A dry run is asked for under
+        the lock of transactions, so it is answered after that one; and those that still wait for
+        their turn then are given up, as nobody waits for their answer.
+        """
+        spec = self._bank.info().spec
+        ref = BlockRef.parse(lost.blocks[0].ref)
+        nothing = np.zeros(spec.block_shape(ref.level), spec.numpy_dtype)
+        self._bank.swap({ref: nothing}, dry_run=True)
 
     def _made_since(self, time_s: float) -> dict[str, AuditRecord]:
         """Return what the bank's audit log has since a time, by request id; what is older may lack."""
