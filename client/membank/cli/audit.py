@@ -6,14 +6,19 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from membank.cli.connection import DEFAULT_ENDPOINT, BankOption, CaOption, TokenOption, connect
 from membank.cli.exits import report as report_error
 from membank.cli.extras import needs_extra
-from membank.cli.fsck_command import EXIT_DAMAGED, EXIT_UNREADABLE, show_findings
+from membank.cli.fsck_command import (
+    EXIT_DAMAGED,
+    EXIT_UNREADABLE,
+    KeyringOption,
+    show_findings,
+)
 from membank.cli.output import JsonOption, console, emit, table
 from membank.cli.progress import counted_progress
 from membank.wire.errors import (
@@ -110,6 +115,7 @@ def verify(
         Path | None,
         typer.Option(help="Directory of the journals, where the service keeps them elsewhere."),
     ] = None,
+    keyring: KeyringOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Check the log, every receipt, and that nothing deleted is stored any more; change nothing.
@@ -125,11 +131,11 @@ def verify(
         from membank.bank_service.store import open_objects
     keys = None if trusted is None else TrustedKeys.load(trusted)
     heads = [Head.parse(text) for text in head or ()]
-    place = _bank_at(bank)
+    place = _place_of(bank, keyring)
     try:
-        with counted_progress(f"checking {place}") as on_progress:
+        with counted_progress(f"checking {place.bank_url}") as on_progress:
             found = verify_audit(
-                open_objects(place),
+                open_objects(place.bank_url, keyring=place.keyring_url),
                 trusted=keys,
                 heads=heads,
                 journal_dir=journal_dir,
@@ -144,7 +150,9 @@ def verify(
 
 
 @audit.command("head")
-def show_head(bank: PlaceArgument, as_json: JsonOption = False) -> None:
+def show_head(
+    bank: PlaceArgument, keyring: KeyringOption = "", as_json: JsonOption = False
+) -> None:
     """Print number and digest of the newest record, to be kept where the bank is not.
 
     A log that lost its newest records looks whole; `membank audit verify --head` tells.
@@ -154,7 +162,8 @@ def show_head(bank: PlaceArgument, as_json: JsonOption = False) -> None:
     with needs_extra("service"):
         from membank.bank_service.fsck import head_of
         from membank.bank_service.store import open_objects
-    found = head_of(open_objects(_bank_at(bank)))
+    place = _place_of(bank, keyring)
+    found = head_of(open_objects(place.bank_url, keyring=place.keyring_url))
     payload = {"revision": found.revision, "sha256": found.sha256, "head": str(found)}
     emit(payload, as_json=as_json, render=lambda: console.print(str(found), soft_wrap=True))
 
@@ -194,16 +203,25 @@ def save_receipt(file: Path, data: bytes) -> None:
         ) from err
 
 
-def _bank_at(place: str) -> str:
+class _Place(NamedTuple):
+    """Where a bank is."""
+
+    bank_url: str
+    """Its directory or URL."""
+    keyring_url: str
+    """Those of its keyring; empty = it is not sealed, or nobody said."""
+
+
+def _place_of(place: str, keyring: str) -> _Place:
     """Return where the bank is: `place`, or what is served at that endpoint on this machine."""
     host, _, port = place.rpartition(":")
     if not host or not port.isdecimal() or "/" in place:
-        return place
+        return _Place(place, keyring)
     from membank.bank_service.cluster import list_running
 
     for running in list_running():
         if running.address.rpartition(":")[2] == port:
-            return running.bank_url
+            return _Place(running.bank_url, keyring or running.keyring_url)
     raise UnavailableError(
         f"no service at {place} was started on this machine, so nobody here knows where its bank "
         "is; give the bank's directory or URL",

@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 
 from membank.cli.extras import needs_extra
+from membank.cli.fsck_command import KeyringOption
 from membank.cli.output import (
     JsonOption,
     console,
@@ -213,13 +214,18 @@ def tree(
 def create(
     bank: Annotated[str, typer.Option("--bank", help="Where: a directory or URL.")],
     run: RunOption = DEFAULT_RUN,
+    keyring: KeyringOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Create the bank of a run whose tree is fitted and whose anchor is trained.
 
     The blocks belong to that anchor: its digest, and the tokenizer's, are kept in the bank.
 
-    Example: ``membank create --bank ./bank --run runs/mine``.
+    With --keyring it is sealed: content is encrypted, each object with a key of its own, which a
+    deletion destroys. Every command that opens the bank needs the keyring then.
+
+    Examples: ``membank create --bank ./bank --run runs/mine``,
+    ``membank create --bank s3://team/bank --keyring /mnt/keys/bank``.
     """
     with needs_extra("service"):
         from membank.bank_service.store import Bank
@@ -228,14 +234,19 @@ def create(
     directory = RunDirectory(run)
     config = load_config(directory)
     spec = config.bank_spec(fingerprint=directory.fingerprint())
-    created = Bank.create(bank, spec, tree=directory.tree(), principal="local").spec
-    payload = {"bank": bank, "name": created.name, "bank_id": created.bank_id}
+    created = Bank.create(
+        bank, spec, keyring=keyring, tree=directory.tree(), principal="local"
+    ).spec
+    payload = {"bank": bank, "name": created.name, "bank_id": created.bank_id, "keyring": keyring}
 
     def render() -> None:
         console.print(
             f"created bank [bold]{created.name}[/] at {bank}: {created.num_blocks} blocks"
+            + (f", sealed with the keys in {keyring}" if keyring else "")
         )
-        console.print(f"next: membank up --bank {bank}")
+        console.print(
+            f"next: membank up --bank {bank}" + (f" --keyring {keyring}" if keyring else "")
+        )
 
     emit(payload, as_json=as_json, render=render)
 

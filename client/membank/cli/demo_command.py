@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from membank.cli.extras import needs_extra
+from membank.cli.fsck_command import KeyringOption
 from membank.cli.output import JsonOption, console, emit, err_console, format_share, table
 
 _DEFAULT_OUT = Path("runs/demo")
@@ -33,6 +34,7 @@ def demo(
             help="Where the bank is kept, a directory or URL; default: in the run's directory.",
         ),
     ] = "",
+    keyring: KeyringOption = "",
     shards: Annotated[int, typer.Option(min=1, help="Shard actors.")] = 2,
     workers: Annotated[int, typer.Option(min=1, help="Ray workers of stage 2.")] = 2,
     as_json: JsonOption = False,
@@ -52,6 +54,7 @@ def demo(
         out=out,
         run=named_run("fast" if fast else "demo"),
         bank_url=bank,
+        keyring_url=keyring,
         num_shards=shards,
         num_workers=workers,
         claims=not fast,

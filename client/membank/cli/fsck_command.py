@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     # Only for the annotation: a client-only install lacks the service.
     from membank.bank_service.fsck import Finding, FsckReport
 
+KeyringOption = Annotated[
+    str,
+    typer.Option(
+        "--keyring",
+        envvar="MEMBANK_KEYRING",
+        help="Directory or URL of the keyring, for a sealed bank (docs/deletion.md).",
+    ),
+]
+
 EXIT_DAMAGED = 1
 """Exit code where there is more than notes."""
 EXIT_UNREADABLE = 2
@@ -36,6 +45,7 @@ def fsck(
         Path | None,
         typer.Option(help="Directory of the journals, where the service keeps them elsewhere."),
     ] = None,
+    keyring: KeyringOption = "",
     quick: Annotated[
         bool, typer.Option("--quick", help="Only look whether slots exist; do not read them.")
     ] = False,
@@ -54,7 +64,10 @@ def fsck(
     try:
         with counted_progress(f"checking {bank}") as on_progress:
             report = check_bank(
-                open_objects(bank), journal_dir=journal_dir, deep=not quick, on_progress=on_progress
+                open_objects(bank, keyring=keyring),
+                journal_dir=journal_dir,
+                deep=not quick,
+                on_progress=on_progress,
             )
     except (NotFoundError, FailedPreconditionError, UnavailableError) as err:
         report_error(err)

@@ -11,6 +11,7 @@ import typer
 from membank.cli.connection import DEFAULT_ENDPOINT, CaOption, TokenOption, connect
 from membank.cli.ending import ended_by_sigterm
 from membank.cli.extras import needs_extra
+from membank.cli.fsck_command import KeyringOption
 from membank.cli.output import JsonOption, console, emit, err_console, format_bytes, table
 from membank.wire.errors import MembankError
 from membank.wire.records import BankInfo, BankStats
@@ -32,6 +33,7 @@ def up(
     bank: Annotated[
         str, typer.Option("--bank", help="The bank: a directory or URL, such as s3://team/bank.")
     ],
+    keyring: KeyringOption = "",
     shards: Annotated[int, typer.Option(min=1, help="Shard actors.")] = 2,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 = any free one.")] = 7600,
@@ -56,12 +58,12 @@ def up(
         ),
     ] = None,
     durability: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="What an acknowledged update survives: process (kill -9), host (loss of power), "
-            "store (loss of the machine)."
+            help="What an acknowledged update survives: process (kill -9; the default), host (loss of "
+            "power), store (loss of the machine; the only one of a sealed bank)."
         ),
-    ] = "process",
+    ] = None,
     ship_every: Annotated[
         float,
         typer.Option(
@@ -107,6 +109,7 @@ def up(
         from membank.bank_service.cluster import up as start
     config = UpConfig(
         bank_url=bank,
+        keyring_url=keyring,
         num_shards=shards,
         host=host,
         port=port,

@@ -130,6 +130,7 @@ class AsyncBankClient(RoutingCalls, StreamingCalls, BorrowCalls, AdminCalls):
         where: str | os.PathLike[str],
         *,
         snapshot: str = "",
+        keyring: str | os.PathLike[str] = "",
         embedder: Embedder | None = None,
     ) -> AsyncOpenedBank:
         """Open a bank from its files, read-only, without a service; see `BankClient.open`.
@@ -140,12 +141,15 @@ class AsyncBankClient(RoutingCalls, StreamingCalls, BorrowCalls, AdminCalls):
             Path or URL of the bank.
         snapshot
             Snapshot to read; empty = the present state.
+        keyring
+            Path or URL of the keyring, of a sealed bank.
         embedder
             Embeds texts for `route`; None = the one that the bank's tree holds (``lsa`` only).
         """
-        return AsyncOpenedBank(
-            await asyncio.to_thread(open_bank, where, snapshot=snapshot, embedder=embedder)
+        opened = await asyncio.to_thread(
+            open_bank, where, snapshot=snapshot, keyring=keyring, embedder=embedder
         )
+        return AsyncOpenedBank(opened)
 
     async def _greet(self) -> None:
         try:

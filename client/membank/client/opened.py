@@ -20,6 +20,7 @@ from membank.wire.crc import crc32c
 from membank.wire.errors import InvalidArgumentError
 from membank.wire.format import TreeDocument
 from membank.wire.format.entries import NO_SLOT
+from membank.wire.format.sealed import SealedReader
 from membank.wire.format.stored import BankObjects, StoredBank
 from membank.wire.records import Block, BlockHeader, Topic
 from membank.wire.spec import BankSpec, BlockRef, BlockState, Path
@@ -330,7 +331,14 @@ class AsyncOpenedBank:
 
 
 def open_bank(
-    where: str | os.PathLike[str], *, snapshot: str = "", embedder: Embedder | None = None
+    where: str | os.PathLike[str],
+    *,
+    snapshot: str = "",
+    keyring: str | os.PathLike[str] = "",
+    embedder: Embedder | None = None,
 ) -> OpenedBank:
     """Open the bank at `where`; see `BankClient.open`."""
-    return OpenedBank(open_files(where), snapshot=snapshot, embedder=embedder)
+    files = open_files(where)
+    if keyring:
+        files = SealedReader(files, open_files(keyring))
+    return OpenedBank(files, snapshot=snapshot, embedder=embedder)

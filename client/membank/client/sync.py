@@ -139,6 +139,7 @@ class BankClient:
         where: str | os.PathLike[str],
         *,
         snapshot: str = "",
+        keyring: str | os.PathLike[str] = "",
         embedder: Embedder | None = None,
     ) -> OpenedBank:
         """Open a bank from its files, read-only, without a service: for notebooks and devices.
@@ -153,6 +154,8 @@ class BankClient:
             Path of a directory, which needs numpy alone, or any URL that fsspec serves.
         snapshot
             Snapshot to read; empty = the present state.
+        keyring
+            Path or URL of the keyring, of a sealed bank.
         embedder
             Embeds texts for `route`; None = the one that the bank's tree holds (``lsa`` only).
 
@@ -161,12 +164,13 @@ class BankClient:
         NotFoundError
             If there is no bank (NOT_A_BANK), or no such snapshot (UNKNOWN_SNAPSHOT).
         FailedPreconditionError
-            If a newer membank wrote it (FORMAT_TOO_NEW), or a package is missing to read the URL
-            (MISSING_EXTRA).
+            If a newer membank wrote it (FORMAT_TOO_NEW), a package is missing to read the URL
+            (MISSING_EXTRA), or the keyring is not the one that it needs (KEYRING_NEEDED,
+            KEYRING_MISMATCH, BANK_NOT_SEALED).
         CorruptionError
             If a file is damaged or missing; the error names it.
         """
-        return open_bank(where, snapshot=snapshot, embedder=embedder)
+        return open_bank(where, snapshot=snapshot, keyring=keyring, embedder=embedder)
 
     def __enter__(self) -> Self:
         return self

@@ -82,6 +82,9 @@ class UpConfig:
     bank_url: str
     """Directory or URL of the bank. Where there is none yet, the service waits for `CreateBank`.
     A directory must be seen by every node that runs a shard."""
+    keyring_url: str = ""
+    """Directory or URL of the keyring of a sealed bank, seen by every node like the bank; one that
+    `CreateBank` creates is sealed with it. Empty = the bank is not sealed."""
     num_shards: int = 2
     """Shard actors, 1..256, at most one per partition of the bank."""
     host: str = "127.0.0.1"
@@ -113,8 +116,9 @@ class UpConfig:
     """Where the running service is noted."""
     resident_bytes: int = 1 << 30
     """Bytes of blocks and optimizer state that each shard keeps in memory."""
-    durability: Durability | str = Durability.PROCESS
-    """What an acknowledged update survives."""
+    durability: Durability | str | None = None
+    """What an acknowledged update survives; None = `process`, of a sealed bank `store`, which is the
+    only one that it takes."""
     journal_dir: Path | None = None
     """Local directory of the journals, at this path on every node that runs a shard; None = in a
     bank's directory, or for a bank behind a URL where `default_journal_root` says on each node."""
@@ -155,8 +159,14 @@ class UpConfig:
             if path is not None:
                 # Actors have another working directory.
                 object.__setattr__(self, name, Path(path).expanduser().absolute())
-        _refuse_credentials(self.bank_url)
-        object.__setattr__(self, "bank_url", canonical_url(self.bank_url))
+        for name in ("bank_url", "keyring_url"):
+            url = getattr(self, name)
+            _refuse_credentials(url)
+            object.__setattr__(self, name, canonical_url(url) if url else "")
+        usual = Durability.STORE if self.keyring_url else Durability.PROCESS
+        object.__setattr__(self, "durability", Durability.of(self.durability or usual))
+        is_kept = not self.keyring_url or self.durability is Durability.STORE
+        _require(is_kept, "durability", self.durability, "store, for a sealed bank")
         _require(1 <= self.num_shards <= 256, "num_shards", self.num_shards, "1..256")
         _require(1 <= self.min_nodes <= 4096, "min_nodes", self.min_nodes, "1..4096")
         _require(self.num_cpus is None or self.num_cpus >= 0, "num_cpus", self.num_cpus, ">= 0")
@@ -214,7 +224,7 @@ class UpConfig:
     def shard_config(self) -> ShardConfig:
         """Return the settings of each shard."""
         return ShardConfig(
-            durability=Durability.of(self.durability),
+            durability=Durability.of(self.durability or Durability.PROCESS),
             journal_dir=None if self.journal_dir is None else str(self.journal_dir),
             ship_every_s=self.ship_every_s,
             lease_s=self.lease_s,
@@ -230,7 +240,7 @@ def _refuse_credentials(url: str) -> None:
     if mark and "@" in place.partition("/")[0]:
         # The URL is not repeated, for what is in it.
         raise InvalidArgumentError(
-            "a bank's URL holds no credentials; they come from the environment, a profile or a role",
+            "the URL of a bank or keyring holds no credentials; they come from the environment, a profile or a role",
             reason=Reason.BAD_CONFIG,
         )
 

@@ -349,6 +349,7 @@ class ShardFleet:
         return ShardSettings(
             shard_id=shard_id,
             bank_url=config.bank_url,
+            keyring_url=config.keyring_url,
             partitions=self._partitions[shard_id],
             # Directories have no claim; a lock keeps a second service away.
             service="" if config.is_directory else config.service_id,

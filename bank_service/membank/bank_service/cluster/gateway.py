@@ -93,6 +93,8 @@ class Gateway:
     ----------
     bank_url
         Where the bank is, or will be.
+    keyring_url
+        Where its keyring is; empty = it is not sealed.
     start_fleet
         Starts the shards of a bank.
     load_signer
@@ -119,6 +121,7 @@ class Gateway:
         bank_url: str,
         start_fleet: StartFleet,
         *,
+        keyring_url: str = "",
         load_signer: Callable[[], Signer],
         check_spec: Callable[[BankSpec], None] = lambda spec: None,
         shard: ShardConfig | None = None,
@@ -128,6 +131,7 @@ class Gateway:
         load_trusted_keys: Callable[[], TrustedKeys | None] = lambda: None,
     ) -> None:
         self._bank_url = bank_url
+        self._keyring_url = keyring_url
         self._check_spec = check_spec
         self._check_ours = check_ours
         self._load_trusted_keys = load_trusted_keys
@@ -157,7 +161,7 @@ class Gateway:
         with self._lock:
             if self._served is None:
                 try:
-                    bank = Bank.open(self._bank_url)
+                    bank = self._open_bank()
                 except NotFoundError as err:
                     if err.reason is not Reason.NOT_A_BANK:
                         raise
@@ -237,17 +241,21 @@ class Gateway:
             return Bank.create(
                 self._bank_url,
                 spec,
+                keyring=self._keyring_url,
                 tree=document,
                 principal=request.principal,
                 request_id=request.request_id,
                 request_sha256=digest,
             )
         except AlreadyExistsError:
-            bank = Bank.open(self._bank_url)
+            bank = self._open_bank()
             if not _is_made_by(bank, request, digest):
                 raise
             # By this very request, but then its shards did not start.
             return bank
+
+    def _open_bank(self) -> Bank:
+        return Bank.open(self._bank_url, keyring=self._keyring_url)
 
     def operations(self) -> BankAdmin:
         """Return the operations of the bank."""

@@ -20,6 +20,8 @@ class ShardSettings:
     """Identity of the shard."""
     bank_url: str
     """The bank."""
+    keyring_url: str = ""
+    """Its keyring; "" = it is not sealed."""
     partitions: tuple[int, ...]
     """Partitions it owns."""
     service: str = ""

@@ -76,7 +76,8 @@ def up(config: UpConfig) -> Endpoint:
     Raises
     ------
     FailedPreconditionError
-        INSECURE_ENDPOINT, PORT_IN_USE, BANK_IN_USE, BAD_KEY, or what somebody must mend in the storage.
+        INSECURE_ENDPOINT, PORT_IN_USE, BANK_IN_USE, BAD_KEY, KEYRING_NEEDED, KEYRING_MISMATCH,
+        BANK_NOT_SEALED, or what somebody must mend in the storage.
     InvalidArgumentError
         If the file of trusted keys cannot be read (BAD_KEY).
     CorruptionError
@@ -223,7 +224,7 @@ def _check_not_running(config: UpConfig) -> None:
 
 def _check_bank(config: UpConfig) -> None:
     try:
-        bank = Bank.open(config.bank_url)
+        bank = Bank.open(config.bank_url, keyring=config.keyring_url)
     except NotFoundError as err:
         if err.reason is not Reason.NOT_A_BANK:
             raise
@@ -282,6 +283,7 @@ def _endpoint(config: UpConfig, local: LocalRay | None, started: ControllerStatu
     return Endpoint(
         address=started.address,
         bank_url=config.bank_url,
+        keyring_url=config.keyring_url,
         ray_address=ray.get_runtime_context().gcs_address,
         ray_dir=None if local is None else local.folder,
         ray_mark=None if local is None else local.mark,

@@ -115,6 +115,7 @@ class Service:
         self._gateway = Gateway(
             config.bank_url,
             self._start_fleet,
+            keyring_url=config.keyring_url,
             load_signer=config.load_signer,
             check_spec=lambda spec: check_spec(config, spec),
             shard=config.shard_config(),

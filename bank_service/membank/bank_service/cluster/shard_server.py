@@ -8,6 +8,7 @@ import os
 import threading
 import uuid
 from collections.abc import Callable
+from functools import partial
 
 from membank.bank_service.cluster.claim import require_claim
 from membank.bank_service.cluster.config import default_journal_root, journal_name
@@ -50,7 +51,7 @@ class ShardServer:
     node, node_id
         Address and name of this machine, for `ShardIdentity`.
     open_bank
-        Opens the bank.
+        Opens the bank at a URL; None = `Bank.open`, with the keyring that `settings` name.
 
     Raises
     ------
@@ -67,9 +68,10 @@ class ShardServer:
         *,
         node: str = "127.0.0.1",
         node_id: str = "",
-        open_bank: Callable[[str], Bank] = Bank.open,
+        open_bank: Callable[[str], Bank] | None = None,
     ) -> None:
         self._settings = settings
+        open_bank = open_bank or partial(Bank.open, keyring=settings.keyring_url)
         self._bank = open_bank(settings.bank_url)
         if settings.service:
             self._bank = _ClaimedBank(self._bank, settings.service)

@@ -37,6 +37,8 @@ class Endpoint:
     """Environment mark of that Ray's processes."""
     num_shards: int = 0
     """Shards it was started with."""
+    keyring_url: str = ""
+    """Keyring of its bank; empty = it is not sealed."""
     had_bank: bool = True
     """Whether there was a bank when it was started; else it waited for `CreateBank`."""
 

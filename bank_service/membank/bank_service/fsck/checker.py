@@ -29,6 +29,7 @@ from membank.bank_service.fsck.report import (
     Severity,
 )
 from membank.bank_service.fsck.retention import lost_records, missing_manifests
+from membank.bank_service.fsck.seals import check_document_seals, check_seals
 from membank.bank_service.fsck.slots import check_slots, check_unnamed
 from membank.bank_service.fsck.strays import (
     JOURNAL_KEY,
@@ -100,12 +101,20 @@ class Checks:
 
 
 EVERYTHING = Checks(
-    bank=(check_chain, _check_snapshots, check_trees, _check_packs, ReceiptCheck()),
+    bank=(
+        check_chain,
+        _check_snapshots,
+        check_trees,
+        _check_packs,
+        check_document_seals,
+        ReceiptCheck(),
+    ),
     partition=(
         _check_manifests,
         check_arrays,
         check_slots,
         check_unnamed,
+        check_seals,
         check_removal,
         check_journals,
         check_partition_names,

@@ -10,8 +10,7 @@ from enum import Enum, auto
 from typing import TypeVar
 
 from membank.bank_service.fsck.report import Finding, FindingKind
-from membank.bank_service.store.local_objects import LocalObjects
-from membank.bank_service.store.objects import ObjectStore
+from membank.bank_service.store.objects import ObjectStore, directory_of
 from membank.wire.errors import MembankError, NotFoundError
 
 K = TypeVar("K")
@@ -85,7 +84,7 @@ def examine_each(
     Where every object takes a round trip, the next few are on their way meanwhile; on a local disk
     there is one in memory at a time.
     """
-    if isinstance(objects, LocalObjects):
+    if directory_of(objects) is not None:
         for who, key, decode in jobs:
             yield who, key, examine(objects, key, decode)
         return

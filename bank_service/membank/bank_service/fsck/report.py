@@ -72,6 +72,8 @@ class FindingKind(StrEnum):
     JOURNAL_NOT_CHECKED = "journal-not-checked"
     REPLAY_MISMATCH = "replay-mismatch"
     REPLAY_NOT_CHECKED = "replay-not-checked"
+    SEAL_KEY_MISSING = "seal-key-missing"
+    SEAL_UNFINISHED = "seal-unfinished"
     REMOVAL_UNFINISHED = "removal-unfinished"
     OBJECT_UNREADABLE = "object-unreadable"
     OBJECT_MISNAMED = "object-misnamed"
@@ -97,6 +99,7 @@ _NOTES = frozenset(
         FindingKind.MANIFEST_GIVEN_UP,
         FindingKind.RETIREMENT_UNFINISHED,
         FindingKind.SLOT_UNNAMED,
+        FindingKind.SEAL_UNFINISHED,
         FindingKind.JOURNAL_TORN,
         FindingKind.JOURNAL_OUTDATED,
         FindingKind.JOURNAL_NOT_CHECKED,

@@ -12,8 +12,7 @@ from membank.bank_service.fsck.segments import is_local_segment
 from membank.bank_service.fsck.slots import slot_of
 from membank.bank_service.fsck.view import PartitionView
 from membank.bank_service.store.journal.spares import SPARE_SUFFIX
-from membank.bank_service.store.local_objects import LocalObjects
-from membank.bank_service.store.objects import PROBES, ObjectStore
+from membank.bank_service.store.objects import PROBES, ObjectStore, directory_of
 from membank.wire.format.layout import (
     SPEC_KEY,
     array_prefix,
@@ -39,10 +38,10 @@ JOURNAL_KEY = re.compile(r"partitions/(\d+)/journal/([^/]+)")
 
 def check_scratch(objects: ObjectStore) -> Iterator[Finding]:
     """Report scratch files of a bank in a directory."""
-    if not isinstance(objects, LocalObjects):
+    if (directory := directory_of(objects)) is None:
         return
     # The store's listings leave them out; only looking at names is sure to disturb no writer.
-    folders = [path for path in _children(objects.root / ".tmp") if path.is_dir()]
+    folders = [path for path in _children(directory / ".tmp") if path.is_dir()]
     count = sum(1 for folder in folders for path in _children(folder) if path.name != "lock")
     if count:
         yield _leftover(

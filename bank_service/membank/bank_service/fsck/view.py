@@ -23,7 +23,8 @@ from membank.bank_service.fsck.segments import (
 from membank.bank_service.fsck.snapshots import Snapshots, survey_snapshots
 from membank.bank_service.store.journal.spares import SPARE_SUFFIX
 from membank.bank_service.store.local_objects import LocalObjects
-from membank.bank_service.store.objects import ObjectStore
+from membank.bank_service.store.objects import ObjectStore, directory_of
+from membank.bank_service.store.sealed_objects import Halves, halves_of
 from membank.wire.format.layout import log_prefix, partition_prefix
 from membank.wire.spec import BankSpec
 
@@ -156,7 +157,7 @@ class PartitionView:
         if self.bank.journal_dir is not None:
             folder = self.bank.journal_dir.absolute() / self.spec.bank_id / f"{self.number:04d}"
             return str(folder)
-        is_local = isinstance(self.bank.objects, LocalObjects)
+        is_local = directory_of(self.bank.objects) is not None
         is_beside = is_local or self.number in self.bank.with_journals
         return f"{partition_prefix(self.number)}/journal" if is_beside else ""
 
@@ -203,4 +204,10 @@ class PartitionView:
         """Keys of the partition's objects."""
         # A slot is written before a manifest names it: listed after the manifests, it is there.
         _ = self.manifests
-        return frozenset(self.bank.objects.list(partition_prefix(self.number)))
+        return frozenset(self.bank.objects.list(partition_prefix(self.number))) - self.halves.all
+
+    @cached_property
+    def halves(self) -> Halves:
+        """What is stored of the partition without its key, or the other way round."""
+        _ = self.manifests
+        return halves_of(self.bank.objects, partition_prefix(self.number))

@@ -15,8 +15,9 @@ from membank.bank_service.shard.garbage import Item, merged, summed
 from membank.bank_service.shard.retention import Retention
 from membank.bank_service.store import Bank
 from membank.bank_service.store.objects import PROBES
-from membank.wire.errors import NotFoundError
-from membank.wire.format.layout import TREES, number_in, snapshot_key, tree_key
+from membank.bank_service.store.sealed_objects import halves_of
+from membank.wire.errors import CorruptionError, NotFoundError
+from membank.wire.format.layout import TREES, log_prefix, number_in, snapshot_key, tree_key
 from membank.wire.records import Garbage, GarbageKind, GarbageReport
 
 _LOG = logging.getLogger(__name__)
@@ -135,8 +136,21 @@ class GarbageCollector:
                 for key in self._bank.objects.list(TREES)
                 if number_in(key, tree_key) not in {None, in_force}
             ]
-            items = [Item(kind, key, len(self._bank.objects.get(key))) for kind, key in keys]
+            # Of a sealed bank's journals, what trimming left that was cut off: nobody lists it, and
+            # no number of a journal is used again.
+            keys += [
+                (GarbageKind.UNNAMED_SLOT, key)
+                for partition in range(self._bank.spec.num_partitions)
+                for key in sorted(halves_of(self._bank.objects, log_prefix(partition)).without_key)
+            ]
+            items = [Item(kind, key, self._size(key)) for kind, key in keys]
             return self._remove(items, dry_run=dry_run)
+
+    def _size(self, key: str) -> int:
+        try:
+            return len(self._bank.objects.get(key))
+        except (NotFoundError, CorruptionError):
+            return 0  # half of a sealed object, or one that nobody can open
 
     def _still_there(self, probes: list[str]) -> list[Item]:
         items = []

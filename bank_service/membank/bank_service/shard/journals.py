@@ -16,7 +16,7 @@ from membank.bank_service.store.journal import (
     Ownership,
     ShippedJournal,
 )
-from membank.bank_service.store.local_objects import LocalObjects
+from membank.bank_service.store.objects import directory_of
 from membank.wire.errors import CorruptionError, FailedPreconditionError, Reason
 from membank.wire.format import Manifest
 from membank.wire.format.layout import log_prefix, manifest_prefix, partition_prefix
@@ -30,13 +30,22 @@ def journal_folder(context: ShardContext, number: int) -> Path:
     Raises
     ------
     FailedPreconditionError
-        If the bank is not in a directory and no `journal_dir` is set.
+        If the bank is not in a directory and no `journal_dir` is set, or it is sealed and its
+        journal would not be.
     """
     bank, configured = context.bank, context.config.journal_dir
+    if bank.is_sealed and context.config.durability is not Durability.STORE:
+        # Gradients tell what they were computed on, and no key would ever be destroyed for them.
+        raise FailedPreconditionError(
+            f"the bank at {bank.url} is sealed, and a journal on a local disk would hold its updates "
+            f"in the clear; set durability to {Durability.STORE.value}",
+            reason=Reason.BAD_CONFIG,
+            metadata={"field": "durability", "value": context.config.durability.value},
+        )
     if configured is not None:
         return Path(configured) / bank.spec.bank_id / f"{number:04d}"
-    if isinstance(bank.objects, LocalObjects):
-        return bank.objects.root / partition_prefix(number) / "journal"
+    if (directory := directory_of(bank.objects)) is not None:
+        return directory / partition_prefix(number) / "journal"
     raise FailedPreconditionError(
         f"{bank.url} is not a directory, so journal_dir must say where the journals go",
         reason=Reason.BAD_CONFIG,

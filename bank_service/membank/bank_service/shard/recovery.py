@@ -30,7 +30,7 @@ from membank.bank_service.shard.retention import Retention
 from membank.bank_service.shard.state import PartitionState
 from membank.bank_service.shard.update_frame import decode_update
 from membank.bank_service.store.journal import Ownership
-from membank.bank_service.store.local_objects import LocalObjects
+from membank.bank_service.store.objects import directory_of
 from membank.wire.format import Manifest
 
 _LOG = logging.getLogger(__name__)
@@ -246,7 +246,7 @@ def _as_of_owner(current: Manifest, last: Manifest | None) -> Manifest:
 def _lease_s(context: ShardContext) -> float:
     """Return how long an owner may answer without asking; infinity = a lock proves that it may."""
     config = context.config
-    is_locked = isinstance(context.bank.objects, LocalObjects) and config.journal_dir is None
+    is_locked = directory_of(context.bank.objects) is not None and config.journal_dir is None
     return math.inf if is_locked or config.lease_s == 0 else config.lease_s
 
 

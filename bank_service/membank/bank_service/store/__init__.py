@@ -1,6 +1,7 @@
 """What a bank is made of on storage: objects, zarr arrays of slots, journals, the bank's documents.
 
 Modules: `objects` (the seam to storage), `local_objects`, `s3_objects` and `fsspec_objects` (implementations),
+`sealed_objects` (one that encrypts what it keeps in two others),
 `arrays` (zarr metadata and slots), `journal` (the redo log, a package), `bank` (documents of a bank), `records` (its
 chain of revisions).
 """
@@ -14,6 +15,7 @@ from membank.bank_service.store.objects import Data, ObjectStore, probe_create_o
 from membank.bank_service.store.open_objects import open_objects
 from membank.bank_service.store.s3_account import S3Config
 from membank.bank_service.store.s3_objects import S3Objects
+from membank.bank_service.store.sealed_objects import SealedObjects
 
 __all__ = [
     "Bank",
@@ -26,6 +28,7 @@ __all__ = [
     "Ownership",
     "S3Config",
     "S3Objects",
+    "SealedObjects",
     "SlotArrays",
     "open_objects",
     "probe_create_only",

@@ -11,6 +11,7 @@ from functools import partial
 from membank.bank_service.store.objects import ObjectStore, probe_create_only, publish
 from membank.bank_service.store.open_objects import open_objects
 from membank.bank_service.store.records import RevisionRecords, missing_record
+from membank.bank_service.store.sealed_objects import SealedObjects
 from membank.wire.errors import (
     AlreadyExistsError,
     ConflictError,
@@ -20,17 +21,18 @@ from membank.wire.errors import (
     Reason,
 )
 from membank.wire.format import (
+    BankDocument,
     Manifest,
     RevisionRecord,
     TreeDocument,
+    decode_bank,
     decode_manifest,
     decode_snapshot,
-    decode_spec,
     decode_tree,
+    encode_bank,
     encode_manifest,
     encode_revision,
     encode_snapshot,
-    encode_spec,
     encode_tree,
 )
 from membank.wire.format.layout import (
@@ -46,6 +48,7 @@ from membank.wire.format.layout import (
     tree_key,
 )
 from membank.wire.format.revision import REQUEST_SHA256
+from membank.wire.format.sealed import Keyed, require_keyring
 from membank.wire.records import Snapshot
 from membank.wire.spec import NAME_PATTERN, BankSpec
 
@@ -74,6 +77,7 @@ class Bank:
         where: str | ObjectStore,
         spec: BankSpec,
         *,
+        keyring: str = "",
         tree: TreeDocument | None = None,
         principal: str = "",
         request_id: str = "",
@@ -87,6 +91,9 @@ class Bank:
             URL of a directory or bucket prefix, or a store that serves one.
         spec
             What to create; a random `bank_id` is given to it where it has none.
+        keyring
+            URL of the keyring of a bank that is to be sealed; empty = it is not, unless `where` is a
+            store that seals.
         tree
             Labels and retriever, if they are known already.
         principal, request_id
@@ -99,9 +106,10 @@ class Bank:
         AlreadyExistsError
             If there is a bank (BANK_EXISTS); it is untouched.
         FailedPreconditionError
-            If the storage cannot hold a bank safely (STORE_UNSUPPORTED) or refuses to be written.
+            If the storage cannot hold a bank safely (STORE_UNSUPPORTED) or refuses to be written, or
+            the keyring is of another bank (KEYRING_MISMATCH).
         """
-        objects = open_objects(where) if isinstance(where, str) else where
+        objects = open_objects(where, keyring=keyring) if isinstance(where, str) else where
         if _exists(objects, SPEC_KEY):
             raise _bank_exists(objects)
         probe_create_only(objects)
@@ -120,23 +128,29 @@ class Bank:
         documents = {revision_key(0): encode_revision(record)}
         if tree is not None:
             documents[tree_key(0)] = encode_tree(tree)
-        _publish_first(objects, documents, encode_spec(bank.spec))
+        is_sealed = isinstance(objects, SealedObjects)
+        if is_sealed:
+            # Before anything is sealed: another creation that runs now is refused here.
+            objects.begin_keyring(bank.spec.bank_id)
+        document = BankDocument(spec=bank.spec, is_sealed=is_sealed)
+        _publish_first(objects, documents, encode_bank(document))
         return bank
 
     @classmethod
-    def open(cls, where: str | ObjectStore) -> Bank:
-        """Open the bank at `where` (as for `create`).
+    def open(cls, where: str | ObjectStore, *, keyring: str = "") -> Bank:
+        """Open the bank at `where` (as for `create`), with its keyring where it is sealed.
 
         Raises
         ------
         NotFoundError
             If there is none (NOT_A_BANK).
         FailedPreconditionError
-            If a newer membank wrote it (FORMAT_TOO_NEW), or the storage refuses to be read.
+            If a newer membank wrote it (FORMAT_TOO_NEW), the storage refuses to be read, or the keyring
+            is not the one that it needs (KEYRING_NEEDED, KEYRING_MISMATCH, BANK_NOT_SEALED).
         CorruptionError
             If its spec is damaged (SPEC_CORRUPT) or revision 0 is missing.
         """
-        objects = open_objects(where) if isinstance(where, str) else where
+        objects = open_objects(where, keyring=keyring) if isinstance(where, str) else where
         try:
             data = objects.get(SPEC_KEY)
         except NotFoundError as err:
@@ -145,7 +159,9 @@ class Bank:
                 reason=Reason.NOT_A_BANK,
                 metadata={"bank": objects.url},
             ) from err
-        bank = cls(objects, decode_spec(data, where=objects.url))
+        document = decode_bank(data, where=objects.url)
+        require_keyring(objects, document, where=objects.url)
+        bank = cls(objects, document.spec)
         if not _exists(objects, revision_key(0)):
             raise _no_records(objects)
         return bank
@@ -154,6 +170,11 @@ class Bank:
     def url(self) -> str:
         """Where the bank is."""
         return self.objects.url
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether content is sealed, each object with a key of its own."""
+        return isinstance(self.objects, Keyed)
 
     def latest_number(self) -> int:
         """Return the number of the newest revision record, committed or aborted."""

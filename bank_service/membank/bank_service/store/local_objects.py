@@ -80,6 +80,11 @@ class LocalObjects:
         # docstring inherited
         return str(self.root)
 
+    @property
+    def directory(self) -> Path:
+        # docstring inherited
+        return self.root
+
     def get(self, key: str) -> bytes:
         # docstring inherited
         path = self._path(key)
@@ -160,6 +165,17 @@ class LocalObjects:
         path = self._path(key)
         try:
             os.unlink(path)
+        except FileNotFoundError:
+            pass
+        except OSError as err:
+            raise self._error(err, key) from err
+
+    def delete_durably(self, key: str) -> None:
+        # docstring inherited
+        self.delete(key)
+        try:
+            # Also where there was no file: an earlier removal may have been cut off before this.
+            sync_folder(_parent(self._path(key)))
         except FileNotFoundError:
             pass
         except OSError as err:

@@ -12,6 +12,7 @@ import re
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from membank.bank_service.store.s3_errors import s3_error
@@ -108,6 +109,45 @@ class VersionKeeping(Protocol):
         """Say whether what is put at `key`, where there is an object, stays after its removal."""
 
 
+@runtime_checkable
+class InDirectory(Protocol):
+    """What a store may offer beside its verbs: its objects are files, beside which locks can lie."""
+
+    @property
+    def directory(self) -> Path | None:
+        """The directory; None = there is none after all."""
+
+
+@runtime_checkable
+class Forgetting(Protocol):
+    """What a store may offer beside its verbs, if a removal could be undone by a loss of power."""
+
+    def delete_durably(self, key: str) -> None:
+        """Remove an object as `ObjectStore.delete` does, and return once it stays away."""
+
+
+@runtime_checkable
+class Layered(Protocol):
+    """What a store offers beside its verbs that keeps its objects in others."""
+
+    @property
+    def stores(self) -> Sequence[ObjectStore]:
+        """The others, each of which must keep the promises of a store."""
+
+
+def directory_of(objects: ObjectStore) -> Path | None:
+    """Return the directory whose files the objects are; None = they lie elsewhere."""
+    return objects.directory if isinstance(objects, InDirectory) else None
+
+
+def forget(objects: ObjectStore, key: str) -> None:
+    """Remove an object for good: stores behind a network always do."""
+    if isinstance(objects, Forgetting):
+        objects.delete_durably(key)
+    else:
+        objects.delete(key)
+
+
 def whole(data: Data) -> bytes:
     """Return `data` in one piece."""
     return data if isinstance(data, bytes) else b"".join(data)
@@ -154,6 +194,10 @@ def probe_create_only(objects: ObjectStore) -> None:
     FailedPreconditionError
         If it does not, or keeps versions of what is deleted (reason STORE_UNSUPPORTED).
     """
+    if isinstance(objects, Layered):
+        for store in objects.stores:
+            probe_create_only(store)
+        return
     key = f"{PROBES}/{uuid.uuid4().hex}"
     first, second = (uuid.uuid4().bytes for _ in range(2))
     try:
@@ -165,7 +209,7 @@ def probe_create_only(objects: ObjectStore) -> None:
             objects.delete(key)
     if problem is not None:
         raise FailedPreconditionError(
-            f"{objects.url} cannot hold a bank: {problem}",
+            f"{objects.url} cannot hold a bank, nor a keyring: {problem}",
             reason=Reason.STORE_UNSUPPORTED,
             metadata={"url": objects.url},
         )

@@ -58,6 +58,8 @@ class DemoConfig:
     """What is trained."""
     bank_url: str = ""
     """Directory or URL where the bank is kept; empty = in `out`. All else is in `out`."""
+    keyring_url: str = ""
+    """Directory or URL of the keyring that the bank is sealed with; empty = it is not sealed."""
     num_shards: int = 2
     """Shard actors."""
     num_workers: int = 2
@@ -229,7 +231,7 @@ class Demo:
         if not self._config.bank_url or self._state.has(_LAST_SERVED):
             return
         try:
-            bank = Bank.open(self._bank_url)
+            bank = Bank.open(self._bank_url, keyring=self._config.keyring_url)
         except NotFoundError:
             return
         if bank.require_record(0).request_id != self._request_id():
@@ -257,6 +259,7 @@ class Demo:
             Bank.create(
                 self._bank_url,
                 spec,
+                keyring=self._config.keyring_url,
                 tree=self._run.tree(),
                 principal="demo",
                 request_id=request_id,
@@ -273,6 +276,7 @@ class Demo:
             endpoint = up(
                 UpConfig(
                     bank_url=self._bank_url,
+                    keyring_url=self._config.keyring_url,
                     num_shards=self._config.num_shards,
                     port=0,
                     journal_dir=self._config.out / "journals" if is_url else None,

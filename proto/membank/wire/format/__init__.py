@@ -3,7 +3,13 @@
 Shards and anything that opens a bank without a server decode with the same functions.
 """
 
-from membank.wire.format.document import decode_spec, encode_spec
+from membank.wire.format.document import (
+    BankDocument,
+    decode_bank,
+    decode_spec,
+    encode_bank,
+    encode_spec,
+)
 from membank.wire.format.entries import NO_SLOT, Entry, EntryTable
 from membank.wire.format.initial import initial_weight
 from membank.wire.format.layout import FORMAT_VERSION
@@ -16,17 +22,20 @@ from membank.wire.format.tree import TreeDocument, decode_tree, encode_tree
 __all__ = [
     "FORMAT_VERSION",
     "NO_SLOT",
+    "BankDocument",
     "Entry",
     "EntryTable",
     "Manifest",
     "RevisionRecord",
     "TreeDocument",
+    "decode_bank",
     "decode_manifest",
     "decode_revision",
     "decode_slot",
     "decode_snapshot",
     "decode_spec",
     "decode_tree",
+    "encode_bank",
     "encode_manifest",
     "encode_revision",
     "encode_slot",

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from membank.wire.crc import crc32c
 from membank.wire.errors import CorruptionError, FailedPreconditionError, MembankError, Reason
 from membank.wire.format.layout import FORMAT_VERSION
 from membank.wire.spec import BankSpec, LevelSpec, OptimizerSpec
+
+SEALED_FORMAT = 2
+"""Format of a bank whose content is sealed. Software that knows nothing of seals refuses it."""
+_SEAL = "aes-256-gcm"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BankDocument:
+    """What bank.json says."""
+
+    spec: BankSpec
+    """The spec."""
+    is_sealed: bool = False
+    """Whether content is sealed, each object with a key of its own (`membank.wire.format.sealed`)."""
 
 
 def spec_to_json(spec: BankSpec) -> dict[str, object]:
@@ -38,15 +52,28 @@ def spec_from_json(body: dict[str, object]) -> BankSpec:
     )
 
 
-def encode_spec(spec: BankSpec) -> bytes:
-    """Encode `spec` as the content of bank.json."""
-    body = spec_to_json(spec)
+def encode_bank(document: BankDocument) -> bytes:
+    """Encode `document` as the content of bank.json."""
+    body = spec_to_json(document.spec)
     text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    document = {"format": FORMAT_VERSION, "spec": body, "crc32c": crc32c(text.encode())}
-    return json.dumps(document, indent=1, sort_keys=True).encode()
+    fields: dict[str, object] = {"format": FORMAT_VERSION, "spec": body}
+    if document.is_sealed:
+        fields |= {"format": SEALED_FORMAT, "seal": _SEAL}
+    fields["crc32c"] = crc32c(text.encode())
+    return json.dumps(fields, indent=1, sort_keys=True).encode()
+
+
+def encode_spec(spec: BankSpec) -> bytes:
+    """Encode `spec` as the content of bank.json of a bank that is not sealed."""
+    return encode_bank(BankDocument(spec=spec))
 
 
 def decode_spec(data: bytes, *, where: str) -> BankSpec:
+    """Return the spec in bank.json; see `decode_bank`."""
+    return decode_bank(data, where=where).spec
+
+
+def decode_bank(data: bytes, *, where: str) -> BankDocument:
     """Decode bank.json.
 
     Parameters
@@ -58,8 +85,8 @@ def decode_spec(data: bytes, *, where: str) -> BankSpec:
 
     Returns
     -------
-    BankSpec
-        The spec.
+    BankDocument
+        What it says.
 
     Raises
     ------
@@ -73,9 +100,9 @@ def decode_spec(data: bytes, *, where: str) -> BankSpec:
         version = int(document["format"])
     except (ValueError, KeyError, TypeError) as err:
         raise _damaged(where, err) from err
-    if version > FORMAT_VERSION:
+    if version > SEALED_FORMAT:
         raise FailedPreconditionError(
-            f"{where} has format {version}; this membank reads up to {FORMAT_VERSION}: upgrade it",
+            f"{where} has format {version}; this membank reads up to {SEALED_FORMAT}: upgrade it",
             reason=Reason.FORMAT_TOO_NEW,
             metadata={"format": str(version)},
         )
@@ -83,7 +110,11 @@ def decode_spec(data: bytes, *, where: str) -> BankSpec:
         text = json.dumps(document["spec"], sort_keys=True, separators=(",", ":"))
         if crc32c(text.encode()) != document["crc32c"]:
             raise ValueError("CRC-32C does not match")
-        return spec_from_json(document["spec"])
+        # Neither is covered by the CRC, and each says the same.
+        is_sealed = version == SEALED_FORMAT
+        if document.get("seal") != (_SEAL if is_sealed else None):
+            raise ValueError(f"format {version} and seal {document.get('seal')!r} do not agree")
+        return BankDocument(spec=spec_from_json(document["spec"]), is_sealed=is_sealed)
     except (ValueError, KeyError, TypeError, MembankError) as err:
         raise _damaged(where, err) from err
 

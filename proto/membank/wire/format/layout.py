@@ -31,6 +31,7 @@ FORMAT_VERSION = 1
 SPEC_KEY = "bank.json"
 REVISIONS = "revisions"
 TREES = "trees"
+PARTITIONS = "partitions"
 SNAPSHOTS = "snapshots"
 PACKS = "packs"
 RECEIPTS = "receipts"
@@ -100,7 +101,7 @@ def claim_key(number: int) -> str:
 
 def partition_prefix(partition: int) -> str:
     """Prefix of everything that belongs to `partition`."""
-    return f"partitions/{partition:04d}"
+    return f"{PARTITIONS}/{partition:04d}"
 
 
 def manifest_prefix(partition: int) -> str:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from membank.wire.errors import CorruptionError, NotFoundError, Reason, UnavailableError
-from membank.wire.format.document import decode_spec
+from membank.wire.format.document import decode_bank
 from membank.wire.format.entries import NO_SLOT, Entry
 from membank.wire.format.initial import initial_weight
 from membank.wire.format.layout import (
@@ -29,6 +29,7 @@ from membank.wire.format.layout import (
 )
 from membank.wire.format.manifest import Manifest, decode_manifest
 from membank.wire.format.revision import RevisionRecord, decode_revision
+from membank.wire.format.sealed import require_keyring
 from membank.wire.format.slot import decode_slot
 from membank.wire.format.snapshot import decode_snapshot
 from membank.wire.format.tree import TreeDocument, decode_tree
@@ -119,7 +120,7 @@ class StoredBank:
     NotFoundError
         If there is no bank (NOT_A_BANK).
     FailedPreconditionError
-        If a newer membank wrote it (FORMAT_TOO_NEW).
+        If a newer membank wrote it (FORMAT_TOO_NEW), or it is sealed and its keyring is not there.
     CorruptionError
         If its spec is damaged.
     """
@@ -136,7 +137,9 @@ class StoredBank:
                 reason=Reason.NOT_A_BANK,
                 metadata={"bank": objects.url},
             ) from err
-        self.spec: BankSpec = decode_spec(data, where=objects.url)
+        document = decode_bank(data, where=objects.url)
+        require_keyring(objects, document, where=objects.url)
+        self.spec: BankSpec = document.spec
         self._records: dict[int, RevisionRecord] = {}
 
     @property
