@@ -30,7 +30,7 @@ from membank.bank_service.knowledge import (
 from membank.bank_service.knowledge.shards import ShardHandle
 from membank.bank_service.shard import Shard, ShardConfig
 from membank.bank_service.shard.config import Durability
-from membank.bank_service.store import Bank, FsspecObjects, ObjectStore
+from membank.bank_service.store import Bank, FsspecObjects, ObjectStore, SealedObjects
 from membank.bank_service.store.objects import Data
 from membank.wire.errors import MembankError, UnavailableError
 from membank.wire.format import TreeDocument
@@ -101,6 +101,34 @@ class LocalPlace:
 
     def remove(self) -> None:
         shutil.rmtree(self._root)
+
+
+class SealedPlace:
+    """A sealed bank in a directory, and its keyring in another: both fail by one plan.
+
+    Shards need `Durability.STORE`.
+    """
+
+    journals: Path | None = None
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root or Path(tempfile.mkdtemp(prefix="membank-machine-"))
+        """Holds both."""
+        self.bank = self.root / "bank"
+        """Directory of the bank."""
+        self.keyring = self.root / "keyring"
+        """Directory of the keyring."""
+
+    def objects(self, plan: FaultPlan) -> ObjectStore:
+        return SealedObjects(
+            _FaultyDirectory(self.bank, plan), _FaultyDirectory(self.keyring, plan)
+        )
+
+    def files(self) -> dict[str, bytes]:
+        return file_bytes(self.root)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.root)
 
 
 class MemoryPlace:

@@ -64,6 +64,9 @@ class UnsyncedObjects(LocalObjects):
     def sync(self, keys: Sequence[str]) -> None:
         del keys
 
+    def delete_durably(self, key: str) -> None:
+        self.delete(key)
+
 
 def create_bank(root: Path, spec: BankSpec | None = None) -> Bank:
     """Create a bank in `root`."""

@@ -16,6 +16,7 @@ from membank.bank_service.bench.opening import OpenBench
 from membank.bank_service.bench.reads import PageCache, ReadBench
 from membank.bank_service.bench.s3 import S3ReadBench
 from membank.bank_service.bench.scale import FULL, Scale
+from membank.bank_service.bench.sealing import SealedFoldBench, SealedReadBench
 from membank.bank_service.bench.updates import UpdateBench
 from membank.bank_service.shard.config import Durability
 from membank.wire.errors import InvalidArgumentError, Reason
@@ -48,6 +49,8 @@ def store_benches(folder: Path, scale: Scale = FULL, *, s3_url: str | None = Non
         ApplyBench(folder, BLOCK_16MB, 1, scale, target=True),
         ApplyBench(folder, BLOCK_128KB, 64, scale, target=False),
         *(ConsolidationBench(folder, size, plain, scale) for size in sizes for plain in Plain),
+        *(SealedFoldBench(folder, size, scale) for size in sizes),
+        *(SealedReadBench(folder, size, scale) for size in sizes),
         S3ReadBench(s3_url, scale),
         OpenBench(shelf, scale),
         UpdateBench(shelf, scale),

@@ -93,10 +93,10 @@ class Gateway:
     ----------
     bank_url
         Where the bank is, or will be.
-    keyring_url
-        Where its keyring is; empty = it is not sealed.
     start_fleet
         Starts the shards of a bank.
+    keyring_url
+        Where its keyring is; empty = it is not sealed.
     load_signer
         Returns what signs the receipts of deletions.
     check_spec

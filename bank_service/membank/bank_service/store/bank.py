@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
+from membank.bank_service.store.creation import bank_exists, exists, no_records, publish_first
 from membank.bank_service.store.objects import ObjectStore, probe_create_only, publish
 from membank.bank_service.store.open_objects import open_objects
 from membank.bank_service.store.records import RevisionRecords, missing_record
@@ -110,8 +111,8 @@ class Bank:
             the keyring is of another bank (KEYRING_MISMATCH).
         """
         objects = open_objects(where, keyring=keyring) if isinstance(where, str) else where
-        if _exists(objects, SPEC_KEY):
-            raise _bank_exists(objects)
+        if exists(objects, SPEC_KEY):
+            raise bank_exists(objects)
         probe_create_only(objects)
         bank = cls(objects, dataclasses.replace(spec, bank_id=spec.bank_id or uuid.uuid4().hex))
         record = RevisionRecord(
@@ -128,12 +129,11 @@ class Bank:
         documents = {revision_key(0): encode_revision(record)}
         if tree is not None:
             documents[tree_key(0)] = encode_tree(tree)
-        is_sealed = isinstance(objects, SealedObjects)
-        if is_sealed:
+        if isinstance(objects, SealedObjects):
             # Before anything is sealed: another creation that runs now is refused here.
             objects.begin_keyring(bank.spec.bank_id)
-        document = BankDocument(spec=bank.spec, is_sealed=is_sealed)
-        _publish_first(objects, documents, encode_bank(document))
+        document = BankDocument(spec=bank.spec, is_sealed=bank.is_sealed)
+        publish_first(objects, documents, encode_bank(document))
         return bank
 
     @classmethod
@@ -162,8 +162,8 @@ class Bank:
         document = decode_bank(data, where=objects.url)
         require_keyring(objects, document, where=objects.url)
         bank = cls(objects, document.spec)
-        if not _exists(objects, revision_key(0)):
-            raise _no_records(objects)
+        if not exists(objects, revision_key(0)):
+            raise no_records(objects)
         return bank
 
     @property
@@ -180,7 +180,7 @@ class Bank:
         """Return the number of the newest revision record, committed or aborted."""
         numbers = numbers_in(self.objects.list(REVISIONS), revision_key)
         if not numbers:
-            raise _no_records(self.objects)
+            raise no_records(self.objects)
         return numbers[-1]
 
     def record(self, revision: int) -> RevisionRecord | None:
@@ -460,57 +460,3 @@ class Bank:
             reason=Reason.UNKNOWN_SNAPSHOT,
             metadata={"snapshot": name},
         )
-
-
-def _publish_first(objects: ObjectStore, documents: Mapping[str, bytes], spec: bytes) -> None:
-    """Publish what a bank begins with.
-
-    `bank.json` comes last and decides which of two creations it is that happened: whatever a crash
-    leaves before it is no bank and is replaced.
-    """
-    replaced: dict[str, bytes] = {}
-    for key, data in documents.items():
-        try:
-            publish(objects, key, data)
-        except AlreadyExistsError as err:
-            if _exists(objects, SPEC_KEY):
-                raise _bank_exists(objects) from err
-            replaced[key] = objects.get(key)
-            objects.put(key, data, durable=True)
-    try:
-        publish(objects, SPEC_KEY, spec)
-    except AlreadyExistsError as err:
-        for key, data in replaced.items():
-            # No leftovers, then: they belong to the bank that was made meanwhile.
-            objects.put(key, data, durable=True)
-        raise _bank_exists(objects) from err
-    if tree_key(0) not in documents:
-        objects.delete(tree_key(0))
-    for key, data in documents.items():
-        # One that ran at the same time, and lost, may have taken ours for leftovers.
-        if objects.get(key) != data:
-            objects.put(key, data, durable=True)
-
-
-def _exists(objects: ObjectStore, key: str) -> bool:
-    try:
-        objects.get_range(key, 0, 1)
-    except NotFoundError:
-        return False
-    return True
-
-
-def _bank_exists(objects: ObjectStore) -> AlreadyExistsError:
-    return AlreadyExistsError(
-        f"{objects.url} holds a bank already; choose another place",
-        reason=Reason.BANK_EXISTS,
-        metadata={"bank": objects.url},
-    )
-
-
-def _no_records(objects: ObjectStore) -> CorruptionError:
-    return CorruptionError(
-        f"{objects.url} has no {revision_key(0)}; restore the bank from a copy",
-        reason=Reason.MANIFEST_CORRUPT,
-        metadata={"key": revision_key(0)},
-    )
