@@ -7,28 +7,25 @@ import pickle
 import signal
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
 import pytest
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from membank.bank_service.store import (
     Data,
     FsspecObjects,
     LocalObjects,
     ObjectStore,
-    SealedObjects,
     open_objects,
     probe_create_only,
     publish,
 )
 from membank.bank_service.store.local_objects import offers_unnamed
-from membank.bank_service.store.objects import Viewable, check_key
-from membank.wire.crc import crc32c
+from membank.bank_service.store.objects import Viewable
 from membank.wire.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
@@ -39,6 +36,7 @@ from membank.wire.errors import (
     UnavailableError,
 )
 from s3_server import S3Place
+from sealed_folder import SealedFolder
 
 
 @dataclass(frozen=True)
@@ -94,76 +92,9 @@ def _past(
     )
 
 
-class _SealedFolder:
-    """The folder ``trees`` of a store that seals, where everything is sealed, as a store."""
-
-    def __init__(self, inner: SealedObjects) -> None:
-        self.inner = inner
-
-    @property
-    def url(self) -> str:
-        return f"{self.inner.url}/trees"
-
-    def get(self, key: str) -> bytes:
-        return self.inner.get(self._key(key))
-
-    def get_range(self, key: str, start: int, end: int) -> bytes:
-        return self.inner.get_range(self._key(key), start, end)
-
-    def put(self, key: str, data: Data, *, durable: bool = False) -> None:
-        self.inner.put(self._key(key), data, durable=durable)
-
-    def put_if_absent(self, key: str, data: Data, *, durable: bool = False) -> None:
-        self.inner.put_if_absent(self._key(key), data, durable=durable)
-
-    def sync(self, keys: Sequence[str]) -> None:
-        self.inner.sync([self._key(key) for key in keys])
-
-    def list(self, prefix: str) -> list[str]:
-        # Nothing but what a bank seals is in there: one level of names.
-        top = prefix and _flat(prefix + "/")
-        if prefix:
-            check_key(prefix)
-        names = (key.removeprefix("trees/") for key in self.inner.list("trees"))
-        return sorted(_deep(name) for name in names if name.startswith(top))
-
-    def delete(self, key: str) -> None:
-        self.inner.delete(self._key(key))
-
-    def _key(self, key: str) -> str:
-        check_key(key)
-        return f"trees/{_flat(key)}"
-
-
-def _flat(key: str) -> str:
-    return key.replace("/", "\N{FRACTION SLASH}")
-
-
-def _deep(name: str) -> str:
-    return name.replace("\N{FRACTION SLASH}", "/")
-
-
 def _sealed(bank: ObjectStore, keyring: ObjectStore) -> Subject:
-    """A store that seals; the way past it knows the bytes of seals, and opens them itself."""
-    store = SealedObjects(bank, keyring)
-    store.begin_keyring("b" * 32)
-
-    def read_raw(key: str) -> bytes:
-        place = f"trees/{_flat(key)}"
-        record, sealed = keyring.get(place), bank.get(place)
-        assert sealed[:8] == b"MBSEAL1\0"
-        assert (len(record), record[:8]) == (44, b"MBSKEY1\0")
-        name = f"{'b' * 32}/{place}".encode()
-        return AESGCM(record[8:40]).decrypt(sealed[8:20], sealed[20:], name)
-
-    def write_raw(key: str, data: bytes) -> None:
-        place, nonce = f"trees/{_flat(key)}", os.urandom(12)
-        head = b"MBSKEY1\0" + AESGCM.generate_key(256)
-        keyring.put(place, head + crc32c(head).to_bytes(4, "little"))
-        name = f"{'b' * 32}/{place}".encode()
-        bank.put(place, b"MBSEAL1\0" + nonce + AESGCM(head[8:]).encrypt(nonce, data, name))
-
-    return Subject(_SealedFolder(store), read_raw, write_raw)
+    place = SealedFolder(bank, keyring)
+    return Subject(place, place.read_raw, place.write_raw)
 
 
 PREFIXES = {"obstore": "", "s3fs": "fsspec+"}
@@ -601,7 +532,7 @@ def test_probe_bears_with_a_lost_response(subject: Subject) -> None:
 
 
 def test_a_store_pickles_as_its_url(subject: Subject) -> None:
-    if isinstance(subject.store, LocalObjects | _SealedFolder):
+    if isinstance(subject.store, LocalObjects | SealedFolder):
         pytest.skip("a directory's store holds a lock, and what seals is opened with its keyring")
     again: ObjectStore = pickle.loads(pickle.dumps(subject.store))
     assert again.url == subject.store.url
@@ -647,7 +578,7 @@ def test_used_after_a_fork_it_answers_or_says_why_not(subject: Subject) -> None:
 @pytest.mark.slow
 def test_opened_after_a_fork_it_answers_or_says_why_not(subject: Subject) -> None:
     subject.store.get("present")
-    if isinstance(subject.store, _SealedFolder):
+    if isinstance(subject.store, SealedFolder):
         pytest.skip("what seals is opened with its keyring")
     answer = _in_a_fork(lambda: open_objects(subject.store.url).get("present"))
     # obstore's threads belong to the first process that uses it.

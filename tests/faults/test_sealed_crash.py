@@ -69,6 +69,8 @@ def test_a_death_anywhere(tmp_path: Path, victim: str, stride: int, fault: Stora
             story(rig)
         was_disturbed = rig.was_disturbed
         rig.start()
+        # Where the coordinator lives, it has yet to hear of the death.
+        rig.recover()
         is_deleted = rig.committed_by("d") is not None
         check(place, copy, is_deleted=is_deleted)
         # A repetition finds it done, or does it.

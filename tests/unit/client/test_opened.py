@@ -255,7 +255,7 @@ class TestRefuses:
 
     def test_a_newer_format(self, rig: ShardRig) -> None:
         path = rig.objects.root / "bank.json"
-        path.write_text(json.dumps({**json.loads(path.read_bytes()), "format": 2}))
+        path.write_text(json.dumps({**json.loads(path.read_bytes()), "format": 3}))
         with pytest.raises(FailedPreconditionError) as caught:
             open_it(rig)
         assert caught.value.reason is Reason.FORMAT_TOO_NEW

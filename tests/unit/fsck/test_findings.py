@@ -72,7 +72,7 @@ def test_no_bank_is_refused(tmp_path: Path) -> None:
 
 def test_a_newer_bank_is_refused(root: Path) -> None:
     document = json.loads((root / "bank.json").read_bytes())
-    (root / "bank.json").write_text(json.dumps({**document, "format": 2}))
+    (root / "bank.json").write_text(json.dumps({**document, "format": 3}))
     with pytest.raises(FailedPreconditionError) as caught:
         check(root)
     assert caught.value.reason is Reason.FORMAT_TOO_NEW

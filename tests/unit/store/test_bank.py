@@ -175,7 +175,7 @@ def test_a_creation_that_was_cut_short_is_no_bank_and_is_repeated(tmp_path: Path
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     create_bank(tmp_path)
     path = tmp_path / "bank.json"
-    path.write_bytes(path.read_bytes().replace(b'"format": 1', b'"format": 2'))
+    path.write_bytes(path.read_bytes().replace(b'"format": 1', b'"format": 3'))
     with pytest.raises(FailedPreconditionError) as caught:
         Bank.open(str(tmp_path))
     assert caught.value.reason is Reason.FORMAT_TOO_NEW
