@@ -43,6 +43,7 @@ from membank.wire.format.layout import (
 )
 from membank.wire.format.sealed import SealedReader, is_sealed_key, may_hold_sealed
 from membank.wire.spec import Role
+from s3_server import S3Place
 from storage_faults import Crash, FaultPlan, FaultyObjects, Interleaved, StorageFault
 from tiny_bank import UnsyncedObjects, file_bytes, tiny_spec
 
@@ -308,6 +309,24 @@ def test_a_key_that_was_damaged_is_kept_and_named(place: Place) -> None:
                 call()
             assert place.keyring.url in caught.value.message
         assert place.keyring.get(SLOT) == bytes(changed)
+
+
+@pytest.mark.s3
+def test_bank_and_keyring_in_buckets(s3_place: S3Place) -> None:
+    bank, keyring = f"{s3_place.url}/bank", f"fsspec+{s3_place.url}/keyring"
+    made = Bank.create(bank, tiny_spec(), keyring=keyring)
+    store = Bank.open(bank, keyring=keyring).objects
+    assert isinstance(store, SealedObjects)
+    content = SECRET * 20_000
+    store.put_if_absent(SLOT, content)
+    assert SECRET[:8] not in s3_place.read(f"bank/{SLOT}")
+    data, crc = store.get_checked(SLOT, 1000)
+    assert (bytes(data), crc) == (content, crc32c(content[:1000]))
+    store.delete(SLOT)
+    with pytest.raises(NotFoundError):
+        store.get(SLOT)
+    assert refusal(lambda: Bank.open(bank)) is Reason.KEYRING_NEEDED
+    assert made.is_sealed
 
 
 # ---- whose keyring it is
