@@ -70,9 +70,9 @@ class SealedObjects:
     keeps its key. Of a removal, the key goes first, and durably: from then on the object is removed,
     whatever copies of it there are. So a crash leaves a key alone, or an object without key.
 
-    **Half of an object** is no object to `get`. It is listed, so that whoever removes what nothing
-    names removes it too, and found taken by a number that is not used twice. Only a journal does
-    not list it, since its reader takes whatever is listed for a part of the chain.
+    **Half of an object** is no object to `get`, and another one can be created in its place. It is
+    listed, so that whoever removes what nothing names removes it too. Only in a journal it is not,
+    since its reader takes whatever is listed for a part of the chain.
 
     Parameters
     ----------

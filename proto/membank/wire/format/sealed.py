@@ -14,6 +14,7 @@ import struct
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from membank.wire.crc import crc32c
@@ -37,12 +38,14 @@ KEY_RECORD_BYTES = 44
 _MAGIC = b"MBSEAL1\0"
 _KEY_MAGIC = b"MBSKEY1\0"
 _NONCE_BYTES = 12
+_TAG_BYTES = 16
 _SECRET_BYTES = 32
 _BODY_AT = len(_MAGIC) + _NONCE_BYTES
 _CRC = struct.Struct("<I")
 _LOG = "log"
 _LEVEL = "level-"
 _CHUNK = "c."
+_WRONG = "its key does not open it: it was changed, or exchanged"
 
 
 def is_sealed_key(key: str) -> bool:
@@ -88,6 +91,7 @@ class Seal:
     """
 
     def __init__(self, secret: bytes, *, bank_id: str, key: str, where: str) -> None:
+        self._algorithm = algorithms.AES(secret)
         self._cipher = AESGCM(secret)
         self._name = f"{bank_id}/{key}".encode()
         self._key = key
@@ -111,7 +115,7 @@ class Seal:
         try:
             return self._cipher.decrypt(nonce, body, self._name)
         except InvalidTag as err:
-            raise self._damaged("its key does not open it: it was changed, or exchanged") from err
+            raise self._damaged(_WRONG) from err
 
     def open_into(self, sealed: bytes | memoryview, target: memoryview) -> None:
         """Write the content of a sealed object to `target`, which is exactly as long.
@@ -119,10 +123,15 @@ class Seal:
         Errors are those of `open`; `target` holds nothing of use then.
         """
         nonce, body = self._parts(sealed)
+        # The one-shot interface writes into memory of the caller's from version 47 on only.
+        mode = modes.GCM(bytes(nonce), bytes(body[-_TAG_BYTES:]))
+        opening = Cipher(self._algorithm, mode).decryptor()
+        opening.authenticate_additional_data(self._name)
         try:
-            self._cipher.decrypt_into(nonce, body, self._name, target)
+            opening.update_into(body[:-_TAG_BYTES], target)
+            opening.finalize()
         except InvalidTag as err:
-            raise self._damaged("its key does not open it: it was changed, or exchanged") from err
+            raise self._damaged(_WRONG) from err
 
     def _parts(self, sealed: bytes | memoryview) -> tuple[memoryview, memoryview]:
         view = memoryview(sealed)
