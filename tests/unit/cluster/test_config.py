@@ -216,3 +216,18 @@ def test_a_signing_key_is_made_once_or_is_the_one_that_was_named(
     assert caught.value.reason is Reason.BAD_KEY
     assert not (tmp_path / "other.pem").exists()
     assert b"PRIVATE" not in pickle.dumps(config)
+
+
+def test_a_sealed_bank_takes_one_durability_and_a_keyring_without_credentials(
+    tmp_path: Path,
+) -> None:
+    place = {"bank_url": str(tmp_path / "bank"), "keyring_url": str(tmp_path / "keys/../keyring")}
+    config = UpConfig(**place)  # type: ignore[arg-type]  # names are those of fields
+    assert config.keyring_url == str(tmp_path / "keyring")
+    assert config.shard_config().durability is Durability.STORE
+    assert UpConfig(bank_url="bank").shard_config().durability is Durability.PROCESS
+    with pytest.raises(InvalidArgumentError, match="store") as caught:
+        UpConfig(**place, durability="host")  # type: ignore[arg-type]  # names are those of fields
+    assert caught.value.reason is Reason.BAD_CONFIG
+    with pytest.raises(InvalidArgumentError, match="credentials"):
+        UpConfig(bank_url="bank", keyring_url="s3://key:secret@bucket/ring")

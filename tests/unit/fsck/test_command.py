@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from command_line import membank
+from membank.bank_service.shard.config import Durability
+from membank.bank_service.store import SealedObjects
 from membank.cli.output import console
+from tiny_bank import UnsyncedObjects
+from whole_bank import make_whole_bank, whole_config
 
 SLOT = "partitions/0000/level-1/weight/c.2.0.0.0.0"
 
@@ -21,6 +26,21 @@ def test_a_clean_bank(template: Path) -> None:
     document = json.loads(membank("fsck", str(template), "--json").out)
     assert document["clean"] is True
     assert document["findings"] == []
+
+
+def test_a_sealed_bank_needs_its_keyring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, keyring = str(tmp_path / "bank"), str(tmp_path / "keyring")
+    place = SealedObjects(UnsyncedObjects(bank), UnsyncedObjects(keyring))
+    make_whole_bank(place, config=replace(whole_config(), durability=Durability.STORE))
+    for command in (("fsck",), ("audit", "verify"), ("audit", "head")):
+        ended = membank(*command, bank)
+        assert ended.code != 0
+        assert "--keyring" in ended.err
+        assert membank(*command, bank, "--keyring", keyring).code == 0
+    monkeypatch.setenv("MEMBANK_KEYRING", keyring)
+    document = json.loads(membank("fsck", bank, "--json").out)
+    assert (document["clean"], document["findings"]) == (True, [])
+    assert document["checked"]["num_frames"] == 6
 
 
 def test_a_damaged_bank(root: Path) -> None:

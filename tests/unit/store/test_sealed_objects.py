@@ -357,6 +357,8 @@ def test_a_sealed_bank_opens_with_its_own_keyring_only(tmp_path: Path) -> None:
     taken = refusal(lambda: Bank.create(third, tiny_spec(), keyring=keyring))
     assert taken is Reason.KEYRING_MISMATCH
     assert LocalObjects(third).list("") == []
+    store = LocalObjects(third)
+    assert refusal(lambda: Bank.create(store, tiny_spec(), keyring=other)) is Reason.BAD_CONFIG
     for inside in (f"{bank}/keys", str(tmp_path), bank):
         assert refusal(lambda at=inside: open_objects(bank, keyring=at)) is Reason.BAD_CONFIG  # type: ignore[misc]
 

@@ -18,6 +18,7 @@ from membank.wire.errors import (
     ConflictError,
     CorruptionError,
     FailedPreconditionError,
+    InvalidArgumentError,
     NotFoundError,
     Reason,
 )
@@ -93,8 +94,8 @@ class Bank:
         spec
             What to create; a random `bank_id` is given to it where it has none.
         keyring
-            URL of the keyring of a bank that is to be sealed; empty = it is not, unless `where` is a
-            store that seals.
+            URL of the keyring of a bank that is to be sealed, where `where` is a URL; a store seals by
+            itself, or not.
         tree
             Labels and retriever, if they are known already.
         principal, request_id
@@ -110,7 +111,7 @@ class Bank:
             If the storage cannot hold a bank safely (STORE_UNSUPPORTED) or refuses to be written, or
             the keyring is of another bank (KEYRING_MISMATCH).
         """
-        objects = open_objects(where, keyring=keyring) if isinstance(where, str) else where
+        objects = _opened(where, keyring)
         if exists(objects, SPEC_KEY):
             raise bank_exists(objects)
         probe_create_only(objects)
@@ -150,7 +151,7 @@ class Bank:
         CorruptionError
             If its spec is damaged (SPEC_CORRUPT) or revision 0 is missing.
         """
-        objects = open_objects(where, keyring=keyring) if isinstance(where, str) else where
+        objects = _opened(where, keyring)
         try:
             data = objects.get(SPEC_KEY)
         except NotFoundError as err:
@@ -460,3 +461,15 @@ class Bank:
             reason=Reason.UNKNOWN_SNAPSHOT,
             metadata={"snapshot": name},
         )
+
+
+def _opened(where: str | ObjectStore, keyring: str) -> ObjectStore:
+    if isinstance(where, str):
+        return open_objects(where, keyring=keyring)
+    if keyring:
+        # Nothing would be sealed, and nobody would notice.
+        raise InvalidArgumentError(
+            f"{where.url} is a store already; give its URL together with the keyring, or `SealedObjects`",
+            reason=Reason.BAD_CONFIG,
+        )
+    return where
