@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -284,6 +285,15 @@ class Interrupting(WrappedMemory):
         )
 
 
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """Have Ctrl-C raise, also in a run that was started in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_ends_the_stage_with_no_thread_left(
     anchor: Anchor, sequences: PackedSequences, spec: BankSpec
 ) -> None:
