@@ -37,11 +37,11 @@ from membank.wire.format.sealed import (
     is_sealed_key,
     is_sealed_log_key,
     is_torn_secret,
-    keyless,
-    keyring_of_another,
     may_hold_sealed,
     new_secret,
     read_keyring,
+    read_secret,
+    require_keyring_of,
 )
 
 _Bytes = bytes | memoryview
@@ -113,10 +113,8 @@ class SealedObjects:
 
     def require_bank(self, bank_id: str) -> None:
         # docstring inherited
-        found = read_keyring(self._keyring)
-        if found != bank_id:
-            raise keyring_of_another(self.keyring_url, found=found, bank_id=bank_id)
-        self._bank_id = found
+        require_keyring_of(self._keyring, bank_id)
+        self._bank_id = bank_id
 
     def begin_keyring(self, bank_id: str) -> None:
         """Make the keyring that of a new bank.
@@ -226,17 +224,11 @@ class SealedObjects:
     def _read(self, get: Callable[[str], _Bytes], key: str) -> tuple[_Bytes, bytes]:
         """Return what `get` returns of an object, and its key."""
         if self._is_near:
-            return get(key), self._secret(key)
-        sealed, secret = side_by_side(lambda: get(key), lambda: self._secret(key))
+            return get(key), read_secret(self._keyring, key, url=self.url)
+        sealed, secret = side_by_side(
+            lambda: get(key), lambda: read_secret(self._keyring, key, url=self.url)
+        )
         return sealed, bytes(secret)
-
-    def _secret(self, key: str) -> bytes:
-        """Return the key of an object; `NotFoundError` where there is none."""
-        try:
-            record = self._keyring.get(key)
-        except NotFoundError as err:
-            raise keyless(key, url=self.url, keyring_url=self.keyring_url) from err
-        return decode_secret(record, key=key, where=f"{self.keyring_url}/{key}")
 
     def _secret_for(self, key: str, *, durable: bool) -> tuple[bytes, bool]:
         """Return the key to seal an object with, and whether it is a new one."""

@@ -304,23 +304,52 @@ def read_keyring(keyring: BankObjects) -> str:
     return decode_keyring(data, where=f"{keyring.url}/{KEYRING_KEY}")
 
 
-def keyring_of_another(keyring_url: str, *, found: str, bank_id: str) -> FailedPreconditionError:
-    """Return the error for a keyring that belongs to the bank `found`, and not to `bank_id`."""
-    return FailedPreconditionError(
-        f"{keyring_url} is the keyring of the bank with the id {found}, and not of {bank_id}; name "
-        "the right one",
-        reason=Reason.KEYRING_MISMATCH,
-        metadata={"keyring": keyring_url, "found": found, "bank_id": bank_id},
-    )
+def require_keyring_of(keyring: BankObjects, bank_id: str) -> None:
+    """Raise unless `keyring` is that of the bank `bank_id`; errors are those of `read_keyring`, too.
+
+    Raises
+    ------
+    FailedPreconditionError
+        If it belongs to another bank (KEYRING_MISMATCH).
+    """
+    found = read_keyring(keyring)
+    if found != bank_id:
+        raise FailedPreconditionError(
+            f"{keyring.url} is the keyring of the bank with the id {found}, and not of {bank_id}; name "
+            "the right one",
+            reason=Reason.KEYRING_MISMATCH,
+            metadata={"keyring": keyring.url, "found": found, "bank_id": bank_id},
+        )
 
 
-def keyless(key: str, *, url: str, keyring_url: str) -> NotFoundError:
-    """Return the error for an object whose key is not in the keyring: it counts as removed."""
-    return NotFoundError(
-        f"{url}/{key} has no key in {keyring_url}: it was removed, or the keyring has lost it",
-        reason=Reason.OBJECT_MISSING,
-        metadata={"object": f"{url}/{key}", "keyring": keyring_url},
-    )
+def read_secret(keyring: BankObjects, key: str, *, url: str) -> bytes:
+    """Return the key of one object.
+
+    Parameters
+    ----------
+    keyring
+        The keyring.
+    key
+        Key of the object in the bank.
+    url
+        URL of the bank, for errors.
+
+    Raises
+    ------
+    NotFoundError
+        If the keyring has none (OBJECT_MISSING): the object counts as removed.
+    CorruptionError
+        If it was changed.
+    """
+    try:
+        record = keyring.get(key)
+    except NotFoundError as err:
+        raise NotFoundError(
+            f"{url}/{key} has no key in {keyring.url}: it was removed, or the keyring has lost it",
+            reason=Reason.OBJECT_MISSING,
+            metadata={"object": f"{url}/{key}", "keyring": keyring.url},
+        ) from err
+    return decode_secret(record, key=key, where=f"{keyring.url}/{key}")
 
 
 class SealedReader:
@@ -353,21 +382,15 @@ class SealedReader:
 
     def require_bank(self, bank_id: str) -> None:
         # docstring inherited
-        found = read_keyring(self._keyring)
-        if found != bank_id:
-            raise keyring_of_another(self.keyring_url, found=found, bank_id=bank_id)
-        self._bank_id = found
+        require_keyring_of(self._keyring, bank_id)
+        self._bank_id = bank_id
 
     def get(self, key: str) -> bytes:
         # docstring inherited
         data = self._objects.get(key)
         if not is_sealed_key(key):
             return data
-        try:
-            record = self._keyring.get(key)
-        except NotFoundError as err:
-            raise keyless(key, url=self.url, keyring_url=self.keyring_url) from err
-        secret = decode_secret(record, key=key, where=f"{self.keyring_url}/{key}")
+        secret = read_secret(self._keyring, key, url=self.url)
         bank_id = self._bank_id or read_keyring(self._keyring)
         return Seal(secret, bank_id=bank_id, key=key, where=f"{self.url}/{key}").open(data)
 
